@@ -18,7 +18,7 @@ pub use printable::{escaped, is_plain, printable};
 /// The result of operations that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// The kind of an error, for programs. [`errno`] maps each to its number.
+/// The kind of an error, for programs. The mount's service maps each to its errno.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum ErrorKind {
     /// The name does not exist.
@@ -89,29 +89,6 @@ pub const ERROR_KINDS: [ErrorKind; 21] = [
     ErrorKind::Poisoned,
     ErrorKind::Io,
 ];
-
-/// The errno that clients of the mount see; docs/SEMANTICS.md shows the same table.
-pub fn errno(kind: ErrorKind) -> rustix::io::Errno {
-    use rustix::io::Errno;
-    match kind {
-        ErrorKind::NotFound => Errno::NOENT,
-        ErrorKind::Usage => Errno::INVAL,
-        ErrorKind::Exists => Errno::EXIST,
-        ErrorKind::NotEmpty => Errno::NOTEMPTY,
-        ErrorKind::Cancelled => Errno::CANCELED,
-        ErrorKind::Busy => Errno::BUSY,
-        ErrorKind::Denied => Errno::ACCESS,
-        ErrorKind::ReadOnly => Errno::ROFS,
-        ErrorKind::Unsupported => Errno::OPNOTSUPP,
-        ErrorKind::Stale => Errno::STALE,
-        ErrorKind::Corrupt | ErrorKind::Broken | ErrorKind::Poisoned | ErrorKind::Io => Errno::IO,
-        ErrorKind::Escape | ErrorKind::Forbidden => Errno::PERM,
-        ErrorKind::NoSpace => Errno::NOSPC,
-        ErrorKind::Quota => Errno::DQUOT,
-        ErrorKind::TooLarge => Errno::FBIG,
-        ErrorKind::Limit | ErrorKind::Exhausted => Errno::MFILE,
-    }
-}
 
 /// An error with a message for users and a kind for programs.
 #[derive(Clone, Debug)]

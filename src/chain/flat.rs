@@ -1,9 +1,8 @@
-//! The flattened map: for every piece of a frozen chain, the layer that speaks for it.
+//! The flattened map: for every run of a frozen chain, the layer that holds it.
 //!
-//! Depth is paid for once. The first read of a block of guest space asks every layer; what
-//! comes out is a short sorted list of extents, kept in a bounded cache, and every later read of
-//! that block is one look into it, as for a chain of one layer. Only frozen layers are
-//! flattened: their answers never change.
+//! The depth of a chain costs time only once. The first read of a block of guest space asks every layer. The
+//! result is a short sorted list of extents in a bounded cache, and every later read of that block is one
+//! lookup there, as for a chain of one layer. Only frozen layers are flattened: their answers never change.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,15 +22,15 @@ const BLOCK_CLUSTERS: u64 = 512;
 const LEAST_SPAN: u64 = 1 << 20;
 const MOST_SPAN: u64 = 64 << 20;
 
-/// What decides about an extent.
+/// The mapping of an extent, packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PackedMapping {
     /// Data in a layer's file.
     Data,
-    /// Zeroes, or nothing in any layer.
+    /// Zeroes, or unallocated in all layers.
     Zero,
-    /// To be asked of the layer again: a compressed cluster, or an entry that is corrupt. Both
-    /// need more than an extent holds, and cost far more than a second look.
+    /// The layer has to be asked again: a compressed cluster, or a corrupt entry. Both need more than an
+    /// extent holds, and cost far more than a second lookup.
     Ask,
 }
 
@@ -140,21 +139,22 @@ impl FlatMap {
         Ok(block)
     }
 
-    /// Asks the layers from the top down, each only about what those above are silent on.
+    /// Asks the layers from the top down, each only for the ranges that are unallocated above.
     fn flatten(&self, number: u64) -> Result<FlatBlock> {
         let origin = number * self.span;
-        // Saved VM state may end within a sector. No layer is asked about what is beyond: the
-        // answer, "zero", would be for the whole of that sector.
+        // Saved VM state may end within a sector. No layer is asked about the bytes beyond: the answer,
+        // "zero", would apply to the whole of that sector.
         let end = (origin + self.span).min(self.size);
         assert!(origin < end, "a block beyond the end of the disk");
         let mut found: Vec<(u64, PackedExtent)> = Vec::new();
-        let mut silent = vec![(origin, end)];
+        let mut unallocated = vec![(origin, end)];
         for (index, layer) in self.layers.iter().enumerate() {
             let mut still_silent: Vec<(u64, u64)> = Vec::new();
-            let last = silent.last().map_or(origin, |(_, to)| *to);
-            // One answer may serve many small silences: a layer is asked as far as it will tell.
+            let last = unallocated.last().map_or(origin, |(_, to)| *to);
+            // One answer may cover many small unallocated ranges: a layer is asked for as long a run as it
+            // can give.
             let mut answer = LayerAnswer { from: origin, to: origin, found: None };
-            for (from, to) in silent {
+            for (from, to) in unallocated {
                 let mut at = from;
                 while at < to {
                     if at >= answer.to {
@@ -176,13 +176,13 @@ impl FlatMap {
                     at += run;
                 }
             }
-            silent = still_silent;
-            if silent.is_empty() {
+            unallocated = still_silent;
+            if unallocated.is_empty() {
                 break;
             }
         }
-        // R1: what no layer has is zero only now that all of them have been asked.
-        for (from, _) in silent {
+        // R1: an unallocated range is zero only after all layers have been asked.
+        for (from, _) in unallocated {
             let start = ((from - origin) / SECTOR_SIZE) as u32;
             found.push((from, PackedExtent { host: 0, start, layer: 0, mapping: PackedMapping::Zero }));
         }
@@ -209,7 +209,7 @@ impl FlatBlock {
     }
 }
 
-/// One layer's answer for `[from, to)`: what speaks, and where its bytes begin; `None` if it is silent.
+/// One layer's answer for `[from, to)`: the mapping, and where its bytes begin; `None` if unallocated.
 struct LayerAnswer {
     from: u64,
     to: u64,
@@ -227,7 +227,7 @@ fn ask(layer: &Layer, from: u64, max: u64) -> Result<LayerAnswer> {
             };
             (found, len)
         }
-        // A bad entry is a fact about the image and may be remembered; a failed read is not.
+        // A bad entry is a property of the image and may be cached; a failed read may not.
         Err(error) if error.kind() == ErrorKind::Corrupt => {
             (Some((PackedMapping::Ask, 0)), layer.rest_of_cluster(GuestOffset(from), max))
         }
@@ -236,7 +236,7 @@ fn ask(layer: &Layer, from: u64, max: u64) -> Result<LayerAnswer> {
     Ok(LayerAnswer { from, to: from + run, found })
 }
 
-/// Whether `next`, which follows `last` without a gap, only goes on with it.
+/// Whether `next`, which follows `last` without a gap, continues it.
 fn joins(last: &PackedExtent, next: &PackedExtent) -> bool {
     last.mapping == next.mapping
         && match last.mapping {

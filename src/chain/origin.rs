@@ -1,6 +1,5 @@
-//! Where the bytes of a disk come from, as something that can be compared: two stretches of the same origin,
-//! be they of one disk or of two that share layers, hold the same bytes, and nothing has to be read to know
-//! it.
+//! Where the bytes of a disk come from, in comparable form: two ranges of the same origin, of one disk or of
+//! two that share layers, hold the same bytes. No data is read to find that out.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Mapping;
@@ -8,14 +7,14 @@ use crate::units::GuestOffset;
 
 use super::view::View;
 
-/// Where a stretch of bytes comes from.
+/// The origin of a range of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Origin {
-    /// The opening of an image; 0: none, the bytes are zeroes.
+    /// The serial number of an opened image; 0: none, the bytes are zeroes.
     pub image: u64,
-    /// A place in that image's data; the beginning of a stream if it is compressed.
+    /// An offset in that image's data; the beginning of a stream if it is compressed.
     pub place: u64,
-    /// Bytes from the beginning of what the stream holds; `None` if it is not compressed.
+    /// Offset within the decompressed stream; `None` if it is not compressed.
     pub within: Option<u64>,
     /// Bytes.
     pub len: u64,
@@ -34,8 +33,8 @@ impl Origin {
 }
 
 impl View {
-    /// The origins of a range, as far as it lies within the disk, in order; neighbours that belong together
-    /// are one. `Corrupt` where tables are damaged.
+    /// The origins of a range, as far as it lies within the disk, in order; contiguous ones are joined.
+    /// `Corrupt` where tables are damaged.
     pub fn origins(&self, start: u64, len: u64) -> Result<Vec<Origin>> {
         let end = start.saturating_add(len).min(self.size());
         let mut found: Vec<Origin> = Vec::new();

@@ -1,8 +1,8 @@
-//! A view: one disk, as seen from a layer downwards.
+//! A view: one disk, from a layer downwards.
 //!
-//! Reading resolves a range to extents and reads each with one call straight into the caller's
-//! buffer. A top layer that may change is asked first, every time; the frozen ones below it
-//! answer through their flattened map.
+//! Reading resolves a range to extents and reads each with one call straight into the caller's buffer. A top
+//! layer that may change is asked first, every time; the frozen ones below it answer through their flattened
+//! map.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::units::{BlockStatus, GuestOffset, HostOffset, Run, Stability};
 use super::extent::Extent;
 use super::flat::{FlatCache, FlatMap};
 
-/// For how long one seek may keep a thread that others wait for.
+/// Maximum duration of one seek, since other requests wait for its thread.
 const SEEK_LIMIT: Duration = Duration::from_millis(200);
 
 /// One disk.
@@ -28,7 +28,7 @@ pub struct View {
     flat: Option<Arc<FlatMap>>,
 }
 
-/// A run for `map`: as QEMU describes one.
+/// A run for `map`, as QEMU describes one.
 #[expect(clippy::struct_excessive_bools, reason = "QEMU's four flags, and one more")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapRun {
@@ -36,9 +36,9 @@ pub struct MapRun {
     pub start: u64,
     /// Bytes.
     pub len: u64,
-    /// Index of the layer that speaks for it, from the top; the lowest if none does.
+    /// Index of the layer that holds it, from the top; the lowest if none does.
     pub depth: usize,
-    /// Whether any layer speaks for it.
+    /// Whether any layer holds it.
     pub present: bool,
     /// Whether it reads as zeroes.
     pub zero: bool,
@@ -46,9 +46,9 @@ pub struct MapRun {
     pub data: bool,
     /// Whether it is compressed.
     pub compressed: bool,
-    /// Whether nobody knows: it is in none of the layers that are left.
+    /// Whether its content is unknown: it is in none of the layers that are left.
     pub lost: bool,
-    /// Where in that layer's data file.
+    /// Its offset in that layer's data file.
     pub offset: Option<u64>,
 }
 
@@ -127,8 +127,8 @@ impl View {
         })
     }
 
-    /// Which layer speaks for `at`, and where its bytes are, for at most `max` bytes. Each silent
-    /// layer may shorten the run, never lengthen it.
+    /// The layer that holds `at`, and where its bytes are, for at most `max` bytes. Each layer that has the
+    /// range unallocated may shorten the run, never lengthen it.
     pub fn resolve(&self, at: u64, max: u64) -> Result<Extent> {
         let mut len = max.min(self.size - at);
         for (layer, state) in self.layers.iter().enumerate() {
@@ -152,8 +152,8 @@ impl View {
     /// The first byte at or after `at` whose status is `wanted`. `None` if there is none before the end of
     /// the disk.
     ///
-    /// A disk can have tables for petabytes. Whoever has looked for long enough calls the rest data,
-    /// which is always allowed: the next call, from there on, looks further.
+    /// A disk can have tables for petabytes. A search that reaches its time limit reports the rest as data,
+    /// which is always allowed: the next call continues from there.
     pub fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let start = Instant::now();
         let mut at = at;
@@ -170,9 +170,9 @@ impl View {
         Ok(None)
     }
 
-    /// Whether there is data at `at`, and for how long that goes on at least.
+    /// Whether there is data at `at`, and the minimum length of that run.
     fn seek_run(&self, at: u64) -> Result<Run<BlockStatus>> {
-        // Long silences are answered by the tables; what is dense, by the flattened map.
+        // Long unallocated ranges are answered by the tables, dense ones by the flattened map.
         let whole = self.resolve(at, u64::MAX)?;
         let extent = match (&self.flat, whole.mapping) {
             (Some(flat), Some(Mapping::Data(_) | Mapping::Compressed(_))) if !self.is_live() => {
@@ -184,7 +184,7 @@ impl View {
         self.status(extent)
     }
 
-    /// As [`View::seek_run`], only by the flattened map: one look, whatever the depth.
+    /// As [`View::seek_run`], but by the flattened map only: one lookup, whatever the depth.
     pub(super) fn frozen_run(&self, at: u64) -> Result<Run<BlockStatus>> {
         assert!(!self.is_live() && at < self.size);
         let Some(flat) = &self.flat else { unreachable!("a frozen view has a map") };
@@ -199,7 +199,7 @@ impl View {
                 self.layers[layer].image().file_extent(host, HostOffset(host.0 + len))
             }
             Some(Mapping::Zero(_)) => Ok(Run::new(BlockStatus::Zero, len)),
-            // R2: what cannot be read is no hole, for whoever copies must hear of it.
+            // R2: an unreadable range is no hole, so that a copying program sees the error.
             Some(Mapping::Data(_) | Mapping::Compressed(_) | Mapping::Hole) | None => {
                 Ok(Run::new(BlockStatus::Data, len))
             }
@@ -234,11 +234,11 @@ impl View {
             Some(Mapping::Compressed(_)) => run.compressed = true,
             Some(Mapping::Zero(_)) => {
                 (run.zero, run.data) = (true, false);
-                // Where a layer ends, it is the silent one above it that QEMU names.
+                // At a layer's end, QEMU names the unallocated layer above it.
                 if layer > 0 && run.present && at >= self.layers[layer].size() {
                     (run.depth, run.present) = (layer - 1, false);
                 }
-                // A place that is kept for zeroes, or for what a subcluster's neighbours left free.
+                // A place that is preallocated for zeroes, or for subclusters that are not written.
                 let kept = self.layers[run.depth].map(GuestOffset(at), run.len)?;
                 if let Mapping::Zero(Some(host)) = kept.value {
                     (run.offset, run.len) = (Some(host.0), kept.len);
@@ -255,7 +255,7 @@ impl View {
     }
 }
 
-/// Reads a range that a layer said, when it was flattened, it has to be asked about again.
+/// Reads a range for which the flattened map says that the layer has to be asked again.
 fn read_asked(layer: &Layer, at: u64, buf: &mut [u8]) -> Result<()> {
     let mut done = 0;
     while done < buf.len() {
@@ -270,7 +270,7 @@ fn read_asked(layer: &Layer, at: u64, buf: &mut [u8]) -> Result<()> {
             }
             Mapping::Data(host) => layer.image().read_data(host, piece)?,
             Mapping::Zero(_) => piece.fill(0),
-            // What lies below is not known here.
+            // The backing of the layer is not known here.
             Mapping::Hole => {
                 let fact = format!("{} has changed while it was read; read it again", layer.image().name());
                 return Err(Error::new(ErrorKind::Stale, fact));

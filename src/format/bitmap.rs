@@ -1,5 +1,5 @@
-//! The bitmap directory: QEMU's persistent dirty bitmaps, as far as listing and counting them
-//! needs. What the bits mean is left to QEMU.
+//! The bitmap directory: QEMU's persistent dirty bitmaps, as far as listing and counting needs them. chainfs
+//! does not interpret the bits.
 
 use super::bytes::{be_u16, be_u32, be_u64};
 use super::header::{at_most, check_table};
@@ -30,14 +30,14 @@ pub struct Bitmap {
     pub in_use: bool,
     /// It follows every write to the disk.
     pub auto: bool,
-    /// Where its flags stand in the directory: 4 bytes.
+    /// Offset of its flags in the directory: 4 bytes.
     pub flags_at: usize,
     /// The flags as found.
     pub flags: u32,
 }
 
 impl Bitmap {
-    /// The flags which say that the bitmap no longer tells what has changed.
+    /// The flags which say that the bitmap no longer records changes.
     pub fn flags_in_use(&self) -> u32 {
         self.flags | IN_USE
     }
@@ -48,11 +48,11 @@ impl Bitmap {
 pub enum BitmapCluster {
     /// All bits are the same.
     All(bool),
-    /// The bits lie there, one cluster of them.
+    /// The bits are there, one cluster of them.
     At(HostOffset),
 }
 
-/// Parses a directory that is there as a whole.
+/// Parses a complete directory.
 pub fn parse_directory(bytes: &[u8], count: u32, cluster: ClusterBits) -> Result<Vec<Bitmap>, Malformed> {
     let mut bitmaps = Vec::new();
     let mut at = 0;
@@ -64,7 +64,7 @@ pub fn parse_directory(bytes: &[u8], count: u32, cluster: ClusterBits) -> Result
     Ok(bitmaps)
 }
 
-/// One entry and its length without padding; `at` is its place in the directory.
+/// One entry and its length without padding; `at` is its offset in the directory.
 fn parse_entry(bytes: &[u8], at: usize, cluster: ClusterBits) -> Result<(Bitmap, usize), Malformed> {
     let short = |len: usize| Malformed::Truncated {
         what: "bitmap directory",
@@ -110,7 +110,7 @@ fn parse_entry(bytes: &[u8], at: usize, cluster: ClusterBits) -> Result<(Bitmap,
 pub fn table_entry(entry: u64, cluster: ClusterBits) -> Result<BitmapCluster, Malformed> {
     const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
     let (offset, ones) = (entry & OFFSET, entry & 1 == 1);
-    // Bit 0 says "all ones" where there is no offset, and is reserved where there is one.
+    // Bit 0 means "all ones" in an entry without an offset, and is reserved in one with an offset.
     if entry & !(OFFSET | 1) != 0 || (offset != 0 && ones) {
         return Err(Malformed::Reserved { what: "bitmap table entry", found: entry });
     }
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn each_rule_has_its_reason() {
+    fn each_violation_has_its_reason() {
         let poked = |at: usize, bytes: &[u8]| {
             let mut entry = entry(0, &[], "name");
             entry[at..at + bytes.len()].copy_from_slice(bytes);
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_entry_is_uniform_or_a_place() {
+    fn a_table_entry_is_uniform_or_an_offset() {
         assert_eq!(table_entry(0, cluster()), Ok(BitmapCluster::All(false)));
         assert_eq!(table_entry(1, cluster()), Ok(BitmapCluster::All(true)));
         assert_eq!(table_entry(0x70000, cluster()), Ok(BitmapCluster::At(HostOffset(0x70000))));

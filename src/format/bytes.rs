@@ -1,7 +1,7 @@
 //! Numbers at known positions: big-endian as in qcow2, little-endian as elsewhere.
 //!
-//! Callers have checked the length before: a position outside of the bytes is our own bug and
-//! panics, it is never the image's fault.
+//! Callers have checked the length before: an offset outside of the bytes is a bug of chainfs and panics; it
+//! is never the image's fault.
 
 /// The `N` bytes at `at`.
 fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {

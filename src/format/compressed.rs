@@ -1,8 +1,7 @@
 //! Compressed clusters: one stream in, exactly one cluster out.
 //!
-//! A descriptor counts whole sectors, so bytes of the next cluster may follow the stream: what
-//! comes after the cluster is full is never looked at. Nothing that the stream claims about
-//! itself makes us allocate more than a fixed window.
+//! A descriptor counts whole sectors, so bytes of the next cluster may follow the stream: bytes after a full
+//! cluster are ignored. No length in a stream can make the decoder allocate more than a fixed window.
 
 use std::cell::RefCell;
 
@@ -12,14 +11,13 @@ use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 use super::header::Compression;
 use super::malformed::Malformed;
 
-/// Largest zstd window, as a power of two: 8 MiB. A cluster has at most 2 MiB, so a writer that
-/// compresses it in one go needs a window of no more; one that streams without saying the
-/// length gets up to 8 MiB from the customary levels. Zstd's own limit is 128 MiB, which an
-/// image could make every thread of ours allocate.
+/// Largest zstd window, as a power of two: 8 MiB. A cluster has at most 2 MiB, so a writer that compresses it
+/// in one call needs no larger window; one that streams without stating the length gets up to 8 MiB at the
+/// customary levels. Zstd's own limit is 128 MiB, which an image could make every thread allocate.
 const ZSTD_WINDOW_LOG_MAX: u32 = 23;
 
 thread_local! {
-    // A decoder is some tens of KiB to set up, about as much work as decoding a small cluster.
+    // A decoder needs some tens of KiB, and its setup costs about as much as decoding a small cluster.
     static DEFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
     static ZSTD: RefCell<Option<Decoder<'static>>> = const { RefCell::new(None) };
 }
@@ -63,7 +61,7 @@ fn unzstd(slot: &mut Option<Decoder<'static>>, input: &[u8], out: &mut [u8]) -> 
     let (mut input, mut out) = (InBuffer::around(input), OutBuffer::around(out));
     while out.pos() < want {
         let before = (input.pos(), out.pos());
-        // A frame that ends early is followed by the next one; the decoder goes on by itself.
+        // A frame that ends early is followed by the next one; the decoder continues by itself.
         decoder.run(&mut input, &mut out).map_err(invalid)?;
         if (input.pos(), out.pos()) == before {
             return Err(Malformed::CompressedShort { got: out.pos() as u64, want: want as u64 });
@@ -83,7 +81,7 @@ mod tests {
 
     const CLUSTER: usize = 65_536;
 
-    /// Bytes without much of a pattern, but with repeats at the full distance of 32 KiB.
+    /// Bytes with few patterns, but with repeats at the full distance of 32 KiB.
     fn cluster() -> Vec<u8> {
         let mut state = 1u32;
         let mut next = || {
@@ -115,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_give_back_the_cluster_whatever_follows_them() {
+    fn bytes_after_a_stream_are_ignored() {
         for (kind, stream) in
             [(Compression::Deflate, deflate(&cluster())), (Compression::Zstd, zstd(&cluster(), 17))]
         {
@@ -151,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_stream_is_invalid_and_the_next_one_good_again() {
+    fn a_bad_stream_is_invalid_and_the_next_one_decodes() {
         assert_eq!(check(Compression::Deflate, &[0xff; 64]), Err(Malformed::CompressedInvalid("deflate")));
         assert_eq!(check(Compression::Zstd, &[0xff; 64]), Err(Malformed::CompressedInvalid("zstd")));
         check(Compression::Deflate, &deflate(&cluster())).unwrap();

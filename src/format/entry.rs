@@ -1,7 +1,7 @@
-//! L1 and L2 entries: where a cluster lies, or why it lies nowhere.
+//! L1 and L2 entries: where a cluster is, or why it has no offset.
 //!
-//! A decoded entry is aligned, below 2^56 and free of reserved bits. Whether the place exists
-//! in the file is for whoever reads it to see.
+//! A decoded entry is aligned, below 2^56 and free of reserved bits. The reader checks whether the offset
+//! exists in the file.
 
 use super::bytes::be_u64;
 use super::header::Version;
@@ -9,31 +9,31 @@ use super::malformed::Malformed;
 use super::subcluster::SUBCLUSTERS;
 use crate::units::{ClusterBits, GuestOffset, HostOffset, Run};
 
-/// Host offsets end here; from the specification.
+/// Upper limit of host offsets; from the specification.
 pub const HOST_OFFSET_END: u64 = 1 << 56;
 
-/// In the active tables: the cluster has no other user, so that it may be written in place.
+/// In the active tables: the cluster has one reference, so that it may be written in place.
 pub const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
 /// In standard L2 entries of version 3: the cluster reads as zeroes.
 pub const ZERO: u64 = 1;
 
-/// What an image says about a place of its guest's disk.
+/// What an image has at an offset of its guest's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mapping {
-    /// The bytes lie there.
+    /// The bytes are there.
     Data(HostOffset),
-    /// They read as zeroes, whatever lies below; a place may be preallocated for them.
+    /// Zeroes, whatever the layers below have; a cluster may be preallocated for them.
     Zero(Option<HostOffset>),
     /// They are part of a compressed cluster.
     Compressed(Compressed),
-    /// The image has nothing here: a lower layer decides. Never taken for zeroes (R1).
+    /// Unallocated: a lower layer decides. Never taken for zeroes (R1).
     Hole,
 }
 
 impl Mapping {
-    /// The mapping of the bytes `within` further on.
+    /// The mapping `within` bytes further on.
     #[must_use]
     pub fn advance(self, within: u64) -> Self {
         match self {
@@ -43,7 +43,7 @@ impl Mapping {
         }
     }
 
-    /// Whether `next`, `run` bytes further on, makes one run with it.
+    /// Whether `next`, `run` bytes further on, continues the same run.
     pub fn continues(self, next: Self, run: u64) -> bool {
         match (self, next) {
             (Self::Data(host), Self::Data(next)) | (Self::Zero(Some(host)), Self::Zero(Some(next))) => {
@@ -60,13 +60,13 @@ impl Mapping {
 pub enum Allocation {
     /// Nothing.
     None,
-    /// A cluster, whether its bytes are shown or not.
+    /// A cluster, whether its bytes are visible or not.
     Cluster(HostOffset),
     /// A compressed cluster.
     Compressed(Compressed),
 }
 
-/// An L2 entry as it stands in the table.
+/// An L2 entry as it is in the table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawL2Entry {
     /// The first word.
@@ -81,7 +81,7 @@ impl RawL2Entry {
         Self { entry: words[0], bitmap: if format.extended { words[1] } else { 0 } }
     }
 
-    /// The entry that these bytes are.
+    /// The entry in these bytes.
     pub fn from_bytes(format: EntryFormat, bytes: &[u8]) -> Self {
         Self { entry: be_u64(bytes, 0), bitmap: if format.extended { be_u64(bytes, 8) } else { 0 } }
     }
@@ -92,7 +92,7 @@ impl RawL2Entry {
 pub struct Compressed {
     /// Its first byte; not aligned.
     pub at: HostOffset,
-    /// At most so many bytes: the stream may end earlier, and the file may, too.
+    /// The maximum length: the stream may end earlier, and the file may, too.
     pub len: u32,
 }
 
@@ -108,14 +108,14 @@ pub struct L1Entry {
 /// An 8-byte entry of an L2 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct L2Entry {
-    /// What it says.
+    /// Its mapping.
     pub mapping: Mapping,
     /// The COPIED flag: accurate in active tables only.
     pub copied: bool,
 }
 
 impl L2Entry {
-    /// Where data lies that nobody else refers to: it may be overwritten in place.
+    /// The offset of data with a single reference: it may be overwritten in place.
     pub fn own_data(self) -> Option<HostOffset> {
         match self.mapping {
             Mapping::Data(host) if self.copied => Some(host),
@@ -124,16 +124,16 @@ impl L2Entry {
     }
 }
 
-/// What offset 0 means in an entry whose COPIED flag is set, where data lies in an external file.
+/// The meaning of offset 0 in an entry with the COPIED flag, where data is in an external file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ZeroOffset {
-    /// No place.
+    /// No offset.
     IsNone,
     /// The first cluster of the file.
     MayBePlace,
 }
 
-/// What decides how the entries of one image are read.
+/// The properties of an image that decide how its entries are decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntryFormat {
     /// Version 2 has no zero flag.
@@ -142,7 +142,7 @@ pub struct EntryFormat {
     pub cluster: ClusterBits,
     /// Whether L2 entries have 16 bytes.
     pub extended: bool,
-    /// Whether guest data lies in an external file.
+    /// Whether guest data is in an external file.
     pub data_file: bool,
 }
 
@@ -166,8 +166,8 @@ impl EntryFormat {
         Ok(L1Entry { l2, copied: entry & COPIED != 0 })
     }
 
-    /// What an L2 entry says of the byte `at` of the disk, and for how long at least: at most to the end of
-    /// its cluster.
+    /// The entry's answer for the byte `at` of the disk, and the minimum length of that answer: at most to
+    /// the end of its cluster.
     pub fn l2_run(self, raw: RawL2Entry, at: u64) -> Result<Run<L2Entry>, Malformed> {
         let (within, guest) = (self.cluster.within(at), GuestOffset(self.cluster.floor(at)));
         if !self.extended {
@@ -217,17 +217,17 @@ impl EntryFormat {
         Ok(L2Entry { mapping, copied })
     }
 
-    /// The offset in a standard L1 or L2 entry, whatever else is wrong with it: for a checker.
+    /// The offset in a standard L1 or L2 entry, even if the entry is invalid: for a checker.
     pub fn raw_offset(entry: u64) -> u64 {
         entry & OFFSET
     }
 
-    /// Whether the first word of an L2 entry says that the cluster is compressed.
+    /// Whether the first word of an L2 entry marks the cluster as compressed.
     pub fn is_compressed(entry: u64) -> bool {
         entry & COMPRESSED != 0
     }
 
-    /// Where a compressed cluster lies.
+    /// The location of a compressed cluster.
     pub(super) fn compressed(self, entry: u64) -> Result<Compressed, Malformed> {
         if self.data_file {
             return Err(Malformed::CompressedInDataFile);
@@ -240,9 +240,9 @@ impl EntryFormat {
         Ok(compressed)
     }
 
-    /// The place in a compressed L2 entry, however far away: for a checker.
+    /// The offset in a compressed L2 entry, however large: for a checker.
     pub fn raw_compressed(self, entry: u64) -> Compressed {
-        // The larger the cluster, the more bits count its sectors and the fewer are its offset.
+        // The larger the cluster, the more bits hold the sector count and the fewer the offset.
         let offset_bits = 62 - (self.cluster.bits() - 8);
         let at = entry & ((1 << offset_bits) - 1);
         let more_sectors = (entry & (COMPRESSED - 1)) >> offset_bits;
@@ -250,8 +250,8 @@ impl EntryFormat {
         Compressed { at: HostOffset(at), len: len as u32 }
     }
 
-    /// The host cluster of a standard entry. Offset 0 is the header, so it means "none", except
-    /// in an external data file: there bit 63 tells the first cluster from none.
+    /// The host cluster of a standard entry. Offset 0 is the header, so it means "none", except in an
+    /// external data file: there bit 63 distinguishes the first cluster from none.
     pub(super) fn data_place(
         self,
         entry: u64,
@@ -278,12 +278,12 @@ impl EntryFormat {
         place.0 | COPIED
     }
 
-    /// An 8-byte L2 entry that reads as zeroes; a place may be kept for a later write. Version 3 only.
+    /// An 8-byte L2 entry that reads as zeroes; a cluster may be preallocated. Version 3 only.
     pub fn zero(preallocated: Option<HostOffset>) -> u64 {
         preallocated.map_or(ZERO, |place| Self::owned(place) | ZERO)
     }
 
-    /// The same entry without the COPIED flag: somebody else refers to its cluster, too.
+    /// The same entry without the COPIED flag: its cluster has another reference.
     pub fn shared(entry: u64) -> u64 {
         entry & !COPIED
     }

@@ -1,7 +1,7 @@
 //! Header extensions: the list between the header and the backing file name.
 //!
-//! Only reads the list; what the extensions mean together with the header's fields (whether
-//! one is required or forbidden) is the header's business.
+//! Only reads the list; the header decides what the extensions mean together with its fields (whether one is
+//! required or forbidden).
 
 use super::bytes::{be_u32, be_u64};
 use super::feature::{self, FeatureName};
@@ -9,7 +9,7 @@ use super::frozen::{self, FROZEN_MAGIC, Frozen};
 use super::malformed::Malformed;
 use crate::units::HostOffset;
 
-/// Magic of the mark behind the last one.
+/// Magic of the end mark.
 pub const END: u32 = 0;
 /// Magic of the backing format string.
 pub const BACKING_FORMAT: u32 = 0xE279_2ACA;
@@ -22,7 +22,7 @@ const DATA_FILE: u32 = 0x4441_5441;
 /// Longest backing format string; QEMU's limit.
 const MAX_BACKING_FORMAT_LEN: u64 = 15;
 
-/// An extension that means nothing here; a writer keeps it as it is.
+/// An extension that chainfs does not interpret; a writer keeps it as it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnknownExtension {
     /// Its magic.
@@ -31,7 +31,7 @@ pub struct UnknownExtension {
     pub data: Vec<u8>,
 }
 
-/// Where the bitmap directory lies. As found: [`super::Header`] checks it if it is in force.
+/// The location of the bitmap directory. As found: [`super::Header`] checks it if it is in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BitmapsExtension {
     /// Bitmaps in the directory.
@@ -43,7 +43,7 @@ pub struct BitmapsExtension {
     pub(super) reserved: u32,
 }
 
-/// Where the LUKS header lies.
+/// The location of the LUKS header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CryptoHeader {
     /// Its place, cluster aligned.
@@ -63,8 +63,8 @@ pub(super) struct Extensions {
     pub(super) unknown: Vec<UnknownExtension>,
 }
 
-/// Reads the list in `area`, which starts behind the header and ends where the backing file
-/// name or the first cluster does.
+/// Reads the list in `area`, which starts after the header and ends where the backing file name or the first
+/// cluster does.
 pub(super) fn parse(area: &[u8]) -> Result<Extensions, Malformed> {
     let mut found = Extensions::default();
     let mut rest = area;
@@ -77,16 +77,16 @@ pub(super) fn parse(area: &[u8]) -> Result<Extensions, Malformed> {
         rest = &rest[8..];
         let data = rest.get(..len as usize);
         let data = data.ok_or(Malformed::ExtensionTooLong { magic, len, left: rest.len() as u64 })?;
-        // Of two of a kind the latter counts, as it does to QEMU.
+        // The last of several extensions of one kind counts, as in QEMU.
         found.take(magic, len, data)?;
-        // The padding of the last one may be cut by the end of the area.
+        // The padding of the last one may be truncated by the end of the area.
         rest = rest.get(data.len().next_multiple_of(8)..).unwrap_or_default();
     }
     Ok(found)
 }
 
 impl Extensions {
-    /// Takes one in.
+    /// Adds one.
     fn take(&mut self, magic: u32, len: u32, data: &[u8]) -> Result<(), Malformed> {
         match magic {
             BACKING_FORMAT => self.backing_format = backing_format(data)?,
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_may_end_with_the_area_even_without_its_padding() {
+    fn the_last_extension_may_end_with_the_area_without_padding() {
         let whole = extension(BACKING_FORMAT, b"raw");
         assert_eq!(parse(&whole).unwrap().backing_format.as_deref(), Some("raw"));
         assert_eq!(parse(&whole[..11]).unwrap().backing_format.as_deref(), Some("raw"));
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn each_rule_has_its_reason() {
+    fn each_violation_has_its_reason() {
         let reason = |magic, data: &[u8]| parse(&extension(magic, data)).unwrap_err();
         let what = "length of the backing format";
         assert_eq!(reason(BACKING_FORMAT, &[b'a'; 16]), Malformed::TooLarge { what, found: 16, max: 15 });
@@ -197,13 +197,13 @@ mod tests {
     }
 
     #[test]
-    fn of_two_of_a_kind_the_latter_counts_as_it_does_to_qemu() {
+    fn the_last_of_two_extensions_of_a_kind_counts() {
         let twice = [extension(BACKING_FORMAT, b"qcow2"), extension(BACKING_FORMAT, b"raw")].concat();
         assert_eq!(parse(&twice).unwrap().backing_format.as_deref(), Some("raw"));
     }
 
     #[test]
-    fn the_places_of_marks_that_hold_no_longer_say_nothing() {
+    fn thawed_freeze_marks_are_ignored() {
         let mark = Frozen { seconds: 1, nanoseconds: 2, description: "kept".into() };
         let mut thawed = mark.encode();
         thawed[frozen::FLAGS_AT + 3] = frozen::THAWED as u8;
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_strings_say_nothing() {
+    fn empty_strings_are_ignored() {
         let found = parse(&[extension(BACKING_FORMAT, b""), extension(DATA_FILE, b"")].concat()).unwrap();
         assert_eq!((found.backing_format, found.data_file), (None, None));
     }

@@ -1,12 +1,12 @@
-//! Feature bits: which are known, what they are called, and what an image needs that we lack.
+//! Feature bits: the known ones, their names, and the ones that chainfs lacks.
 
 use std::fmt;
 
 /// Incompatible bit 0: refcounts may be stale.
 pub const DIRTY: u64 = 1 << 0;
-/// Incompatible bit 1: something was found damaged; QEMU opens it for reading only.
+/// Incompatible bit 1: something was found damaged; QEMU opens it read-only.
 pub const CORRUPT: u64 = 1 << 1;
-/// Incompatible bit 2: guest data lies in an external file.
+/// Incompatible bit 2: guest data is in an external file.
 pub const DATA_FILE: u64 = 1 << 2;
 /// Incompatible bit 3: `compression_type` is not deflate.
 pub const COMPRESSION: u64 = 1 << 3;
@@ -19,20 +19,20 @@ pub const BITMAPS: u64 = 1 << 0;
 /// Autoclear bit 1: the external data file is a raw image by itself.
 pub const RAW_DATA: u64 = 1 << 1;
 
-/// The incompatible bits that a reader here understands.
+/// The incompatible bits that chainfs can read.
 pub const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 
-/// The autoclear bits whose promises a writer here keeps; it clears all others.
+/// The autoclear bits that a writer here keeps valid; it clears all others.
 pub const KNOWN_AUTOCLEAR: u64 = BITMAPS | RAW_DATA;
 
-/// Which of the header's three sets of bits a name belongs to.
+/// The set of feature bits in the header that a name belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FeatureKind {
-    /// Who does not know the bit must not open the image.
+    /// A program that does not know the bit must not open the image.
     Incompatible,
-    /// Who does not know the bit may ignore it.
+    /// A program that does not know the bit may ignore it.
     Compatible,
-    /// Who does not know the bit clears it before writing.
+    /// A program that does not know the bit clears it before writing.
     Autoclear,
 }
 
@@ -43,14 +43,14 @@ pub struct FeatureName {
     pub kind: FeatureKind,
     /// The bit, 0 to 63.
     pub bit: u8,
-    /// What the image's writer calls it.
+    /// The name that the image's writer gives it.
     pub name: String,
 }
 
 /// Bytes of a row: type, bit, and 46 bytes of name padded with zeros.
 pub const FEATURE_NAME_LEN: usize = 48;
 
-/// Reads the table. It only serves messages, so a row that makes no sense is passed over.
+/// Reads the table. It only serves messages, so a malformed row is skipped.
 pub(super) fn parse_names(bytes: &[u8]) -> Vec<FeatureName> {
     let row = |row: &[u8]| {
         let kind = match row[0] {
@@ -70,7 +70,7 @@ pub(super) fn parse_names(bytes: &[u8]) -> Vec<FeatureName> {
     bytes.chunks_exact(FEATURE_NAME_LEN).take(3 * 64).filter_map(row).collect()
 }
 
-/// What a well-formed image needs and chainfs does not have.
+/// The features of a well-formed image that chainfs does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unsupported {
     /// Unknown incompatible feature bits, by the image's own names for them.
@@ -111,7 +111,7 @@ impl fmt::Display for Unsupported {
     }
 }
 
-/// One row of the table, for the tests of whoever reads it.
+/// One row of the table, for tests of its readers.
 #[cfg(test)]
 pub(super) fn name_row(kind: u8, bit: u8, name: &str) -> Vec<u8> {
     let mut row = vec![0; FEATURE_NAME_LEN];
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_sense_and_half_rows_are_passed_over() {
+    fn malformed_and_truncated_rows_are_skipped() {
         let mut bytes =
             [name_row(3, 0, "no such set"), name_row(0, 64, "no such bit"), name_row(2, 0, "bitmaps")]
                 .concat();

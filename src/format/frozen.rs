@@ -1,14 +1,13 @@
 //! The freeze mark: chainfs' own header extension, which says that a layer is a snapshot.
 //!
-//! A frozen layer never becomes writable again by becoming a leaf. QEMU keeps extensions that
-//! it does not know, so the mark survives its writing to the file.
+//! A frozen layer never becomes writable again by becoming a leaf. QEMU keeps unknown extensions, so the mark
+//! survives QEMU's writes to the file.
 //!
-//! Payload, big-endian: version u32 = 1, flags u32, seconds i64, nanoseconds u32,
-//! description length u32, description in UTF-8. What follows the description means nothing, so that a
-//! mark may take the place of a longer one.
+//! Payload, big-endian: version u32 = 1, flags u32, seconds i64, nanoseconds u32, description length u32,
+//! description in UTF-8. Bytes after the description are ignored, so that a mark may replace a longer one.
 //!
-//! Flag bit 0, thawed: this is no mark, and nothing behind the flags means anything. A mark in the midst of
-//! other extensions can be set and taken away by one write to its flags; the space is for the next one. All
+//! Flag bit 0, thawed: this is no mark, and nothing after the flags is interpreted. A mark in the middle of
+//! other extensions can be set and removed by one write to its flags; the space is for the next mark. All
 //! other flags are reserved and 0.
 
 use super::bytes::{be_i64, be_u32};
@@ -16,35 +15,35 @@ use super::malformed::Malformed;
 
 /// Magic of the extension: `CHFS`.
 pub const FROZEN_MAGIC: u32 = 0x4348_4653;
-/// Limit of a description, in bytes. Our own; small enough for header and name in 4 KiB.
+/// Limit of a description, in bytes. chainfs' own; small enough for header and name in 4 KiB.
 pub const MAX_DESCRIPTION_LEN: usize = 1024;
 
-/// Where the flags stand in the payload.
+/// Offset of the flags in the payload.
 pub const FLAGS_AT: usize = 4;
-/// The flag of a mark that holds no longer.
+/// The flag of a mark that was removed.
 pub const THAWED: u32 = 1;
 
 const VERSION: u32 = 1;
 const FIXED_LEN: usize = 24;
 
-/// Whether the extension with this payload is only the place of a mark.
+/// Whether the extension with this payload is only the space of a removed mark.
 pub fn is_thawed(payload: &[u8]) -> bool {
     payload.len() >= FLAGS_AT + 4 && be_u32(payload, 0) == VERSION && be_u32(payload, FLAGS_AT) == THAWED
 }
 
-/// When and with which words a layer was frozen.
+/// When a layer was frozen, with the user's description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frozen {
     /// Seconds since 1970.
     pub seconds: i64,
     /// Below 1,000,000,000.
     pub nanoseconds: u32,
-    /// The user's words, at most [`MAX_DESCRIPTION_LEN`] bytes.
+    /// The user's description, at most [`MAX_DESCRIPTION_LEN`] bytes.
     pub description: String,
 }
 
 impl Frozen {
-    /// A mark without words, of that time.
+    /// A mark of that time without a description.
     pub fn of_time((seconds, nanoseconds): (i64, u32)) -> Self {
         Self { seconds, nanoseconds, description: String::new() }
     }
@@ -80,7 +79,7 @@ impl Frozen {
     /// The payload of the extension.
     ///
     /// # Panics
-    /// If a field is beyond its limit: commands are checked where they come in.
+    /// If a field is beyond its limit: commands are checked when they are parsed.
     pub fn encode(&self) -> Vec<u8> {
         assert!(self.nanoseconds < 1_000_000_000 && self.description.len() <= MAX_DESCRIPTION_LEN);
         let mut out = Vec::with_capacity(FIXED_LEN + self.description.len());
@@ -110,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_encoded_parses_to_the_same() {
+    fn an_encoded_mark_parses_to_the_same_value() {
         let mark = Frozen::parse(&good()).unwrap();
         assert_eq!((mark.seconds, mark.nanoseconds), (-5, 999_999_999));
         assert_eq!(mark.encode(), good());
@@ -119,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_may_lie_in_the_place_of_a_longer_one_and_its_place_may_stay_without_it() {
+    fn a_mark_may_replace_a_longer_one_and_may_be_thawed() {
         let mut longer = good();
         longer.extend(b"what was there before");
         assert_eq!(Frozen::parse(&longer), Frozen::parse(&good()));
@@ -129,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn each_rule_has_its_reason() {
+    fn each_violation_has_its_reason() {
         let have = good().len() as u64;
         assert_eq!(Frozen::parse(&good()[..23]), Err(Malformed::FrozenLength { have: 23, need: 24 }));
         assert_eq!(poked(0, 2), Err(Malformed::FrozenVersion(2)));

@@ -1,9 +1,9 @@
 //! The header of a qcow2 image, versions 2 and 3, with its extensions and the backing name.
 //!
-//! A [`Header`] that exists is safe to compute with: offsets are aligned and in range, tables
-//! within their limits and, where a reader needs them, within the file. Unknown incompatible
-//! features and encryption do not fail the parse, because the backing name is worth having all
-//! the same: whoever reads guest data asks [`Header::unsupported`] and [`Header::encryption`].
+//! A [`Header`] that exists is safe to compute with: offsets are aligned and in range, tables within their
+//! limits and, where a reader needs them, within the file. Unknown incompatible features and encryption do
+//! not fail the parse, because the backing name is useful anyway: a reader of guest data checks
+//! [`Header::unsupported`] and [`Header::encryption`].
 
 use super::bytes::{be_u32, be_u64};
 use super::entry::EntryFormat;
@@ -18,10 +18,10 @@ pub use super::parts::{
     BackingFile, Compression, DataFile, Encryption, L1Table, RefcountTable, SnapshotTable, Version,
 };
 
-// Places of fields that are changed by themselves. Each lies, with its neighbours, in the first sector.
+// Offsets of fields that are changed by themselves. Each lies, with its neighbours, in the first sector.
 /// Offset of the refcount table (8 bytes), then its clusters (4).
 pub const REFCOUNT_TABLE_AT: u64 = 48;
-/// Where the header counts and names the snapshot table, side by side.
+/// Offset of the number of snapshots and of the offset of their table, side by side.
 pub const SNAPSHOTS_AT: u64 = 60;
 /// Incompatible feature bits, 8 bytes; version 3.
 pub const INCOMPATIBLE_AT: u64 = 72;
@@ -30,14 +30,14 @@ pub const AUTOCLEAR_AT: u64 = 88;
 
 /// `QFI\xfb`.
 pub const MAGIC: u32 = 0x5146_49FB;
-/// Bytes with which [`needed_len`] is content.
+/// How many bytes [`needed_len`] needs.
 pub const PROBE_LEN: usize = 112;
 /// Bytes of a version 2 header, and of the fields that both versions share.
 pub const V2_LEN: usize = 72;
 const V3_MIN_LEN: usize = 104;
 
 // QEMU's limits.
-// B1: of what an image can name.
+// B1: limits of the sizes that an image can state.
 /// Largest L1 table, in bytes.
 pub const MAX_L1_LEN: u64 = 32 << 20;
 /// Largest refcount table, in bytes.
@@ -60,7 +60,7 @@ pub struct Header {
     pub version: Version,
     /// The cluster size.
     pub cluster: ClusterBits,
-    /// Bytes of the guest's disk, cut down to whole sectors as QEMU does on opening.
+    /// Size of the guest's disk in bytes, rounded down to whole sectors as QEMU does on opening.
     pub virtual_size: u64,
     /// The active L1 table. It covers at least the virtual size.
     pub l1: L1Table,
@@ -76,9 +76,9 @@ pub struct Header {
     pub compatible: u64,
     /// Autoclear feature bits as found; 0 in version 2.
     pub autoclear: u64,
-    /// How compressed clusters are to be read. Means nothing if [`Self::unsupported`].
+    /// The method of compressed clusters. Undefined if [`Self::unsupported`].
     pub compression: Compression,
-    /// How guest data is encrypted, if it is.
+    /// The method of encryption, if guest data is encrypted.
     pub encryption: Option<Encryption>,
     /// The backing file. An offset with length 0 is no backing file.
     pub backing: Option<BackingFile>,
@@ -90,7 +90,7 @@ pub struct Header {
     pub crypto_header: Option<CryptoHeader>,
     /// The image's own names of feature bits.
     pub feature_names: Vec<FeatureName>,
-    /// Extensions that mean nothing here.
+    /// Extensions that chainfs does not interpret.
     pub unknown_extensions: Vec<UnknownExtension>,
     /// Bytes of the header without extensions.
     pub header_len: u32,
@@ -98,7 +98,7 @@ pub struct Header {
     pub frozen: Option<Frozen>,
     /// What forbids reading guest data: features that chainfs does not know.
     pub unsupported: Option<Unsupported>,
-    /// What is wrong with the refcounts. Who only reads does not need them.
+    /// What is wrong with the refcounts. A reader does not need them.
     pub refcount_damage: Option<Malformed>,
 }
 
@@ -138,7 +138,7 @@ fn need(bytes: &[u8], len: usize) -> Result<(), Malformed> {
     if have < need { Err(Malformed::Truncated { what: "header", need, have }) } else { Ok(()) }
 }
 
-/// How much of a header's damage is the reader's business.
+/// Which damage of a header fails the parse.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Purpose {
     Read,
@@ -152,7 +152,7 @@ impl Header {
         Self::parse_for(Purpose::Read, bytes, file_len)
     }
 
-    /// As [`Self::parse`], but leaves to the checker what it reports as corruptions: a missing
+    /// As [`Self::parse`], but leaves to the checker the damage that it reports as corruptions: a missing
     /// refcount table, tables that overlap or lie beyond the end of the file.
     pub fn parse_for_check(bytes: &[u8], file_len: u64) -> Result<Self, Malformed> {
         Self::parse_for(Purpose::Check, bytes, file_len)
@@ -226,7 +226,7 @@ impl Header {
         };
         header.check_tables(size)?;
         if let Err(damage) = header.check_refcount_table() {
-            // Nothing is known of it: a checker counts anew.
+            // Its location is unknown: a checker recounts.
             header.refcount_table = RefcountTable { offset: HostOffset(0), clusters: 0 };
             header.refcount_damage.get_or_insert(damage);
         }
@@ -245,7 +245,7 @@ impl Header {
 
         at_most("length of the L1 table", self.l1.len_bytes(), MAX_L1_LEN)?;
         check_table("L1 table", self.l1.offset, self.l1.len_bytes(), cluster)?;
-        // By the size as found: QEMU, too, cuts it to sectors only after this check.
+        // By the size as found: QEMU, too, rounds it to sectors only after this check.
         let need = size.div_ceil(self.l1_entry_span());
         if u64::from(self.l1.entries) < need {
             return Err(Malformed::L1TooSmall { entries: self.l1.entries, need });
@@ -259,7 +259,7 @@ impl Header {
         check_table("refcount table", self.refcount_table.offset, len, self.cluster)
     }
 
-    /// That the tables exist where they should, and do not lie on the header or each other.
+    /// That the tables are in the file, and do not overlap the header or each other.
     fn check_places(&mut self, file_len: u64) -> Result<(), Malformed> {
         if self.refcount_table.clusters == 0 {
             self.refcount_damage.get_or_insert(Malformed::NoRefcountTable);
@@ -285,7 +285,7 @@ impl Header {
                     continue;
                 }
                 let overlap = Malformed::Overlap { first, second };
-                // Which of two places is wrong cannot be told: it must not be that of the mappings.
+                // Which of two overlapping structures is wrong is unknown: it must not be the mappings.
                 if [first, second].contains(&REFCOUNT_TABLE) && ![first, second].contains(&L1_TABLE) {
                     self.refcount_damage.get_or_insert(overlap);
                 } else {
@@ -321,7 +321,7 @@ impl Header {
         self.autoclear & feature::BITMAPS != 0
     }
 
-    /// How to read the entries of the image's tables.
+    /// The format of the entries of the image's tables.
     pub fn entry_format(&self) -> EntryFormat {
         EntryFormat {
             version: self.version,
@@ -361,7 +361,7 @@ impl LaterFields {
             return Err(Malformed::HeaderLength(found));
         }
         need(bytes, len)?;
-        // What follows compression_type is unknown: the specification lets readers ignore it.
+        // Fields after compression_type are unknown: the specification lets readers ignore them.
         let compression_type = if len > V3_MIN_LEN { bytes[V3_MIN_LEN] } else { 0 };
         let fields = Self {
             incompatible: be_u64(bytes, 72),
@@ -407,7 +407,7 @@ impl Features {
     }
 }
 
-/// Where the backing file name lies; starts at 0 if there is none at all.
+/// The range of the backing file name; starts at 0 if there is none at all.
 fn backing_place(
     bytes: &[u8],
     header_len: u64,

@@ -1,13 +1,13 @@
-//! Changes of a header that is in use: another backing file, a freeze mark set or taken away.
+//! Changes of a header that is in use: another backing file, a freeze mark set or removed.
 //!
-//! Promises: cut off anywhere, whatever of a step that was not yet synced is there, the header
-//! is either the old one or the new one. So an edit is a list of steps, a sync behind each. A step either
-//! writes where the header of that moment means nothing (behind the end of its extensions, beside the backing
-//! name), or is one write within a sector. Between old and new there may be headers that say the same as one
-//! of them in another layout, or without the names of features, which serve messages only and are in the way
-//! where they lie across two sectors. Everything that is not to be changed stays, known or not.
+//! Promises: after a crash, with any subset of the unsynced writes of a step on disk, the header is either
+//! the old one or the new one. So an edit is a list of steps with a sync after each. A step either writes
+//! bytes that the current header does not use (after the end of its extensions, beside the backing name), or
+//! is one write within a sector. Between old and new there may be headers with the same meaning as one of
+//! them in another layout, or without the feature names, which serve messages only and may be in the way
+//! where they cross a sector. Every field that the edit does not change stays, known or not.
 //!
-//! Where no such list is found, nothing is changed: small clusters have no room for every edit.
+//! If no such list is found, nothing is changed: small clusters have no room for every edit.
 
 use std::ops::Range;
 
@@ -20,54 +20,54 @@ use crate::units::SECTOR_SIZE;
 /// Offset of the backing file name (8 bytes), then its length (4).
 const BACKING_AT: usize = 8;
 
-/// What an edit makes of a backing file: its name and its format.
+/// The new backing file of an edit: its name and its format.
 pub type BackingBytes<'a> = (&'a [u8], &'a [u8]);
 
-/// What is to be changed; `None` stays as it is.
+/// The fields to change; `None` keeps one as it is.
 #[derive(Clone, Debug, Default)]
 pub struct HeaderEdit<'a> {
-    /// Another backing file, or no more.
+    /// Another backing file, or none.
     pub backing: Option<Option<BackingBytes<'a>>>,
-    /// The payload of another freeze mark, or no more.
+    /// The payload of another freeze mark, or none.
     pub frozen: Option<Option<&'a [u8]>>,
 }
 
-/// Writes of which none may be left out before the next step begins.
+/// Writes that all have to be durable before the next step begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeaderStep {
     /// Offset in the file, and bytes.
     pub writes: Vec<(u64, Vec<u8>)>,
 }
 
-/// The steps of an edit; `None` if the layout does not allow it. `bytes` is the whole first cluster,
-/// whose header parses.
+/// The steps of an edit; `None` if the layout does not allow it. `bytes` is the whole first cluster with a
+/// valid header.
 pub fn plan(bytes: &[u8], edit: &HeaderEdit<'_>) -> Option<Vec<HeaderStep>> {
-    let wish = |names| Wish { edit, names };
-    if let Some(steps) = route(bytes, &wish(Names::Stay)) {
+    let variant = |names| EditVariant { edit, names };
+    if let Some(steps) = route(bytes, &variant(Names::Stay)) {
         return Some(steps);
     }
     let layout = HeaderLayout::of(bytes);
     let names = layout.find(|extension| extension.magic == FEATURE_NAMES)?.data(bytes);
     let nothing = HeaderEdit::default();
-    let mut steps = route(bytes, &Wish { edit: &nothing, names: Names::Go })?;
+    let mut steps = route(bytes, &EditVariant { edit: &nothing, names: Names::Go })?;
     let mut now = after(bytes, &steps);
-    for wish in [wish(Names::Stay), Wish { edit: &nothing, names: Names::Come(names) }] {
-        match route(&now, &wish) {
+    for variant in [variant(Names::Stay), EditVariant { edit: &nothing, names: Names::Come(names) }] {
+        match route(&now, &variant) {
             Some(more) => {
                 now = after(&now, &more);
                 steps.extend(more);
             }
-            // There is room for the change, but no longer for the names.
-            None if matches!(wish.names, Names::Come(_)) => {}
+            // There is room for the change, but not for the names.
+            None if matches!(variant.names, Names::Come(_)) => {}
             None => return None,
         }
     }
     Some(steps)
 }
 
-/// An edit, and what becomes of the names of features meanwhile.
+/// An edit, and the treatment of the feature names meanwhile.
 #[derive(Clone, Copy)]
-struct Wish<'a> {
+struct EditVariant<'a> {
     edit: &'a HeaderEdit<'a>,
     names: Names<'a>,
 }
@@ -79,15 +79,15 @@ enum Names<'a> {
     Come(&'a [u8]),
 }
 
-/// The steps to a header, at once or by one that says the same as the old one.
-fn route(bytes: &[u8], wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
+/// The steps to a header, direct or through one with the same meaning as the old one.
+fn route(bytes: &[u8], variant: &EditVariant<'_>) -> Option<Vec<HeaderStep>> {
     let old = HeaderLayout::of(bytes);
-    if let Some(steps) = direct(bytes, &old, wish) {
+    if let Some(steps) = direct(bytes, &old, variant) {
         return Some(steps);
     }
-    for rest in detours(bytes, &old, wish) {
+    for rest in detours(bytes, &old, variant) {
         if let Some(mut steps) = switch(bytes, &rest)
-            && let Some(more) = direct(&rest, &HeaderLayout::of(&rest), wish)
+            && let Some(more) = direct(&rest, &HeaderLayout::of(&rest), variant)
         {
             steps.extend(more);
             return Some(steps);
@@ -105,7 +105,7 @@ fn after(bytes: &[u8], steps: &[HeaderStep]) -> Vec<u8> {
     bytes
 }
 
-/// An extension: its data lies behind its 8 bytes of magic and length.
+/// An extension: its data follows its 8 bytes of magic and length.
 #[derive(Clone, Debug)]
 struct Extension {
     magic: u32,
@@ -118,7 +118,7 @@ impl Extension {
         &bytes[self.at + 8..self.at + 8 + self.len]
     }
 
-    /// Bytes that its data may have without moving what follows.
+    /// Bytes that its data may have without moving the next extension.
     fn room(&self) -> usize {
         self.len.next_multiple_of(8)
     }
@@ -128,13 +128,13 @@ impl Extension {
     }
 }
 
-/// Where things are in a header.
+/// The layout of a header.
 #[derive(Debug)]
 struct HeaderLayout {
     extensions: Vec<Extension>,
-    /// Where the extensions start: behind the fields.
+    /// Where the extensions start: after the fields.
     start: usize,
-    /// Where they end: the place of the end mark, if there is one.
+    /// Where they end: the offset of the end mark, if there is one.
     end: usize,
     /// The backing file name; empty if there is none.
     name: Range<usize>,
@@ -154,7 +154,7 @@ impl HeaderLayout {
         Self { extensions, start, end: at, name: if len == 0 { 0..0 } else { offset..offset + len } }
     }
 
-    /// Behind everything that the header means.
+    /// The end of all bytes that the header uses.
     fn behind(&self) -> usize {
         (self.end + 8).max(self.name.end).next_multiple_of(8)
     }
@@ -163,7 +163,7 @@ impl HeaderLayout {
         self.extensions.iter().find(|extension| wanted(extension))
     }
 
-    /// Which bytes of the cluster mean something.
+    /// Which bytes of the cluster the header uses.
     fn meaning(&self, bytes: &[u8]) -> Vec<bool> {
         let mut meaning = vec![false; bytes.len()];
         let mut mark = |range: Range<usize>| {
@@ -173,7 +173,7 @@ impl HeaderLayout {
         mark(0..self.start);
         for extension in &self.extensions {
             let is_place = extension.magic == FROZEN_MAGIC && !extension.is_mark(bytes);
-            // Of the place of a mark only version and flags are looked at.
+            // Of the space of a removed mark, only version and flags are read.
             mark(extension.at..extension.at + 8 + if is_place { FLAGS_AT + 4 } else { extension.room() });
         }
         mark(self.end..self.end + 8);
@@ -182,7 +182,7 @@ impl HeaderLayout {
     }
 }
 
-/// The steps from one header to the other, if one write within a sector can decide between them.
+/// The steps from one header to the other, if one write within a sector can switch between them.
 fn switch(old: &[u8], new: &[u8]) -> Option<Vec<HeaderStep>> {
     let sector = SECTOR_SIZE as usize;
     let changed: Vec<usize> = (0..old.len()).filter(|at| old[*at] != new[*at]).collect();
@@ -210,30 +210,30 @@ fn switch(old: &[u8], new: &[u8]) -> Option<Vec<HeaderStep>> {
     Some(steps)
 }
 
-/// The steps to the first of the wanted headers that can be reached at once.
-fn direct(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Vec<HeaderStep>> {
-    drafts(bytes, old, wish).iter().find_map(|draft| {
+/// The steps to the first of the wanted headers that can be reached directly.
+fn direct(bytes: &[u8], old: &HeaderLayout, variant: &EditVariant<'_>) -> Option<Vec<HeaderStep>> {
+    drafts(bytes, old, variant).iter().find_map(|draft| {
         draft
-            .places(bytes, old, wish)
+            .places(bytes, old, variant)
             .into_iter()
-            .find_map(|place| switch(bytes, &draft.with_name(bytes, old, wish, place)?))
+            .find_map(|place| switch(bytes, &draft.with_name(bytes, old, variant, place)?))
     })
 }
 
-/// A header to be, without the backing file name.
+/// A possible header, without the backing file name.
 struct Draft {
     bytes: Vec<u8>,
-    /// Behind its end mark.
+    /// The end of its end mark.
     end: usize,
 }
 
-/// What the header could be: written anew without gaps, or changed in place.
-fn drafts(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Draft> {
-    [compact(bytes, old, wish), in_place(bytes, old, wish)].into_iter().flatten().collect()
+/// Possible headers: rewritten without gaps, or changed in place.
+fn drafts(bytes: &[u8], old: &HeaderLayout, variant: &EditVariant<'_>) -> Vec<Draft> {
+    [compact(bytes, old, variant), in_place(bytes, old, variant)].into_iter().flatten().collect()
 }
 
-fn compact(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
-    let edit = wish.edit;
+fn compact(bytes: &[u8], old: &HeaderLayout, variant: &EditVariant<'_>) -> Option<Draft> {
+    let edit = variant.edit;
     let mut area = Vec::new();
     let (mut format, mut frozen) = (edit.backing.flatten().map(|(_, format)| format), edit.frozen.flatten());
     if let Some(format) =
@@ -246,7 +246,7 @@ fn compact(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
             (BACKING_FORMAT, HeaderEdit { backing: Some(_), .. }) => format.take(),
             (FROZEN_MAGIC, _) if !extension.is_mark(bytes) => None,
             (FROZEN_MAGIC, HeaderEdit { frozen: Some(_), .. }) => frozen.take(),
-            (FEATURE_NAMES, _) if matches!(wish.names, Names::Go) => None,
+            (FEATURE_NAMES, _) if matches!(variant.names, Names::Go) => None,
             _ => Some(extension.data(bytes)),
         };
         if let Some(data) = data {
@@ -256,7 +256,7 @@ fn compact(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
     if let Some(mark) = frozen {
         push(&mut area, FROZEN_MAGIC, mark);
     }
-    if let Names::Come(names) = wish.names {
+    if let Names::Come(names) = variant.names {
         push(&mut area, FEATURE_NAMES, names);
     }
     area.extend([0; 8]);
@@ -266,17 +266,17 @@ fn compact(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
     Some(Draft { bytes: new, end })
 }
 
-fn in_place(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Option<Draft> {
-    let edit = wish.edit;
+fn in_place(bytes: &[u8], old: &HeaderLayout, variant: &EditVariant<'_>) -> Option<Draft> {
+    let edit = variant.edit;
     let is_twice =
         |wanted: &dyn Fn(&Extension) -> bool| old.extensions.iter().filter(|found| wanted(found)).count() > 1;
-    // Of several the last counts, and all have to go.
+    // The last of several marks counts, and all have to be removed.
     if is_twice(&|found| found.magic == BACKING_FORMAT) || is_twice(&|found| found.is_mark(bytes)) {
         return None;
     }
     let mut new = bytes.to_vec();
     let mut more = Vec::new();
-    match wish.names {
+    match variant.names {
         Names::Stay => {}
         Names::Go => return None,
         Names::Come(names) => push(&mut more, FEATURE_NAMES, names),
@@ -323,8 +323,8 @@ fn push(area: &mut Vec<u8>, magic: u32, data: &[u8]) {
 }
 
 /// The name that the header will have; empty if none.
-fn new_name<'a>(bytes: &'a [u8], old: &HeaderLayout, wish: &Wish<'a>) -> &'a [u8] {
-    match wish.edit.backing {
+fn new_name<'a>(bytes: &'a [u8], old: &HeaderLayout, variant: &EditVariant<'a>) -> &'a [u8] {
+    match variant.edit.backing {
         None => &bytes[old.name.clone()],
         Some(None) => &[],
         Some(Some((name, _))) => name,
@@ -332,20 +332,26 @@ fn new_name<'a>(bytes: &'a [u8], old: &HeaderLayout, wish: &Wish<'a>) -> &'a [u8
 }
 
 impl Draft {
-    /// Where the name could be, best first.
-    fn places(&self, bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<usize> {
-        let name = new_name(bytes, old, wish);
+    /// Possible offsets of the name, best first.
+    fn places(&self, bytes: &[u8], old: &HeaderLayout, variant: &EditVariant<'_>) -> Vec<usize> {
+        let name = new_name(bytes, old, variant);
         let stays = !old.name.is_empty() && name == &bytes[old.name.clone()];
         let end = bytes.len().saturating_sub(name.len());
         let mut places: Vec<usize> = if stays { vec![old.name.start] } else { Vec::new() };
-        // Not further back than need be: whoever reads the header reads up to the name's end.
+        // No further back than necessary: a reader of the header reads up to the end of the name.
         places.extend([self.end, old.behind().max(self.end), end - end % 8]);
         places.retain(|place| *place >= self.end && place + name.len() <= bytes.len());
         places
     }
 
-    fn with_name(&self, bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>, place: usize) -> Option<Vec<u8>> {
-        named(&self.bytes, new_name(bytes, old, wish), place)
+    fn with_name(
+        &self,
+        bytes: &[u8],
+        old: &HeaderLayout,
+        variant: &EditVariant<'_>,
+        place: usize,
+    ) -> Option<Vec<u8>> {
+        named(&self.bytes, new_name(bytes, old, variant), place)
     }
 }
 
@@ -364,16 +370,16 @@ fn named(bytes: &[u8], name: &[u8], place: usize) -> Option<Vec<u8>> {
     Some(new)
 }
 
-/// Headers that say the same as the old one and leave room for the new one.
-fn detours(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
+/// Headers with the same meaning as the old one that leave room for the new one.
+fn detours(bytes: &[u8], old: &HeaderLayout, variant: &EditVariant<'_>) -> Vec<Vec<u8>> {
     let mut found = Vec::new();
     // An end mark where the name was the end.
     let mut ended = bytes.to_vec();
     if let Some(end) = ended.get_mut(old.end..old.end + 8) {
         end.fill(0);
     }
-    for draft in drafts(bytes, old, wish) {
-        let len = new_name(bytes, old, wish).len();
+    for draft in drafts(bytes, old, variant) {
+        let len = new_name(bytes, old, variant).len();
         for place in
             [old.behind().max(draft.end), old.behind().max(draft.end + len), bytes.len() - old.name.len()]
         {
@@ -383,10 +389,10 @@ fn detours(bytes: &[u8], old: &HeaderLayout, wish: &Wish<'_>) -> Vec<Vec<u8>> {
             }
         }
     }
-    // Without a backing file, its format says nothing.
+    // Without a backing file, its format has no meaning.
     if old.name.is_empty() {
-        let edit = HeaderEdit { backing: wish.edit.backing, frozen: None };
-        let draft = in_place(bytes, old, &Wish { edit: &edit, ..*wish });
+        let edit = HeaderEdit { backing: variant.edit.backing, frozen: None };
+        let draft = in_place(bytes, old, &EditVariant { edit: &edit, ..*variant });
         found.extend(draft.and_then(|draft| named(&draft.bytes, &[], 0)));
     }
     found

@@ -25,7 +25,7 @@ fn image(start: Image, len: usize, extensions: &[Vec<u8>], name: &[u8]) -> Image
     image
 }
 
-/// What of a header may differ.
+/// The expected header after an edit.
 fn wanted(old: &Header, edit: &HeaderEdit<'_>) -> Header {
     let mut new = old.clone();
     if let Some(backing) = edit.backing {
@@ -40,7 +40,7 @@ fn wanted(old: &Header, edit: &HeaderEdit<'_>) -> Header {
     new
 }
 
-/// Every header that a crash may leave: each sector of the writes of a step there or not.
+/// Every header that a crash may leave: each sector of the writes of a step written or not.
 fn crashes(before: &[u8], step: &HeaderStep) -> Vec<Vec<u8>> {
     let mut after = before.to_vec();
     step.writes
@@ -60,12 +60,12 @@ fn crashes(before: &[u8], step: &HeaderStep) -> Vec<Vec<u8>> {
     (0..1 << sectors.len()).map(state).collect()
 }
 
-/// Without the names of features, which may be missing for a while.
+/// Without the feature names, which may be missing for a while.
 fn nameless(header: &Header) -> Header {
     Header { feature_names: Vec::new(), ..header.clone() }
 }
 
-/// Edits the header, looks at every crash on the way, and returns what it becomes; `None` if it cannot be.
+/// Edits the header, checks every crash state, and returns the result; `None` if the edit is refused.
 fn edited(image: &Image, edit: &HeaderEdit<'_>) -> Option<Image> {
     let file_len = 1 << 20;
     let old = Header::parse(&image.bytes, file_len).unwrap();
@@ -87,7 +87,7 @@ fn edited(image: &Image, edit: &HeaderEdit<'_>) -> Option<Image> {
     Some(Image { bytes, file_len: image.file_len })
 }
 
-/// Headers as QEMU and chainfs write them, of every cluster size that makes a difference.
+/// Headers as QEMU and chainfs write them, of every relevant cluster size.
 fn images() -> Vec<(String, Image)> {
     let features = extension(FEATURE_NAMES, &feature_names());
     let format = extension(BACKING_FORMAT, b"qcow2");
@@ -130,7 +130,7 @@ fn images() -> Vec<(String, Image)> {
 }
 
 #[test]
-fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
+fn a_crash_leaves_the_old_header_or_the_new_one() {
     let long = [b'y'; 1023];
     let names: [Option<BackingBytes<'_>>; 5] = [
         None,
@@ -149,7 +149,7 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
                     .push((what.clone(), format!("a name of {:?}", backing.map(|(name, _)| name.len())))),
             }
         }
-        // Set, taken away and set again; each on what the last has left.
+        // Set, removed and set again; each on the result of the last.
         let mut image = image;
         for payload in marks.iter().chain(&marks) {
             match edited(&image, &HeaderEdit { backing: None, frozen: Some(payload.as_deref()) }) {
@@ -163,7 +163,7 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
             }
         }
     }
-    // Where clusters are large, everything is possible.
+    // Where clusters are large, every edit is possible.
     for (what, edit) in &refused {
         let is_small = what.contains(" 512,") || what.contains(" 1024,");
         assert!(is_small, "{what}: {edit} is refused");
@@ -172,7 +172,7 @@ fn cut_off_anywhere_a_header_is_the_old_or_the_new_one() {
 }
 
 #[test]
-fn both_at_once_is_one_change_or_none() {
+fn two_edits_at_once_are_one_change_or_none() {
     let payload = mark(10).encode();
     let edit = HeaderEdit { backing: Some(Some((b"other", b"raw"))), frozen: Some(Some(&payload)) };
     let done = images().iter().filter(|(_, image)| edited(image, &edit).is_some()).count();
@@ -180,7 +180,7 @@ fn both_at_once_is_one_change_or_none() {
 }
 
 #[test]
-fn what_is_refused_leaves_no_steps_and_what_is_so_already_needs_none() {
+fn a_refused_or_needless_edit_has_no_steps() {
     let full = image(Image::v3().u32(20, 9).u64(24, 1 << 12), 512, &[], &[b'x'; 380]);
     let payload = mark(10).encode();
     assert_eq!(

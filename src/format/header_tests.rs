@@ -1,4 +1,4 @@
-//! Each rule of the header, by poking a good one.
+//! Each rule of the header, by changing a valid one.
 
 use super::super::extension::{BACKING_FORMAT, FEATURE_NAMES};
 use super::super::feature::name_row;
@@ -20,7 +20,7 @@ fn crypto(offset: u64, len: u64) -> Vec<u8> {
 }
 
 #[test]
-fn a_plain_header_says_what_stands_in_it() {
+fn a_plain_header_parses_to_its_fields() {
     let header = Image::v3().u32(60, 2).u64(64, 0x20000).parse().unwrap();
     assert_eq!((header.version, header.cluster.bits(), header.virtual_size), (Version::V3, 16, 1 << 30));
     assert_eq!(header.l1, L1Table { offset: HostOffset(0x30000), entries: 2 });
@@ -57,7 +57,7 @@ fn magic_version_and_cluster_size() {
 }
 
 #[test]
-fn a_header_that_is_cut_off() {
+fn a_truncated_header_is_refused() {
     let short = |bytes: &[u8]| Header::parse(bytes, bytes.len() as u64).unwrap_err();
     let (v3, v2) = (Image::v3().u32(100, 120).bytes, Image::v2().bytes);
     assert_eq!(short(&[]), Malformed::Truncated { what: "header", need: 72, have: 0 });
@@ -172,7 +172,7 @@ fn the_l1_table_lies_in_the_file_and_not_on_other_tables() {
 
 #[test]
 fn the_refcount_table_is_there_within_its_limits() {
-    // Readers do without it; whoever writes asks what is wrong.
+    // Readers do without it; a writer checks it.
     let damage = |image: &Image| image.parse().unwrap().refcount_damage.expect("damage");
     let (what, unit) = ("refcount table", 65_536);
     let unaligned = Image::v3().u64(48, 0x10200);
@@ -188,7 +188,7 @@ fn the_refcount_table_is_there_within_its_limits() {
     assert_eq!(damage(&Image::v3().u64(48, 0)), on_header);
     let (what, found, max) = ("length of the refcount table", 129 << 16, 8 << 20);
     assert_eq!(damage(&Image::v3().u32(56, 129)), Malformed::TooLarge { what, found, max });
-    // Its place in the file is the checker's business.
+    // Its location in the file is checked by the checker.
     assert!(Image::v3().u64(48, 0x100_0000).parse().is_ok());
     for order in [7, 64, u32::MAX] {
         let image = Image::v3().u32(96, order);

@@ -1,8 +1,8 @@
 //! Why bytes are not what the format allows: one variant per reason.
 //!
-//! Each message names the field, what was found and what is allowed. The file's name is added
-//! by whoever opened it. A reason never depends on the caller's intent: what only matters to a
-//! checker is found by the checker.
+//! Each message names the field, the value found and the allowed values. The caller that opened the file adds
+//! its name. A reason never depends on the caller's intent: the checker itself finds what matters only to a
+//! checker.
 
 use std::fmt;
 
@@ -13,7 +13,7 @@ use crate::error::ErrorKind;
 pub enum Malformed {
     /// The file or table ends within `what`.
     Truncated {
-        /// The structure that is cut off.
+        /// The structure that is truncated.
         what: &'static str,
         /// Bytes it needs.
         need: u64,
@@ -43,13 +43,13 @@ pub enum Malformed {
     BackingFormat,
     /// Neither 0, 1 (AES) nor 2 (LUKS).
     CryptMethod(u32),
-    /// LUKS encryption without the extension that says where its header is.
+    /// LUKS encryption without the extension with the location of its header.
     CryptoHeaderMissing,
     /// A pointer to a LUKS header in an image that is not encrypted with LUKS.
     CryptoHeaderUnexpected,
     /// An offset that has to be a multiple of `unit` is not.
     Unaligned {
-        /// What lies at the offset.
+        /// The structure at the offset.
         what: &'static str,
         /// The offset as found.
         offset: u64,
@@ -67,7 +67,7 @@ pub enum Malformed {
     },
     /// Offset and length together exceed what a file can hold.
     OutOfRange {
-        /// What lies there.
+        /// The structure there.
         what: &'static str,
         /// Its offset.
         offset: u64,
@@ -83,11 +83,11 @@ pub enum Malformed {
         /// Where the file ends.
         file_len: u64,
     },
-    /// Two structures claim the same bytes.
+    /// Two structures overlap.
     Overlap {
-        /// The one.
+        /// The first one.
         first: &'static str,
-        /// The other.
+        /// The second one.
         second: &'static str,
     },
     /// The L1 table covers less than the virtual size.
@@ -143,7 +143,7 @@ pub enum Malformed {
         /// The value or entry as found.
         found: u64,
     },
-    /// A freeze mark of another version than ours.
+    /// A freeze mark of an unknown version.
     FrozenVersion(u32),
     /// A freeze mark with a billion nanoseconds or more.
     FrozenNanoseconds(u32),
@@ -166,11 +166,11 @@ pub enum Malformed {
     CompressedSubclusters(u64),
     /// A compressed cluster in an image with an external data file.
     CompressedInDataFile,
-    /// A cluster of an external data file that does not lie at its guest offset.
+    /// A cluster of an external data file that is not at its guest offset.
     DataFileOffset {
-        /// Where the entry says it lies.
+        /// The offset in the entry.
         host: u64,
-        /// Where it has to lie.
+        /// The required offset.
         guest: u64,
     },
     /// A snapshot table entry of a version 3 image with less than 16 bytes of extra data.
@@ -181,7 +181,7 @@ pub enum Malformed {
     BitmapGranularity(u8),
     /// A bitmap without a name.
     BitmapUnnamed,
-    /// A bitmap with extra data that says it must be understood.
+    /// A bitmap with extra data that is marked as required.
     BitmapExtraData(u32),
     /// A bitmap table at offset 0.
     BitmapTableMissing,
@@ -197,7 +197,7 @@ pub enum Malformed {
 }
 
 impl Malformed {
-    /// What the file's user should think: a damaged file, or a good one of a kind unknown here.
+    /// How a user should see the file: damaged, or a valid one of an unknown kind.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Version(_)
@@ -211,7 +211,7 @@ impl Malformed {
 }
 
 impl Malformed {
-    /// The fact alone, without what to do about it: for a list of many.
+    /// The fact alone, without the remedy: for a list of many.
     pub fn fact(&self) -> String {
         let text = self.to_string();
         text.strip_suffix(CHECK).and_then(|text| text.strip_suffix("; ")).map_or(text.clone(), str::to_owned)
@@ -249,10 +249,10 @@ impl fmt::Display for Malformed {
                 )
             }
             Self::BackingNul => {
-                f.write_str("the backing file name contains a NUL byte; set it anew with qemu-img rebase -u")
+                f.write_str("the backing file name contains a NUL byte; set it again with qemu-img rebase -u")
             }
             Self::BackingFormat => f.write_str(
-                "the backing format is not a printable word; set it anew with qemu-img rebase -u -F FORMAT",
+                "the backing format is not a printable word; set it again with qemu-img rebase -u -F FORMAT",
             ),
             Self::CryptMethod(found) => {
                 write!(f, "crypt_method is {found}; 0 (none), 1 (AES) and 2 (LUKS) are known")
@@ -397,7 +397,7 @@ impl fmt::Display for Malformed {
     }
 }
 
-/// The remedy for what QEMU's checker can mend.
+/// The remedy for damage that QEMU's checker can repair.
 const CHECK: &str = "restore the file from a backup or try qemu-img check -r all on a copy";
 
 impl std::error::Error for Malformed {}

@@ -1,8 +1,8 @@
-//! qcow2 as bytes and values: what a header, a table or a compressed cluster says.
+//! qcow2 as bytes and values: headers, tables and compressed clusters.
 //!
-//! Pure: bytes come in, a value that needs no second look or a [`Malformed`] with the exact
-//! reason comes out. Nothing here reads a file, and nothing allocates more than its input or
-//! the specification's limits justify. Names are those of the qcow2 specification.
+//! Pure: bytes come in; a validated value or a [`Malformed`] with the exact reason comes out. Nothing here
+//! reads a file, and nothing allocates more than its input or the specification's limits justify. Names are
+//! those of the qcow2 specification.
 
 pub mod bitmap;
 mod bytes;

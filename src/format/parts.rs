@@ -1,4 +1,4 @@
-//! The values that a header is made of. They stand in [`super::header`] for everybody else.
+//! The values that a header consists of. [`super::header`] re-exports them.
 
 use crate::units::HostOffset;
 
@@ -11,7 +11,7 @@ pub enum Version {
     V3,
 }
 
-/// An L1 table: where it lies.
+/// The location of an L1 table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct L1Table {
     /// Its place, cluster aligned.
@@ -27,7 +27,7 @@ impl L1Table {
     }
 }
 
-/// Where the refcount table lies. It may be beyond the end of the file: readers do not need it.
+/// The location of the refcount table. It may be beyond the end of the file: readers do not need it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RefcountTable {
     /// Its place, cluster aligned.
@@ -36,7 +36,7 @@ pub struct RefcountTable {
     pub clusters: u32,
 }
 
-/// Where the snapshot table lies. Its length in bytes is known only by parsing it.
+/// The location of the snapshot table. Its length in bytes is known only by parsing it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SnapshotTable {
     /// Its place, cluster aligned.
@@ -75,16 +75,16 @@ impl std::fmt::Display for Encryption {
 /// The backing file, as the header names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackingFile {
-    /// The name: not empty, no NUL bytes, not checked otherwise.
+    /// The name: not empty, no NUL bytes, otherwise unchecked.
     pub name: Vec<u8>,
-    /// Its format, where the header says one.
+    /// Its format, if the header states one.
     pub format: Option<String>,
 }
 
 /// The external data file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataFile {
-    /// The name, where the header says one.
+    /// The name, if the header states one.
     pub name: Option<Vec<u8>>,
     /// Whether it is a raw image by itself.
     pub raw: bool,

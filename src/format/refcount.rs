@@ -6,7 +6,7 @@ use crate::units::{ClusterBits, HostOffset};
 
 const RESERVED: u64 = 0x1ff;
 
-/// Decodes an entry of the refcount table: the block's place, or `None` where all counts are 0.
+/// Decodes an entry of the refcount table: the block's offset, or `None` if all counts are 0.
 pub fn table_entry(entry: u64, cluster: ClusterBits) -> Result<Option<HostOffset>, Malformed> {
     if entry & RESERVED != 0 {
         return Err(Malformed::Reserved { what: "refcount table entry", found: entry });
@@ -25,7 +25,7 @@ pub fn block_entries(cluster: ClusterBits, order: u32) -> u64 {
 /// Count number `index` of a block of counts that are `1 << order` bits wide.
 ///
 /// # Panics
-/// If `order` is above 6 or the block is shorter: the header and the caller saw to that.
+/// If `order` is above 6 or the block is shorter: the header and the caller have checked both.
 pub fn refcount(block: &[u8], index: usize, order: u32) -> u64 {
     match order {
         // Below a byte, the first count is in the least significant bits.

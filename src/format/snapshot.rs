@@ -1,8 +1,8 @@
 //! The snapshot table: one entry of variable length per internal snapshot.
 //!
-//! The header says how many entries there are, not how many bytes: a [`SnapshotParser`] is fed
-//! chunks of the file until it is content. A snapshot's L1 table may cover less than its disk
-//! (what it does not cover is a hole) and lies where its entry says, in the file or not.
+//! The header states the number of entries, not of bytes: a [`SnapshotParser`] is fed chunks of the file
+//! until it has all entries. A snapshot's L1 table may cover less than its disk (the rest is a hole), and its
+//! offset may be in the file or not.
 
 use super::bytes::{be_u16, be_u32, be_u64};
 use super::header::{Header, L1Table, SnapshotTable, Version, at_most, check_table};
@@ -26,7 +26,7 @@ const FULL_EXTRA_LEN: u32 = 24;
 /// An internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Its id: unique where the writer was sane.
+    /// Its id: unique if the writer was sane.
     pub id: Vec<u8>,
     /// Its name: may repeat.
     pub name: Vec<u8>,
@@ -40,26 +40,26 @@ pub struct Snapshot {
     pub vm_clock_nanoseconds: u64,
     /// Bytes of saved VM state; 0 if only the disk was saved.
     pub vm_state_size: u64,
-    /// Bytes of its disk; `None` where the table is too old to say: the image's own size then.
+    /// Size of its disk in bytes; `None` in a table too old to state it: the image's own size then.
     pub virtual_size: Option<u64>,
     /// Executed instructions, if they were counted.
     pub icount: Option<u64>,
     /// Bytes of extra data in the entry.
     pub extra_len: u32,
-    /// Why it cannot be read, if so. Other entries of the table can be all the same.
+    /// Why it cannot be read, if so. Other entries of the table may still be readable.
     pub damage: Option<Malformed>,
 }
 
 impl Snapshot {
-    /// Where the VM state lies on the guest's disk as the snapshot's L1 table maps it: at the
-    /// first entry that no longer belongs to a disk of `virtual_size`. `l1_entry_span` is the
-    /// header's. `None` if that is beyond what can be addressed.
+    /// The offset of the VM state on the guest's disk as the snapshot's L1 table maps it: at the first entry
+    /// that no longer belongs to a disk of `virtual_size`. `l1_entry_span` is the header's. `None` if that is
+    /// beyond the address range.
     pub fn vm_state_offset(virtual_size: u64, l1_entry_span: u64) -> Option<GuestOffset> {
         virtual_size.checked_next_multiple_of(l1_entry_span).map(GuestOffset)
     }
 }
 
-/// What decides how entries are read.
+/// The properties that decide how entries are parsed.
 #[derive(Clone, Copy, Debug)]
 struct Rules {
     cluster: ClusterBits,
@@ -72,7 +72,7 @@ struct Rules {
 pub struct SnapshotParser {
     rules: Rules,
     left: u32,
-    /// Bytes of the table that have been understood, padding included.
+    /// Bytes of the table that have been parsed, padding included.
     consumed: u64,
     pending: Vec<u8>,
     snapshots: Vec<Snapshot>,
@@ -84,10 +84,9 @@ impl SnapshotParser {
         Self::with(header.snapshots, header.cluster, header.version)
     }
 
-    /// As [`Self::new`], but leaves to the checker what it reports as corruptions: entries of
-    /// version 3 that lack the extra data which that version requires (see
-    /// [`Snapshot::extra_len`]), L1 tables that are too large or lie where none can, and sizes
-    /// that no disk has.
+    /// As [`Self::new`], but leaves to the checker the damage that it reports as corruptions: entries of
+    /// version 3 that lack the extra data which that version requires (see [`Snapshot::extra_len`]), L1
+    /// tables that are too large or at impossible offsets, and impossible sizes.
     pub fn for_check(header: &Header) -> Self {
         let mut parser = Self::new(header);
         parser.rules = Rules { extra_required: 0, l1_unchecked: true, ..parser.rules };
@@ -100,8 +99,8 @@ impl SnapshotParser {
         Self { rules, left: table.count, consumed: 0, pending: Vec::new(), snapshots: Vec::new() }
     }
 
-    /// Takes the next bytes of the table. `true` once all entries are there: what follows is
-    /// no longer the table's.
+    /// Takes the next bytes of the table. `true` once all entries are there: later bytes do not belong to the
+    /// table.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<bool, Malformed> {
         if self.left == 0 {
             return Ok(true);
@@ -127,17 +126,17 @@ impl SnapshotParser {
         self.left == 0
     }
 
-    /// Bytes of the table understood so far; once complete, its length.
+    /// Bytes of the table parsed so far; once complete, its length.
     pub fn table_len(&self) -> u64 {
         self.consumed
     }
 
-    /// The snapshots that were understood before the table ended or made no sense.
+    /// The snapshots that were parsed before the table ended or became invalid.
     pub fn understood(self) -> Vec<Snapshot> {
         self.snapshots
     }
 
-    /// The snapshots, or the reason that there is no more to feed.
+    /// The snapshots, or the reason why the table is incomplete.
     pub fn finish(self) -> Result<Vec<Snapshot>, Malformed> {
         if self.left > 0 {
             let have = self.consumed + self.pending.len() as u64;
@@ -148,8 +147,7 @@ impl SnapshotParser {
     }
 }
 
-/// Parses a table that is there as a whole. As from a parser, a damaged entry is among the others,
-/// with its reason.
+/// Parses a complete table. As from a parser, a damaged entry is among the others, with its reason.
 pub fn parse_table(
     bytes: &[u8],
     count: u32,
@@ -162,11 +160,11 @@ pub fn parse_table(
     parser.finish()
 }
 
-/// A table whose entries all have the extra data that version 3 requires: what an entry of
-/// `table` lacks of it is what a reader takes for it. Entries that have it stay as they are.
+/// A table whose entries all have the extra data that version 3 requires: fields that an entry of `table`
+/// lacks get the values that a reader assumes. Entries that have them stay as they are.
 ///
 /// # Panics
-/// If `table` is not `count` whole entries: a parser saw to that.
+/// If `table` is not `count` whole entries: a parser has checked that.
 pub fn with_required_extra(table: &[u8], count: u32, virtual_size: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(table.len() + count as usize * V3_EXTRA_LEN as usize);
     for entry in entries(table, count) {
@@ -200,7 +198,7 @@ pub fn without(table: &[u8], count: u32, index: usize) -> Vec<u8> {
     out
 }
 
-/// The entries of a table that a parser has found whole.
+/// The entries of a table that a parser has found complete.
 fn entries(table: &[u8], count: u32) -> impl Iterator<Item = &[u8]> {
     let mut at = 0;
     (0..count).map(move |_| {
@@ -213,10 +211,10 @@ fn entries(table: &[u8], count: u32) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Where each entry of a table of whole entries begins.
+/// The offset of each entry of a table of whole entries.
 ///
 /// # Panics
-/// If `table` is not `count` whole entries: a parser saw to that.
+/// If `table` is not `count` whole entries: a parser has checked that.
 pub fn places(table: &[u8], count: u32) -> Vec<usize> {
     let mut at = 0;
     let place = |entry: &[u8]| {
@@ -231,7 +229,7 @@ pub fn places(table: &[u8], count: u32) -> Vec<usize> {
 /// data that QEMU knows is written, in version 2 too, as QEMU does.
 ///
 /// # Panics
-/// If id or name have more bytes than an entry can say: names are checked where they come in.
+/// If id or name have more bytes than an entry can hold: names are checked when they are parsed.
 pub fn append(table: &mut Vec<u8>, snapshot: &Snapshot) {
     table.resize(table.len() + padding(table.len() as u64), 0);
     let len_of =
@@ -243,7 +241,7 @@ pub fn append(table: &mut Vec<u8>, snapshot: &Snapshot) {
     table.extend(snapshot.seconds.to_be_bytes());
     table.extend(snapshot.nanoseconds.to_be_bytes());
     table.extend(snapshot.vm_clock_nanoseconds.to_be_bytes());
-    // Readers that know no extra data look here.
+    // Readers that know no extra data read it here.
     table.extend(u32::try_from(snapshot.vm_state_size).unwrap_or(0).to_be_bytes());
     table.extend(FULL_EXTRA_LEN.to_be_bytes());
     table.extend(snapshot.vm_state_size.to_be_bytes());
@@ -262,7 +260,7 @@ pub fn next_id(snapshots: &[Snapshot]) -> Option<u64> {
     snapshots.iter().map(number).max().unwrap_or(0).checked_add(1)
 }
 
-/// What [`SnapshotParser::for_check`] leaves out.
+/// The checks that [`SnapshotParser::for_check`] leaves out.
 pub fn check_l1(l1: L1Table, cluster: ClusterBits) -> Result<(), Malformed> {
     at_most("length of a snapshot's L1 table", l1.len_bytes(), MAX_L1_LEN)?;
     check_table("L1 table of a snapshot", l1.offset, l1.len_bytes(), cluster)
@@ -273,7 +271,7 @@ fn padding(at: u64) -> usize {
     (at.next_multiple_of(8) - at) as usize
 }
 
-/// One entry and its length without padding, or `None` if it goes on beyond `bytes`.
+/// One entry and its length without padding, or `None` if it continues beyond `bytes`.
 fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, Malformed> {
     if bytes.len() < FIXED_LEN {
         return Ok(None);
@@ -287,7 +285,7 @@ fn parse_entry(bytes: &[u8], rules: Rules) -> Result<Option<(Snapshot, usize)>, 
     let Some(entry) = bytes.get(..end) else { return Ok(None) };
     let extra = |at: usize| (at + 8 <= id_at).then(|| be_u64(entry, at));
     let vm_state_size = extra(40).unwrap_or_else(|| be_u32(entry, 32).into());
-    // As with the header's size, what is left of a sector at the end is no part of the disk.
+    // As with the header's size, a partial sector at the end is no part of the disk.
     let virtual_size = extra(48).map(|size| size - size % SECTOR_SIZE);
     let damage = || {
         if extra_len < rules.extra_required {
@@ -344,7 +342,7 @@ mod tests {
         bytes
     }
 
-    /// The entries of a table in which none is damaged, or what is wrong with the first that is.
+    /// The entries of a table without damage, or the reason of the first damaged one.
     fn parse(bytes: &[u8], count: u32, version: Version) -> Result<Vec<Snapshot>, Malformed> {
         let snapshots = parse_table(bytes, count, ClusterBits::new(16).unwrap(), version)?;
         match snapshots.iter().find_map(|snapshot| snapshot.damage.clone()) {
@@ -409,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_entry_the_others_stay_byte_for_byte() {
+    fn removing_an_entry_keeps_the_others_byte_for_byte() {
         let all = [
             entry(&extra(&[1, 512, 9, 77]), "1", "a"),
             entry(&[], "22", "bcd"),
@@ -431,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn what_version_3_requires_is_what_readers_took_for_it() {
+    fn missing_extra_data_gets_the_values_that_readers_assume() {
         for (short, vm_state_size) in [(vec![], 4096), (extra(&[1 << 33]), 1 << 33)] {
             let whole = entry(&extra(&[7, 512, 9]), "2", "whole");
             let table = [padded(entry(&short, "1", "monday")), whole].concat();
@@ -449,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn each_rule_has_its_reason() {
+    fn each_violation_has_its_reason() {
         let good = entry(&extra(&[0, 512]), "1", "monday");
         let poked = |at: usize, bytes: &[u8]| {
             let mut entry = good.clone();
@@ -481,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_entry_costs_itself_only() {
+    fn a_damaged_entry_does_not_hide_the_others() {
         let good = |id: &str| padded(entry(&extra(&[0, 512]), id, "x"));
         let mut bad = good("2");
         bad[..8].copy_from_slice(&0x50200u64.to_be_bytes());
@@ -495,7 +493,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_appended_parses_to_the_same_behind_what_was_there() {
+    fn an_appended_entry_parses_after_the_old_ones() {
         let mut table = entry(&extra(&[0, 512]), "7", "odd");
         let old = table.clone();
         let new = Snapshot {

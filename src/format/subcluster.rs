@@ -1,4 +1,4 @@
-//! Extended L2 entries: one cluster in 32 subclusters, each with an answer of its own.
+//! Extended L2 entries: one cluster in 32 subclusters, each with its own mapping.
 
 use super::entry::{Allocation, Compressed, EntryFormat, Mapping, ZeroOffset};
 use super::malformed::Malformed;
@@ -52,7 +52,7 @@ impl EntryFormat {
 }
 
 impl SubclusterEntry {
-    /// What the entry says about subcluster 0 to 31. A compressed cluster is one whole.
+    /// The mapping of subcluster 0 to 31. A compressed cluster is one whole.
     ///
     /// # Panics
     /// If there is no such subcluster.
@@ -70,8 +70,8 @@ impl SubclusterEntry {
         }
     }
 
-    /// What the entry says about subcluster `from`, and for how many subclusters (itself
-    /// included) that goes on, contiguously, within this cluster; at least 1.
+    /// The mapping of subcluster `from`, and the number of contiguous subclusters (itself included) within
+    /// this cluster that continue it; at least 1.
     ///
     /// # Panics
     /// If there is no such subcluster.
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn each_subcluster_has_its_own_answer() {
+    fn each_subcluster_has_its_own_mapping() {
         let entry = decode(COPIED | 0x40000, 0b0100, 0b0011).unwrap();
         assert_eq!(entry.run(0), (Mapping::Data(HostOffset(0x40000)), 2));
         assert_eq!(entry.run(1), (Mapping::Data(HostOffset(0x40800)), 1));
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_cluster_without_allocated_subclusters_is_silent() {
+    fn a_host_cluster_without_allocated_subclusters_is_a_hole() {
         let entry = decode(COPIED | 0x40000, 0, 0).unwrap();
         assert_eq!((entry.run(0), entry.host_cluster()), ((Mapping::Hole, 32), Some(HostOffset(0x40000))));
     }
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn in_an_external_data_file_offset_0_is_a_place() {
+    fn in_an_external_data_file_offset_0_is_valid() {
         let format = EntryFormat { data_file: true, ..format() };
         let entry = format.l2_extended(COPIED, 1, GuestOffset(0)).unwrap();
         assert_eq!(entry.run(0), (Mapping::Data(HostOffset(0)), 1));

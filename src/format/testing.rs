@@ -1,4 +1,4 @@
-//! A builder of image headers for the tests of this layer: start from a good one, poke it.
+//! A builder of image headers for the tests of this layer: start from a valid one, change fields.
 
 use super::header::{Header, MAGIC};
 use super::malformed::Malformed;
@@ -11,7 +11,7 @@ pub(super) fn extension(magic: u32, data: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The first cluster of an image, and how long the file claims to be.
+/// The first cluster of an image, and the length of its file.
 #[derive(Clone)]
 pub(super) struct Image {
     pub(super) bytes: Vec<u8>,

@@ -265,8 +265,8 @@ impl MountTree {
             resuming.0.engine().resume();
             drop(resuming);
             while let Some(engine) = engine.upgrade().filter(|engine| !engine.is_stopping()) {
-                if engine.has_work_left() {
-                    engine.take_up_what_is_left();
+                if engine.has_interrupted() {
+                    engine.resume_interrupted();
                 }
                 drop(engine);
                 std::thread::sleep(ORPHAN_CHECK_INTERVAL);

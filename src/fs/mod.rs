@@ -1,8 +1,10 @@
-//! The mount: the store's tree in plain types, and a thin adapter to FUSE.
+//! The mount: the store's tree in plain types, the service that decides how the kernel is answered, and its
+//! transport.
 //!
-//! [`MountTree`] serves the kernel's requests (lookup, attributes, read, seek) in terms of nodes. Only the
-//! module `fuse` uses fuser, and only `mount` calls mount(2). Only active disks can be written (`change`).
-//! Writes to control files go to the engine (`control` and `progress`).
+//! [`MountTree`] serves the kernel's requests (lookup, attributes, read, seek) in terms of nodes. [`Service`]
+//! decides threads, caching, TTLs and errno. Only the module `fuse`, a transport, uses fuser, and only `mount`
+//! calls mount(2). Only active disks can be written (`change`). Writes to control files go to the engine
+//! (`control` and `progress`).
 
 mod access;
 mod attributes;
@@ -19,13 +21,14 @@ mod node;
 mod partition_range;
 mod pieces;
 mod progress;
+pub mod service;
 mod tree;
 
 pub use access::Caller;
 pub use attributes::{Attributes, Ownership};
 pub use change::Fallocate;
 pub use control::{CONTROL, ControlFile, ControlHandle, ControlScope};
-pub use fuse::{Features, Server};
+pub use fuse::Server;
 pub use guest_file::{GuestDirectory, GuestFile};
 pub use handles::Handle;
 pub use mounted_volumes::GuestNode;
@@ -33,4 +36,5 @@ pub use node::{ChainDocument, Node, NodeKind, PartitionNode, StoreDocument};
 pub use partition_range::PartitionRange;
 pub use pieces::Pieces;
 pub use progress::{ProgressReader, ProgressReply};
+pub use service::{Features, Service, errno};
 pub use tree::{GuestOptions, MountTree, NodeEntry};

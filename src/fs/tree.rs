@@ -34,6 +34,7 @@ use super::info_files::{Counters, InfoFiles, metrics};
 use super::mounted_volumes::MountedVolumes;
 use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
 use super::progress::{PendingReads, ProgressReader, ProgressReply};
+use super::service::Statistics;
 
 use directories::Directory;
 pub use guests::GuestOptions;
@@ -67,6 +68,9 @@ pub struct MountTree {
     counters: Counters,
     started: SystemTime,
 }
+
+/// The maximum length of a name in bytes, as statfs(2) says.
+const NAME_LEN: u32 = 255;
 
 /// Prefix of the names of a disk's extended attributes.
 const ATTRIBUTE_PREFIX: &[u8] = b"user.chainfs.";
@@ -303,6 +307,21 @@ impl MountTree {
 
     fn store_stat(&self) -> Result<ObjectStat> {
         self.store.roots()[0].stat(Path::new("."))
+    }
+
+    /// The sizes of the file system that holds the store.
+    pub(super) fn store_statistics(&self) -> Result<Statistics> {
+        let found = self.store.roots()[0].space()?;
+        Ok(Statistics {
+            blocks: found.blocks,
+            free_blocks: found.free,
+            available_blocks: found.available,
+            inodes: found.files,
+            free_inodes: found.files_free,
+            block_size: found.block_len,
+            fragment_size: found.unit_len,
+            name_len: NAME_LEN,
+        })
     }
 
     /// Attributes of the store's directory for a directory of the mount.

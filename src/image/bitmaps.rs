@@ -1,4 +1,4 @@
-//! Reading the directory of persistent bitmaps, wherever it comes from.
+//! Reading the directory of persistent bitmaps from any storage.
 
 use crate::error::{Error, Result};
 use crate::format::Header;
@@ -6,7 +6,7 @@ use crate::format::bitmap::{Bitmap, parse_directory};
 use crate::io::Storage;
 use crate::units::HostOffset;
 
-/// The bitmaps of the image in `storage`, if they are in force, and where their directory lies.
+/// The bitmaps of the image in `storage`, if they are in force, and the location of their directory.
 pub(crate) fn read_bitmaps<S: Storage + ?Sized>(
     name: &str,
     storage: &S,

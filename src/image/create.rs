@@ -1,8 +1,8 @@
 //! Fresh, empty qcow2 images of version 3.
 //!
-//! [`initial_image`] is pure; [`create`] puts its bytes into a new file, durably and so that
-//! nobody can take a half-written file for an image. Whether the backing file exists, and how
-//! large its disk is, is for the caller to know.
+//! [`initial_image`] is pure; [`create`] puts its bytes into a new file, durably and so that a half-written
+//! file is never taken for an image. The caller knows whether the backing file exists and how large its disk
+//! is.
 
 use std::fs::{self, File};
 use std::io;
@@ -20,7 +20,7 @@ use crate::units::{ClusterBits, SECTOR_SIZE};
 const HEADER_LEN: usize = 112;
 const REFCOUNT_ORDER: u32 = 4;
 
-/// What an image shall be.
+/// The properties of a new image.
 #[derive(Clone, Debug)]
 pub struct CreateOptions {
     /// Bytes of its disk, rounded up to whole sectors. Required; the caller fills in the size
@@ -40,20 +40,20 @@ pub struct CreateOptions {
 /// The backing file of a new image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewBacking {
-    /// The name as it shall stand in the header, except that a colon which QEMU would take for
-    /// the end of a protocol's name is guarded by `./`.
+    /// The name for the header, except that a colon which QEMU would take for the end of a protocol's name is
+    /// guarded by `./`.
     pub name: Vec<u8>,
     /// Its format. Never left out: formats are not guessed.
     pub format: String,
 }
 
 impl NewBacking {
-    /// The name as it stands in a header.
+    /// The name as written in a header.
     pub(super) fn guarded_name(&self) -> Result<Vec<u8>> {
         guarded_name(&self.name)
     }
 
-    /// The format as it stands in a header.
+    /// The format as written in a header.
     pub(super) fn checked_format(&self) -> Result<&[u8]> {
         let format = self.format.as_bytes();
         if (1..=15).contains(&format.len()) && format.iter().all(u8::is_ascii_graphic) {
@@ -94,7 +94,7 @@ pub fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     synced.map_err(|error| Error::io(format!("syncing {}", directory.display()), error))
 }
 
-/// A file that is removed when its making fails.
+/// A file that is removed when its creation fails.
 struct Unfinished(Option<(PathBuf, (u64, u64))>);
 
 impl Unfinished {
@@ -106,10 +106,10 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if let Some((path, own)) = self.0.take()
-            // Others may have put something there since.
+            // Another process may have put something there since.
             && fs::symlink_metadata(&path).is_ok_and(|found| (found.dev(), found.ino()) == own)
         {
-            // The error that brought us here is the one to tell.
+            // The error that caused this is the one to report.
             drop(fs::remove_file(path));
         }
     }
@@ -190,7 +190,7 @@ impl ImageLayout {
         let size = size.next_multiple_of(SECTOR_SIZE);
         let (extended_l2, l1_entries) = (options.extended_l2, size.div_ceil(l1_span));
         let mut plan = Self { cluster, extended_l2, size, table_clusters: 1, blocks: 1, l1_entries };
-        // Table and blocks count themselves, too: grow them until they cover everything.
+        // Table and blocks count themselves, too: they grow until they cover everything.
         loop {
             let blocks = plan.clusters().div_ceil(block_entries(cluster, REFCOUNT_ORDER));
             let table_clusters = (blocks * 8).div_ceil(cluster.size());
@@ -261,7 +261,7 @@ impl ImageLayout {
     }
 }
 
-/// A colon in the first part of a path makes it a protocol for QEMU.
+/// A colon in the first component of a path makes it a protocol for QEMU.
 fn guarded_name(name: &[u8]) -> Result<Vec<u8>> {
     let first_part = name.split(|&byte| byte == b'/').next().unwrap_or_default();
     let guard: &[u8] = if first_part.contains(&b':') { b"./" } else { b"" };
@@ -288,7 +288,7 @@ fn push_extension(out: &mut Vec<u8>, magic: u32, data: &[u8]) {
     out.resize(out.len().next_multiple_of(8), 0);
 }
 
-/// What the bits of a header mean, for programs that do not know them.
+/// Names of feature bits, for programs that do not know them.
 fn feature_names() -> Vec<u8> {
     let names: [(u8, u8, &str); 8] = [
         (0, 0, "dirty bit"),
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fresh_image_parses_to_what_was_asked_for() {
+    fn a_fresh_image_parses_to_its_options() {
         let mark = Frozen { seconds: 5, nanoseconds: 6, description: "for good".into() };
         let parsed = header(&CreateOptions { frozen: Some(mark.clone()), ..backed(b"base.raw", "raw") });
         assert_eq!((parsed.virtual_size, parsed.cluster.bits(), parsed.frozen), (1 << 20, 16, Some(mark)));

@@ -1,5 +1,5 @@
-//! The lookup that readers and the writer share: from a position of a disk through an L1 and an L2 table to
-//! the run of bytes of which one entry, or several that go on where the last one ends, say the same.
+//! The lookup that readers and the writer share: from an offset of a disk through an L1 and an L2 table to
+//! the run of bytes with the same mapping, in one entry or in several contiguous ones.
 //!
 //! Every entry is treated as hostile. A run has at least one byte, and never more than was asked for. Tables
 //! come by the slice from a [`TableSource`]; nothing is allocated, locked or read here.
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::format::{EntryFormat, L1Table, L2Entry, Malformed, Mapping, RawL2Entry};
 use crate::units::{HostOffset, Run};
 
-/// Bytes of a slice, the unit in which tables are read and kept. A shorter table is one slice.
+/// Bytes of a slice, the unit in which tables are read and cached. A shorter table is one slice.
 pub(super) const SLICE_LEN: u64 = 4096;
 
 /// The big-endian words of a slice, decoded.
@@ -18,11 +18,11 @@ pub(super) fn words_of(bytes: &[u8]) -> Arc<[u64]> {
     bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
 }
 
-/// Tables that a lookup goes through.
+/// The tables of a lookup.
 pub(super) trait TableSource {
     /// Words of a slice.
     type Words: Deref<Target = [u64]>;
-    /// Why there is no answer.
+    /// The reason for no answer.
     type Miss;
 
     /// How entries are read.
@@ -31,23 +31,23 @@ pub(super) trait TableSource {
     /// The L1 table of the disk.
     fn l1(&self) -> L1Table;
 
-    /// The slice that holds word `index` of the L1 table, and the place of that word in it.
+    /// The slice that holds word `index` of the L1 table, and the index of that word in it.
     fn l1_slice(&self, index: u64) -> Result<(Self::Words, usize), Self::Miss>;
 
     /// The same of an L2 table.
     fn l2_slice(&self, table: HostOffset, index: u64) -> Result<(Self::Words, usize), Self::Miss>;
 
-    /// What makes no answer of the L1 entry for `at`.
+    /// The error for an invalid L1 entry of `at`.
     fn bad_l1(&self, at: u64, reason: Malformed) -> Self::Miss;
 
     /// The same of the L2 entry.
     fn bad_l2(&self, at: u64, reason: Malformed) -> Self::Miss;
 
-    /// What of an entry matters here: entries that are equal in that make one run.
+    /// The fields of an entry that matter here: entries with equal ones are joined into one run.
     fn relevant(&self, entry: L2Entry) -> L2Entry;
 }
 
-/// What the tables say of `at`, for at most `max` bytes.
+/// The entry for `at`, for at most `max` bytes.
 pub(super) fn lookup<S: TableSource>(source: &S, at: u64, max: u64) -> Result<Run<L2Entry>, S::Miss> {
     let (format, span) = (source.format(), source.format().l1_span());
     let (index, entries) = (at / span, u64::from(source.l1().entries));
@@ -86,7 +86,7 @@ fn lookup_in<S: TableSource>(
     };
     let found = next(at).expect("the slice holds the entry").map_err(|reason| source.bad_l2(at, reason))?;
     let (entry, mut len) = (found.value, found.len);
-    // Entries that go on where the last ended make one run.
+    // Entries that continue where the last ended make one run.
     while len < max && cluster.aligned(at + len) {
         match next(at + len) {
             Some(Ok(other))

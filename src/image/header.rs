@@ -1,7 +1,7 @@
 //! Changing the header of an image that is in use.
 //!
-//! What is written when is [`header_edit`]'s to say; here it is read, checked before the first write, and
-//! written, with a sync behind each step.
+//! [`header_edit`] decides what is written in which order; here the header is read, checked before the first
+//! write, and written, with a sync after each step.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header_edit::{HeaderEdit, HeaderStep, plan};
@@ -11,7 +11,7 @@ use crate::image::write::refcounts_damaged;
 use crate::image::{read_header_with, unreadable};
 use crate::io::{Storage, WriteStorage};
 
-/// What is to become of a header; `None` stays.
+/// The changes of a header; `None` keeps a field.
 #[derive(Clone, Debug, Default)]
 pub struct HeaderChange {
     /// Another backing file, or none.
@@ -20,21 +20,21 @@ pub struct HeaderChange {
     pub frozen: Option<Option<Frozen>>,
 }
 
-/// Changes the header of a qcow2 file that no [`Writer`](crate::image::write::Writer) has open. Cut off
-/// anywhere, the image has the old header or the new one.
+/// Changes the header of a qcow2 file that no [`Writer`](crate::image::write::Writer) has open. A crash
+/// leaves the old header or the new one.
 ///
-/// `Unsupported`, before anything is written: the header's layout does not allow it, or it is not an image
-/// that may be written to.
+/// `Unsupported`, before anything is written: the header's layout does not allow it, or the image may not be
+/// written.
 pub fn change_header(name: &str, file: &dyn WriteStorage, change: &HeaderChange) -> Result<()> {
     apply(file, &steps(name, file, change)?)
 }
 
-/// What [`change_header`] would refuse; nothing is written.
+/// The refusal that [`change_header`] would return; nothing is written.
 pub fn check_header_change<S: Storage + ?Sized>(name: &str, file: &S, change: &HeaderChange) -> Result<()> {
     steps(name, file, change).map(drop)
 }
 
-/// Does what [`steps`] has found.
+/// Carries out the steps that [`steps`] has found.
 pub(super) fn apply(file: &dyn WriteStorage, steps: &[HeaderStep]) -> Result<()> {
     for step in steps {
         for (at, bytes) in &step.writes {
@@ -45,7 +45,7 @@ pub(super) fn apply(file: &dyn WriteStorage, steps: &[HeaderStep]) -> Result<()>
     Ok(())
 }
 
-/// What has to be done, in this order; nothing is written.
+/// The steps, in this order; nothing is written.
 pub(super) fn steps<S: Storage + ?Sized>(
     name: &str,
     file: &S,
@@ -80,17 +80,15 @@ pub(super) fn steps<S: Storage + ?Sized>(
     let steps = plan(&cluster, &edit).ok_or_else(|| {
         let fact = match &change.frozen {
             Some(Some(_)) if old.frozen.is_some() => {
-                "has no room for another freeze mark in the place of the old one; take that away first"
+                "has no room for a longer freeze mark in place of the old one; remove that first"
             }
-            _ => {
-                "has no room for the new beside the old; write it anew with qemu-img rebase -u, and try again"
-            }
+            _ => "has no room for the change; rewrite the header with qemu-img rebase -u, and try again",
         };
         Error::new(ErrorKind::Unsupported, format!("{name}: its header {fact}"))
     })?;
 
-    // Looked at before the first write: each header on the way is the old or the new one, but that the
-    // names of features may be missing.
+    // Checked before the first write: each header on the way is the old or the new one, except that the
+    // feature names may be missing.
     let nameless = |header: Header| Header { feature_names: Vec::new(), ..header };
     let old = nameless(old);
     for step in &steps {
@@ -98,7 +96,7 @@ pub(super) fn steps<S: Storage + ?Sized>(
             cluster[*at as usize..*at as usize + bytes.len()].copy_from_slice(bytes);
         }
         let now = Header::parse(&cluster, file_len.max(old.cluster.size())).map_err(|reason| {
-            let fact = format!("{name}: its header cannot be changed so: {reason}");
+            let fact = format!("{name}: its header cannot be changed like this: {reason}");
             Error::new(ErrorKind::Unsupported, fact)
         })?;
         let now = nameless(now);
@@ -108,7 +106,7 @@ pub(super) fn steps<S: Storage + ?Sized>(
     Ok(steps)
 }
 
-/// Whether `now` is `old` but for what was to be changed.
+/// Whether `now` is `old` except for the wanted changes.
 fn is_wanted(old: &Header, now: &Header, change: &HeaderChange) -> bool {
     let backing = match &change.backing {
         None => old.backing == now.backing,

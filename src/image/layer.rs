@@ -1,8 +1,8 @@
-//! Where a layer keeps what: guest offsets to mappings, one table lookup at a time.
+//! Maps guest offsets of a layer to host offsets, one table lookup at a time.
 //!
 //! A [`Layer`] is one guest-visible state of one image: the active one or an internal snapshot.
-//! [`Layer::map`] promises a run of at least one byte, never more than was asked for, and treats
-//! every table entry as hostile. `Hole` means "I am silent", never "zero".
+//! [`Layer::map`] promises a run of at least one byte, never more than was asked for, and treats every table
+//! entry as hostile. `Hole` means "unallocated", never "zero".
 
 use std::sync::Arc;
 
@@ -25,13 +25,13 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// What the image holds now.
+    /// The current state of the image.
     pub fn active(image: &Arc<Image>) -> Result<Self> {
         let l1 = image.header().map_or(L1Table { offset: HostOffset(0), entries: 0 }, |header| header.l1);
         Ok(Self { l1, shift: 0, size: image.virtual_size()?, image: Arc::clone(image) })
     }
 
-    /// What one of its internal snapshots holds.
+    /// The state of one of its internal snapshots.
     pub fn snapshot(image: &Arc<Image>, snapshot: &Snapshot) -> Result<Self> {
         // Nothing of a damaged entry is safe to compute with.
         if let Some(damage) = &snapshot.damage {
@@ -70,11 +70,11 @@ impl Layer {
         self.image.header().map(|header| header.cluster.size())
     }
 
-    /// What is known of `at`, and for how many of the `max` bytes from there the same holds.
-    /// `Corrupt` speaks for the rest of the cluster (see [`Layer::rest_of_cluster`]).
+    /// The mapping of `at`, and for how many of the `max` bytes from there the same holds. `Corrupt` applies
+    /// to the rest of the cluster (see [`Layer::rest_of_cluster`]).
     pub fn map(&self, at: GuestOffset, max: u64) -> Result<Run<Mapping>> {
         assert!(max > 0);
-        // C4: a lower layer that is longer shows nothing here.
+        // C4: a longer lower layer is not visible here.
         // Beyond its end a layer reads as zeroes even if one below it is longer.
         if at.0 >= self.size {
             return Ok(Run::new(Mapping::Zero(None), max));
@@ -90,8 +90,8 @@ impl Layer {
         }
     }
 
-    /// For how many of `max` bytes an error at `at` speaks: to the end of its cluster, or of its
-    /// subcluster, for the next one may have another answer.
+    /// For how many of `max` bytes an error at `at` holds: to the end of its cluster, or of its subcluster,
+    /// since the next one may be readable.
     pub fn rest_of_cluster(&self, at: GuestOffset, max: u64) -> u64 {
         let Some(header) = self.image.header() else { return max };
         let remaining = header.cluster.remaining(GuestOffset(at.0.saturating_add(self.shift)));
@@ -111,11 +111,11 @@ impl Layer {
         self.within_file(run)
     }
 
-    /// Data must lie in the file: what is missing there is corrupt, not zero.
+    /// Data must be within the file: missing bytes are corrupt, not zero.
     fn within_file(&self, run: Run<Mapping>) -> Result<Run<Mapping>> {
         let (Mapping::Data(host), Some(mut end)) = (run.value, self.image.data_len) else { return Ok(run) };
         if host.0 >= end {
-            // A frozen image that is filled from below grows, and its tables may be read from then on.
+            // A frozen image that a pull fills grows, and its tables may be read from then on.
             end = self.image.data().len()?;
         }
         if host.0 < end {
@@ -164,7 +164,7 @@ impl TableSource for LayerTables<'_> {
     }
 
     fn relevant(&self, entry: L2Entry) -> L2Entry {
-        // Who else refers to the bytes does not matter to a reader.
+        // The number of references does not matter to a reader.
         L2Entry { copied: false, ..entry }
     }
 }

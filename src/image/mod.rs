@@ -1,7 +1,7 @@
-//! One image: where the bytes of its guest disk lie, and reading them.
+//! One image: the locations of its guest disk's bytes, and reading them.
 //!
-//! An [`Image`] knows its file, its header and, through shared caches, its tables; it knows
-//! nothing of other images. [`Layer::map`] is a table lookup and reads no guest data.
+//! An [`Image`] knows its file, its header and, through shared caches, its tables; it knows nothing of other
+//! images. [`Layer::map`] is a table lookup and reads no guest data.
 
 mod bitmaps;
 pub mod check;
@@ -28,15 +28,15 @@ use crate::units::{BlockStatus, HostOffset, Run, round_up_to_sector};
 pub(crate) use bitmaps::read_bitmaps;
 pub use header::{HeaderChange, change_header, check_header_change};
 pub use layer::Layer;
-pub(crate) use snapshots::{read_snapshots, read_snapshots_there_are, read_snapshots_with};
+pub(crate) use snapshots::{read_readable_snapshots, read_snapshots, read_snapshots_with};
 
 /// Caches shared by all images of a store, keyed by image.
 #[derive(Debug)]
 pub struct Caches {
     /// Slices of L1 and L2 tables: (image, file offset, bytes) -> entries.
     pub(crate) tables: Cache<(u64, u64, u64), Arc<[u64]>>,
-    /// Decompressed clusters: (image, file offset of the stream) -> bytes of the stream that
-    /// were enough, and the cluster's bytes.
+    /// Decompressed clusters: (image, file offset of the stream) -> bytes of the stream that were enough, and
+    /// the cluster's bytes.
     pub(crate) clusters: Cache<(u64, u64), Decompressed>,
 }
 
@@ -60,7 +60,7 @@ impl Caches {
 enum ImageBody {
     Raw,
     Qcow2(Arc<Header>),
-    /// It is not there, for this reason: all that is asked of it is an error.
+    /// The image is missing, for this reason: every access is an error.
     Lost(String),
 }
 
@@ -72,8 +72,8 @@ pub struct Image {
     file: Arc<dyn Storage>,
     /// Holds the guest's data instead of `file`, where the header says so.
     data_file: Option<Arc<dyn Storage>>,
-    /// Bytes of the file that holds guest data, as of opening; `None` if another process may make it grow.
-    /// A job of ours that fills the image may, too: there is never less.
+    /// Length of the file that holds guest data, as of opening; `None` if a guest may make it grow. A job
+    /// that fills the image may, too: the file never shrinks.
     data_len: Option<u64>,
     body: ImageBody,
     caches: Arc<Caches>,
@@ -110,7 +110,7 @@ impl Image {
         }))
     }
 
-    /// Stands for an image that is lost, for the reason that `sentence` gives.
+    /// A placeholder for a lost image; `sentence` gives the reason.
     pub fn lost(sentence: &str, caches: &Arc<Caches>) -> Arc<Self> {
         Arc::new(Self {
             serial: next_serial(),
@@ -123,7 +123,7 @@ impl Image {
         })
     }
 
-    /// Whether it only stands for one that is lost.
+    /// Whether it is a placeholder for a lost image.
     pub fn is_lost(&self) -> bool {
         matches!(self.body, ImageBody::Lost(_))
     }
@@ -192,7 +192,7 @@ impl Image {
         self.data_file.as_ref().unwrap_or(&self.file)
     }
 
-    /// Whether guest data lies at the same offset in the data file, so that the file may stand for the disk.
+    /// Whether guest data is at the same offset in the data file, so that the file can serve as the disk.
     pub fn is_raw(&self) -> bool {
         matches!(self.body, ImageBody::Raw)
     }
@@ -204,8 +204,8 @@ impl Image {
         }
     }
 
-    /// Reads guest data that a [`Mapping::Data`] has named. What a raw image lacks to a whole
-    /// sector reads as zeroes; anything else that is missing is an error, never zeroes.
+    /// Reads guest data that a [`Mapping::Data`] has named. The padding of a raw image to a whole sector
+    /// reads as zeroes; any other missing byte is an error, never zeroes.
     pub fn read_data(&self, at: HostOffset, buf: &mut [u8]) -> Result<()> {
         let len = self.data().read_at(at.0, buf)?;
         if len == buf.len() {
@@ -233,7 +233,8 @@ impl Image {
             unreachable!("a raw image has no compressed clusters")
         };
         let key = (self.serial, stream.at.0);
-        // A damaged entry may name the stream of another and too little of it: that fails each time.
+        // A damaged entry may name the stream of another cluster with too short a length: that fails each
+        // time.
         if let Some((enough, cluster)) = self.caches.clusters.get(&key)
             && stream.len >= enough
         {
@@ -242,7 +243,7 @@ impl Image {
         let mut input = vec![0; stream.len as usize];
         let len = self.file.read_at(stream.at.0, &mut input)?;
         let mut cluster = vec![0; header.cluster.size() as usize];
-        // The last stream of a file may be shorter than its count of whole sectors says.
+        // The last stream of a file may be shorter than its count of whole sectors.
         decompress(header.compression, &input[..len], &mut cluster)
             .map_err(|reason| self.corrupt(&format!("compressed cluster at {}: {reason}", stream.at)))?;
         let cluster: Arc<[u8]> = cluster.into();
@@ -252,7 +253,7 @@ impl Image {
 
     /// The first run of the data file's `[at, end)` that is all data or all hole, and its length: a raw image
     /// has its holes there, and clusters that were only preallocated are holes as well, which read as zeroes.
-    /// Of a file that was cut short everything is data: whoever copies must read, and hear of it.
+    /// In a truncated file everything is data, so that a copying program reads it and sees the error.
     pub fn file_extent(&self, at: HostOffset, end: HostOffset) -> Result<Run<BlockStatus>> {
         let run = self.data().extent(at.0, end.0)?;
         let is_cut = run.value == BlockStatus::Zero && self.data().len()? < self.data_len.unwrap_or(0);

@@ -1,6 +1,6 @@
-//! Reading the table of internal snapshots, wherever it comes from.
+//! Reading the table of internal snapshots from any storage.
 //!
-//! The header counts entries, not bytes: the table is read in growing pieces until it is whole.
+//! The header counts entries, not bytes: the table is read in growing pieces until it is complete.
 
 use crate::error::{Error, Result};
 use crate::format::snapshot::SnapshotParser;
@@ -21,7 +21,7 @@ pub(crate) fn read_snapshots(
     read.map_err(|reason| Error::new(reason.kind(), format!("{name}: {reason}")))
 }
 
-/// The same by any parser, from any source; what is wrong with the table is for the caller to say.
+/// The same by any parser, from any source; the caller reports errors of the table.
 pub(crate) fn read_snapshots_with(
     parser: SnapshotParser,
     header: &Header,
@@ -32,8 +32,8 @@ pub(crate) fn read_snapshots_with(
     Ok(reason.map_or(Ok(()), Err).and_then(|()| parser.finish()).map(|snapshots| (snapshots, len)))
 }
 
-/// As many internal snapshots as can be told, and what ends the table before its time.
-pub(crate) fn read_snapshots_there_are(
+/// As many internal snapshots as can be parsed, and the error that ends the table early.
+pub(crate) fn read_readable_snapshots(
     header: &Header,
     read: impl FnMut(u64, &mut [u8]) -> Result<usize>,
 ) -> Result<(Vec<Snapshot>, Option<Malformed>)> {
@@ -49,7 +49,7 @@ pub(crate) fn read_snapshots_there_are(
     Ok((parser.understood(), None))
 }
 
-/// Reads the table in growing pieces; also says why that ended, if it makes no sense.
+/// Reads the table in growing pieces; also returns the error that ended it, if it is invalid.
 fn feed(
     mut parser: SnapshotParser,
     header: &Header,
@@ -57,7 +57,7 @@ fn feed(
 ) -> Result<(SnapshotParser, Option<Malformed>)> {
     let mut at = header.snapshots.offset.0;
     let mut piece = vec![0; FIRST_PIECE];
-    // Ends at the latest with the limit of the table's length.
+    // Ends at the latest at the limit of the table's length.
     while !parser.is_complete() {
         let have = read(at, &mut piece)?;
         if have == 0 {

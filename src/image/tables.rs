@@ -1,7 +1,7 @@
 //! Loading tables by the slice, through the shared cache.
 //!
-//! An L1 table may have 32 MiB and an image thousands of L2 tables; only the slices that are
-//! looked at are read, 4 KiB at a time.
+//! An L1 table may have 32 MiB and an image thousands of L2 tables; only the slices that are needed are read,
+//! 4 KiB at a time.
 
 use std::sync::Arc;
 
@@ -12,14 +12,14 @@ use super::Image;
 use super::cursor::{SLICE_LEN, words_of};
 
 impl Image {
-    /// The slice of a table that holds the word `index`, and the place of that word in it. `table_len` is the
+    /// The slice of a table that holds the word `index`, and the index of that word in it. `table_len` is the
     /// whole table's length in bytes.
     pub(super) fn slice(&self, table: HostOffset, table_len: u64, index: u64) -> Result<(Arc<[u64]>, usize)> {
         let from = index * 8 / SLICE_LEN * SLICE_LEN;
         assert!(from < table_len, "an index beyond its table");
         let at = table.0 + from;
         let len = SLICE_LEN.min(table_len - from);
-        // With its length: tables of a bad image may lie on each other, and one may end sooner.
+        // Keyed with its length: tables of a bad image may overlap, and one may end sooner.
         let key = (self.serial, at, len);
         if let Some(words) = self.caches.tables.get(&key) {
             return Ok((words, (index - from / 8) as usize));

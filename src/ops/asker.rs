@@ -1,8 +1,8 @@
-//! By whose rights a command is judged that somebody has given through a shared mount.
+//! The user by whose rights a command through a shared mount is judged.
 //!
-//! The rights are those of the thread that serves the command, from [`as_user`] on until what that returns is
-//! dropped: every look at the store that a plan takes goes by them. A job that was accepted, and one that is
-//! resumed, is nobody's: what it may do was judged when it was accepted.
+//! The rights are those of the thread that serves the command, from [`as_user`] until its result is dropped:
+//! every scan for a plan is filtered by them. An accepted or resumed job has no user: its rights were checked
+//! when it was accepted.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -19,7 +19,7 @@ thread_local! {
     static ASKER: RefCell<Option<Arc<Asker>>> = const { RefCell::new(None) };
 }
 
-/// A user, and who may do what as of the moment at which the store was looked at.
+/// A user, and the permissions as of the store's scan.
 #[derive(Debug)]
 pub(super) struct Asker {
     subject: Subject,
@@ -41,15 +41,14 @@ impl Drop for AsUser {
     }
 }
 
-/// Judges the commands of this thread by what a user may do with the files of `store`.
+/// Judges the commands of this thread by the user's rights to the files of `store`.
 pub fn as_user(store: &Store, subject: &Subject) -> AsUser {
     let asker = Arc::new(Asker { subject: subject.clone(), judge: store.judge() });
     AsUser { before: ASKER.replace(Some(asker)), _here: PhantomData }
 }
 
-/// Judges the commands of this thread by nobody's rights: what was accepted goes on, whoever asks for it
-/// again.
-pub(super) fn as_nobody() -> AsUser {
+/// Judges the commands of this thread without a user: an accepted command continues, whoever repeats it.
+pub(super) fn without_user() -> AsUser {
     AsUser { before: ASKER.take(), _here: PhantomData }
 }
 
@@ -72,7 +71,7 @@ impl ScannedStore {
         Some(Error::new(ErrorKind::Denied, format!("{name} {fact}")))
     }
 
-    /// Why the user may not come to a file, if so: before anything is said of it.
+    /// Why the user may not reach a file, if so: checked before any fact about it is disclosed.
     pub(super) fn unreachable(&self, place: &StorePath) -> Option<Error> {
         let asker = self.asker.as_ref()?;
         let may = asker.judge.may_read_place(&asker.subject, place);
@@ -81,8 +80,8 @@ impl ScannedStore {
         })
     }
 
-    /// Why a plan is not the user's to carry out: of every layer before and after something may be copied,
-    /// and every name that is given or taken away changes a directory.
+    /// Why the user may not carry out a plan: any layer before and after may be copied, and every added or
+    /// removed name changes a directory.
     pub(super) fn not_permitted(&self, plan: &Plan) -> Vec<Error> {
         // A2: every file that is read, and every name that changes.
         let Some(asker) = &self.asker else { return Vec::new() };
@@ -107,7 +106,7 @@ impl ScannedStore {
         refusals
     }
 
-    /// Why the user may not give a file that name, or take it away, if so.
+    /// Why the user may not add or remove that name, if so.
     pub(super) fn not_renamable(&self, path: &Path) -> Option<Error> {
         let asker = self.asker.as_ref()?;
         let place = StorePath { root: 0, path: path.to_path_buf() };
@@ -120,22 +119,22 @@ impl ScannedStore {
         Some(Error::new(ErrorKind::Denied, format!("{} {fact}", shown(path))))
     }
 
-    /// What an image is called in a sentence: only those who may read it are told its name.
+    /// An image's name in a sentence: disclosed only to users who may read the image.
     pub(super) fn called(&self, image: &ImageEntry) -> String {
         let Some(asker) = &self.asker else { return image.shown() };
-        // Of a store above that of a single image nothing is known here.
+        // Nothing is known here of a store above a single image.
         let may = self.whole.is_none() && asker.judge.may_read(&asker.subject, image);
         if may { image.shown() } else { "an image that you may not read".to_owned() }
     }
 
-    /// The same for what has this path in the store, be it an image or not.
+    /// The same for any file at this path of the store.
     pub(super) fn called_at(&self, path: &Path) -> String {
         let Some(asker) = &self.asker else { return shown(path) };
         let may = self.whole.is_none() && asker.judge.may_read_in_store(&asker.subject, path);
         if may { shown(path) } else { "a file that you may not read".to_owned() }
     }
 
-    /// The first thing that keeps a plan from being carried out.
+    /// The first reason why a plan cannot be carried out.
     pub(super) fn accept(&self, plan: &Plan) -> Result<()> {
         let refusals = plan.refusals.iter().cloned().chain(self.not_permitted(plan));
         refusals.into_iter().next().map_or(Ok(()), Err)

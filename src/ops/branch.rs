@@ -1,6 +1,7 @@
-//! New images that show what a frozen view does, and the job that fills those which cannot be empty.
+//! New images that show a frozen view, and the job that fills those which cannot be empty.
 //!
-//! Promises: nobody sees an image before it is whole and durable; cut off, nothing has begun.
+//! Promises: an image becomes visible only when it is complete and durable; an interrupted job has changed
+//! nothing.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -33,90 +34,90 @@ use super::scanned_store::ScannedStore;
 pub(super) struct CopySource {
     /// Its layer.
     pub(super) index: ImageIndex,
-    /// The internal snapshot of that, by its place in the table.
+    /// The internal snapshot of that layer, by its index in the table.
     pub(super) snapshot: Option<(usize, Snapshot)>,
 }
 
 impl CopySource {
     /// The view of a layer, or of an internal snapshot of it.
-    pub(super) fn of(world: &ScannedStore, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
+    pub(super) fn of(scan: &ScannedStore, index: ImageIndex, snapshot: Option<usize>) -> Result<Self> {
         let snapshot = snapshot
-            .map(|place| lookup::inner(world, index, place).map(|found| (place, found)))
+            .map(|place| lookup::inner(scan, index, place).map(|found| (place, found)))
             .transpose()?;
         Ok(Self { index, snapshot })
     }
 
-    /// Whether something has to be copied.
+    /// Whether data has to be copied.
     pub(super) fn is_copied(&self) -> bool {
         self.snapshot.is_some()
     }
 
-    /// The layers on which a new image stands, top first.
-    pub(super) fn below(&self, world: &ScannedStore) -> Vec<ImageIndex> {
-        let layers = world.catalog.layers(self.index);
+    /// The layers that back a new image, top first.
+    pub(super) fn below(&self, scan: &ScannedStore) -> Vec<ImageIndex> {
+        let layers = scan.catalog.layers(self.index);
         layers[usize::from(self.is_copied())..].to_vec()
     }
 
-    /// Of what a new image at `name` beneath the store is made.
-    pub(super) fn options(&self, world: &ScannedStore, name: &Path) -> CreateOptions {
-        let image = world.image(self.index);
+    /// The options of a new image at `name` relative to the store.
+    pub(super) fn options(&self, scan: &ScannedStore, name: &Path) -> CreateOptions {
+        let image = scan.image(self.index);
         let inner_size = self.snapshot.as_ref().and_then(|(_, snapshot)| snapshot.virtual_size);
         let size = inner_size.or(image.virtual_size()).unwrap_or(0);
-        let backing = self.below(world).first().map(|below| overlay::backing(world, name, *below));
+        let backing = self.below(scan).first().map(|below| overlay::backing(scan, name, *below));
         overlay::options(image, size, backing)
     }
 
-    /// Notes what a new image takes, and what keeps it from being made. It is made after the image `like`, at
-    /// `name` beneath the store.
+    /// Adds the cost of a new image to a plan, and the reasons against it. It is made after the image `like`,
+    /// at `name` relative to the store.
     pub(super) fn plan(
         &self,
         context: &Context,
-        world: &ScannedStore,
+        scan: &ScannedStore,
         (like, name): (ImageIndex, &Path),
         plan: &mut Plan,
     ) {
-        let below = self.below(world);
-        plan.refusals.extend(below.first().and_then(|below| world.uncounted(like, name, *below)));
-        let layers = world.catalog.layers(self.index);
+        let below = self.below(scan);
+        plan.refusals.extend(below.first().and_then(|below| scan.uncounted(like, name, *below)));
+        let layers = scan.catalog.layers(self.index);
         plan.refusals
-            .extend(world.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
-        let opened = self.open(context.store(), world);
+            .extend(scan.catalog.view_problem(&layers).map(|fact| Error::new(ErrorKind::Broken, fact)));
+        let opened = self.open(context.store(), scan);
         match opened {
             Ok((segment, _view)) if self.is_copied() => {
-                refusals::count(world, self.index, segment.data_len(), plan);
+                refusals::count(scan, self.index, segment.data_len(), plan);
             }
             Err(error) if plan.refusals.is_empty() => plan.refusals.push(error),
             Ok(_) | Err(_) => {}
         }
         if let Some((_, snapshot)) = &self.snapshot {
-            let fact = "nothing can stand on an internal snapshot: what it holds is copied, by reference \
+            let fact = "an internal snapshot cannot back an image: its bytes are copied, by reference \
                 where the file \
                         system can do that";
             plan.notes.push(fact.into());
             if snapshot.vm_state_size > 0 {
-                plan.notes.push("its VM state stays where it is: only the disk is taken".into());
+                plan.notes.push("its VM state is not copied: only the disk is".into());
             }
         }
     }
 
-    /// What a new image has to hold itself.
-    fn open(&self, store: &Arc<Store>, world: &ScannedStore) -> Result<(CommitSegment, OpenView)> {
+    /// The bytes that a new image has to hold itself.
+    fn open(&self, store: &Arc<Store>, scan: &ScannedStore) -> Result<(CommitSegment, OpenView)> {
         let part = self.snapshot.as_ref().map_or(ViewPart::Active, |(place, _)| ViewPart::Snapshot(*place));
         let view =
-            store.open_view(&world.catalog, &world.catalog.layers(self.index), part, Stability::Frozen)?;
+            store.open_view(&scan.catalog, &scan.catalog.layers(self.index), part, Stability::Frozen)?;
         let frozen = store.part_of(&view.view, 0, usize::from(self.is_copied()));
         Ok((CommitSegment { live: None, frozen }, view))
     }
 }
 
-/// What an image is made for.
+/// The purpose of a new image.
 pub(super) enum ImagePurpose {
     /// A new chain.
     Clone {
-        /// What its file is called, beneath the store.
+        /// The name of its file, relative to the store.
         name: PathBuf,
     },
-    /// An active disk that becomes what it shows, and which nobody writes meanwhile.
+    /// An active disk that is replaced by the image, locked against writers meanwhile.
     Revert(Box<ClosedDisk>),
 }
 
@@ -127,7 +128,7 @@ pub(super) struct BranchJob {
     draft: DraftImage,
     top: NewTopFile,
     segment: CommitSegment,
-    /// The layer below, as it has to be at the end, too.
+    /// The layer below, which has to be the same at the end.
     below: Option<FileRef>,
     purpose: ImagePurpose,
     intent: OwnedIntent<CopyOperation>,
@@ -142,27 +143,27 @@ impl Job for BranchJob {
         drop((segment, top));
         let done = copied.and_then(|()| {
             let lock = ending::lock_for_job(&store, progress)?;
-            let world = ScannedStore::look(&store)?;
-            let below = below.as_ref().map(|named| world.expect(named)).transpose()?;
-            progress.settle()?;
+            let scan = ScannedStore::scan(&store)?;
+            let below = below.as_ref().map(|named| scan.expect(named)).transpose()?;
+            progress.forbid_cancel()?;
             match purpose {
                 ImagePurpose::Clone { name } => {
                     if let Some(below) = below {
-                        world.begun(&[below]).map_or(Ok(()), Err)?;
+                        scan.begun(&[below]).map_or(Ok(()), Err)?;
                     }
-                    give_name(&store, &world, &draft, &name).map(|()| lock)
+                    give_name(&store, &scan, &draft, &name).map(|()| lock)
                 }
                 ImagePurpose::Revert(closed) => {
-                    revert::switch(context, &world, lock, &path, &command, &draft, *closed)
+                    revert::switch(context, &scan, lock, &path, &command, &draft, *closed)
                 }
             }
         });
         drop(views);
         match done {
-            Ok(lock) => ending::end(&store, intent, lock),
+            Ok(lock) => ending::end_intent(&store, intent, lock),
             Err(error) => {
-                draft.unmake(&store);
-                if let Err(trouble) = ending::forget(&store, intent) {
+                draft.remove(&store);
+                if let Err(trouble) = ending::remove_intent(&store, intent) {
                     return Err(error.within(format!("{trouble}, and")));
                 }
                 Err(error)
@@ -175,7 +176,7 @@ impl BranchJob {
     /// Begins to fill a draft; under the store's lock.
     pub(super) fn begin(
         context: &Context,
-        world: &ScannedStore,
+        scan: &ScannedStore,
         path: &Path,
         command: &str,
         of: &str,
@@ -184,24 +185,24 @@ impl BranchJob {
     ) -> Result<Self> {
         let store = context.store();
         let name = match &purpose {
-            ImagePurpose::Clone { name } => world.guarded(name),
-            // Its own intent gives it that name; before, it is nothing but a draft.
+            ImagePurpose::Clone { name } => scan.guarded(name),
+            // Its own intent makes it a draft of a command; before, it is an ordinary draft.
             ImagePurpose::Revert(_) => draft.named.path.clone(),
         };
         let operation = CopyOperation { draft: draft.named.clone(), name };
         let begun = (|| {
-            let (segment, view) = source.open(store, world)?;
+            let (segment, view) = source.open(store, scan)?;
             let top = store.open_new_top(&draft.path, &shown(&draft.path))?;
-            let below = source.below(world);
+            let below = source.below(scan);
             let mut views = vec![view];
             if !below.is_empty() {
-                let open = store.open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen)?;
+                let open = store.open_view(&scan.catalog, &below, ViewPart::Active, Stability::Frozen)?;
                 top.writer().set_backing(Some(Arc::clone(&open.view) as Arc<dyn BackingDisk>));
                 views.push(open);
             }
             let intent =
                 store.guard().begin(&*store.guard_names(), of, &Intent::new(command, path, operation))?;
-            Ok((segment, top, below.first().map(|index| world.named(*index)), views, intent))
+            Ok((segment, top, below.first().map(|index| scan.named(*index)), views, intent))
         })();
         match begun {
             Ok((segment, top, below, views, intent)) => {
@@ -209,14 +210,14 @@ impl BranchJob {
                 Ok(Self { path, command, draft, top, segment, below, purpose, intent, _views: views })
             }
             Err(error) => {
-                draft.unmake(store);
+                draft.remove(store);
                 Err(error)
             }
         }
     }
 }
 
-/// Copies what `segment` holds into a new image.
+/// Copies the bytes of `segment` into a new image.
 fn fill(
     store: &Arc<Store>,
     segment: &CommitSegment,
@@ -237,12 +238,12 @@ fn fill(
     writer.close()
 }
 
-/// Takes up what was cut off: what has no name yet goes.
+/// Resumes an interrupted job: an image without a name is removed.
 pub(super) fn resume(context: &Context, intent: OwnedIntent<CopyOperation>, lock: FileLock) -> Result<()> {
     let store = context.store();
     let CopyOperation { draft, .. } = &intent.intent.operation;
     if is_draft(&draft.path) && draft.is_at(&*store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;
     }
-    ending::end(store, intent, lock)
+    ending::end_intent(store, intent, lock)
 }

@@ -1,25 +1,25 @@
-//! Whether names and texts of a command can be what they are meant to be.
+//! Checks names and texts of a command.
 //!
-//! Promises: what passes has names that can be file names and texts of bounded length, and can be said in
-//! words that are read as the same request.
+//! Promises: names that pass are valid file names, texts are of bounded length, and both can be written in
+//! words that parse to the same request.
 
 use crate::error::Result;
 
 use super::words::{VerbSpec, show, usage};
 
-/// Bytes of a snapshot's name, at most: with a suffix and a digest it is still a file name.
+/// Maximum length of a snapshot's name: with a suffix and a digest it is still a file name.
 pub(super) const MAX_NAME_LEN: usize = 200;
-/// Bytes of the name of a file or a view, at most (`NAME_MAX`).
+/// Maximum length of the name of a file or a view (`NAME_MAX`).
 pub(super) const MAX_FILE_NAME_LEN: usize = 255;
-/// Bytes of a description, at most.
+/// Maximum length of a description.
 pub(super) const MAX_DESCRIPTION_LEN: usize = 1024;
-/// What chainfs keeps for itself in a store begins like this.
+/// The prefix of files that chainfs keeps for itself in a store.
 const OWN_PREFIX: &[u8] = b".chainfs";
 
-/// Bytes of a path, at most (`PATH_MAX`).
+/// Maximum length of a path (`PATH_MAX`).
 const MAX_PATH_LEN: usize = 4096;
 
-/// Whether `name` can be given to something new by `verb`.
+/// Checks that `verb` can give `name` to something new.
 pub(super) fn check_new_name(verb: &VerbSpec, name: &[u8]) -> Result<()> {
     if verb.is_word(name) || name.contains(&b'=') {
         return Err(usage(format!(
@@ -34,7 +34,7 @@ pub(super) fn check_new_name(verb: &VerbSpec, name: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Whether `name` can stand alone as the name of a file that tools take for one.
+/// Checks that `name` can stand alone as a file name that tools accept.
 pub(super) fn check_file_name(what: &str, name: &[u8], most: usize) -> Result<()> {
     let refuse = |why: &str| Err(usage(format!("{what} {} {why}", show(name))));
     check_printable(what, name)?;
@@ -60,7 +60,7 @@ pub(super) fn check_view(key: &str, name: Option<&[u8]>) -> Result<()> {
     Ok(())
 }
 
-/// What [`split`] refuses cannot be said in a command, so no request may hold it.
+/// [`split`] refuses these, so no request may contain them.
 pub(super) fn check_printable(what: &str, text: &[u8]) -> Result<()> {
     if text.iter().any(u8::is_ascii_control) {
         return Err(usage(format!("{what} has control characters: {}", show(text))));
@@ -68,7 +68,7 @@ pub(super) fn check_printable(what: &str, text: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Whether `base=` can be the name of a file.
+/// Checks that `base=` can be the name of a file.
 pub(super) fn check_path(path: &[u8]) -> Result<()> {
     check_printable("base=", path)?;
     if path.is_empty() || path.len() > MAX_PATH_LEN {

@@ -1,8 +1,8 @@
-//! Clone: a new chain that stands on a frozen layer.
+//! Clone: a new chain that is backed by a frozen layer.
 //!
-//! Nothing is copied: the new image is empty, and what it stands on shows through. On an internal snapshot
-//! nothing can stand, so what that holds itself is copied into the new image, by reference where the file
-//! system can do that, and the new image stands on what the snapshot's layer stands on.
+//! Nothing is copied: the new image is empty and shows its backing file. An internal snapshot cannot back an
+//! image, so the clusters of that snapshot are copied into the new image, by reference where the file system
+//! shares blocks, and the new image is backed by the backing file of the snapshot's layer.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,9 +28,9 @@ use super::words::{LineBuilder, ParsedWords, VerbSpec};
 /// The words of `clone`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CloneRequest {
-    /// What the new chain is to be called.
+    /// The name of the new chain.
     pub name: Vec<u8>,
-    /// The snapshot that it stands on, as a view's name; none: what the active layer stands on.
+    /// The snapshot that backs it, as a view's name; none: the backing file of the active layer.
     pub from: Option<Vec<u8>>,
 }
 
@@ -40,8 +40,8 @@ pub(super) const SPEC: VerbSpec = VerbSpec {
     usage: "\
 clone NAME [from=VIEW]
 
-Makes a new chain NAME that stands on a snapshot and shows what it does.
-  from=VIEW   the snapshot, or an internal one (what the active disk stands on)
+Makes a new chain NAME that is backed by a snapshot and shows the same bytes.
+  from=VIEW   the snapshot, or an internal one (the backing file of the active disk)
 ",
     positional: Some("NAME"),
     keys: &["from"],
@@ -65,9 +65,9 @@ impl Command for CloneRequest {
         check_view("from=", self.from.as_deref())
     }
 
-    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
-        let (plan, clone) = plan(context, world, chain, self)?;
-        Ok((plan, clone.touched(world)))
+    fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, clone) = plan(context, scan, chain, self)?;
+        Ok((plan, clone.touched(scan)))
     }
 
     fn begin(&self, context: &Context, chain: &Path, command: &str, _: &mut ChainLocks) -> Result<Begun> {
@@ -75,41 +75,41 @@ impl Command for CloneRequest {
     }
 }
 
-/// What a clone comes to.
+/// The plan of a clone.
 pub(super) struct PlannedClone {
     source: CopySource,
-    /// The new image, beneath the store.
+    /// The new image, relative to the store.
     name: PathBuf,
 }
 
 impl PlannedClone {
-    /// What is opened for it.
-    pub(super) fn touched(&self, world: &ScannedStore) -> TouchedImages {
-        TouchedImages { written: Vec::new(), read: world.catalog.layers(self.source.index) }
+    /// The images that are opened for it.
+    pub(super) fn touched(&self, scan: &ScannedStore) -> TouchedImages {
+        TouchedImages { written: Vec::new(), read: scan.catalog.layers(self.source.index) }
     }
 }
 
-/// What the request would do, with every refusal.
+/// The plan of the request, with every refusal.
 pub(super) fn plan(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     request: &CloneRequest,
 ) -> Result<(Plan, PlannedClone)> {
-    let chain = world.chain(path)?;
-    let source = source(world, &chain, request)?;
-    let leaf = world.image(chain.views.layers[0]);
+    let chain = scan.chain(path)?;
+    let source = source(scan, &chain, request)?;
+    let leaf = scan.image(chain.views.layers[0]);
     let name = beside(&leaf.place.path, &[&request.name[..], b".qcow2"].concat());
-    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(scan, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
-    overlay::refuse_name(world, &name, (Format::Qcow2, false), None, refusals);
-    refusals.extend(world.begun(&chain.views.layers));
-    if let Some(fact) = world.store.read_only() {
+    overlay::refuse_name(scan, &name, (Format::Qcow2, false), None, refusals);
+    refusals.extend(scan.begun(&chain.views.layers));
+    if let Some(fact) = scan.store.read_only() {
         refusals.push(Error::new(ErrorKind::ReadOnly, format!("the store {fact}")));
     }
-    source.plan(context, world, (chain.views.layers[0], &name), &mut plan);
+    source.plan(context, scan, (chain.views.layers[0], &name), &mut plan);
     let file = PlanLayer { name: ACTIVE.to_vec(), path: name.clone(), active: true, note: "new".into() };
-    plan.after = source.below(world).iter().map(|index| lookup::line(world, &chain, *index)).collect();
+    plan.after = source.below(scan).iter().map(|index| lookup::line(scan, &chain, *index)).collect();
     plan.after.insert(0, file);
     plan.notes.push(format!("a new chain {}", shown(&directory_of(path).join(os(&request.name)))));
     Ok((plan, PlannedClone { source, name }))
@@ -120,60 +120,60 @@ fn os(name: &[u8]) -> &std::ffi::OsStr {
     std::ffi::OsStr::from_bytes(name)
 }
 
-fn source(world: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) -> Result<CopySource> {
+fn source(scan: &ScannedStore, chain: &ScannedChain, request: &CloneRequest) -> Result<CopySource> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let (depth, inner) = match (&request.from, chain.views.active()) {
         (Some(name), _) => {
-            let view = lookup::view(world, chain, name)?;
+            let view = lookup::view(scan, chain, name)?;
             if view.active {
                 return Err(usage(
-                    "the active disk changes, and nothing can stand on it; snapshot it first".into(),
+                    "the active disk changes and cannot back an image; snapshot it first".into(),
                 ));
             }
             (view.layer, view.snapshot)
         }
         (None, Some(_)) if chain.views.layers.len() == 1 => {
-            let fact = "has no snapshot that a clone could stand on; snapshot it first";
-            return Err(usage(format!("{} {fact}", chain.shown(world))));
+            let fact = "has no snapshot that could back a clone; snapshot it first";
+            return Err(usage(format!("{} {fact}", chain.shown(scan))));
         }
         (None, active) => (usize::from(active.is_some()), None),
     };
-    CopySource::of(world, chain.views.layers[depth], inner)
+    CopySource::of(scan, chain.views.layers[depth], inner)
 }
 
-/// Makes the clone, or begins to where something has to be copied.
+/// Makes the clone, or begins a job if data has to be copied.
 pub(super) fn begin(context: &Context, path: &Path, request: &CloneRequest, command: &str) -> Result<Begun> {
     let store = context.store();
-    let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedClone { source, name }) = plan(context, &world, path, request)?;
-    world.accept(&plan)?;
-    let like = world.image(world.chain(path)?.views.layers[0]).place.path.clone();
+    let (lock, scan) = ScannedStore::begin(store)?;
+    let (plan, PlannedClone { source, name }) = plan(context, &scan, path, request)?;
+    scan.accept(&plan)?;
+    let like = scan.image(scan.chain(path)?.views.layers[0]).place.path.clone();
     let of = context.intent_name();
     let draft = overlay::draft_name(&name, &of, 0);
-    let draft = DraftImage::make(&world, draft, &like, &source.options(&world, &name))?;
+    let draft = DraftImage::make(&scan, draft, &like, &source.options(&scan, &name))?;
     if source.is_copied() {
         let purpose = ImagePurpose::Clone { name };
-        let job = BranchJob::begin(context, &world, path, command, &of, (source, draft), purpose)?;
+        let job = BranchJob::begin(context, &scan, path, command, &of, (source, draft), purpose)?;
         return Ok(Some(Box::new(job)));
     }
-    give_name(store, &world, &draft, &name)?;
+    give_name(store, &scan, &draft, &name)?;
     drop(lock);
     store.rescan().map(|_| None)
 }
 
-/// Gives a whole image its name, durably.
+/// Renames a complete image to its final name, durably.
 pub(super) fn give_name(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     draft: &DraftImage,
     name: &Path,
 ) -> Result<()> {
     let names = store.guard_names();
-    let name = world.guarded(name);
+    let name = scan.guarded(name);
     if !draft.is_there(store) {
-        let fact = "has been replaced by others, and gets no name; give the command again";
+        let fact = "has been replaced by another process; give the command again";
         return Err(Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&draft.path))));
     }
-    names.rename(&draft.named.path, &name, Existing::Refuse).inspect_err(|_| draft.unmake(store))?;
+    names.rename(&draft.named.path, &name, Existing::Refuse).inspect_err(|_| draft.remove(store))?;
     names.sync(&directory_of(&name))
 }

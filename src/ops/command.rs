@@ -1,4 +1,4 @@
-//! What every verb can do with its words.
+//! The interface that every verb implements.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use super::plan::Plan;
 use super::scanned_store::ScannedStore;
 use super::words::{Discards, LineBuilder, ParsedWords};
 
-/// A request of one verb.
+/// The request of one verb.
 pub(super) trait Command {
     /// Reads its words.
     fn parse(words: &mut ParsedWords) -> Result<Self>
@@ -22,21 +22,21 @@ pub(super) trait Command {
     /// Writes its words, without the verb.
     fn print(&self, line: &mut LineBuilder);
 
-    /// Whether its words make sense by themselves.
+    /// Checks what can be checked without looking at the store.
     fn check(&self) -> Result<()>;
 
-    /// What it may lose besides what it is for.
+    /// What the command may discard beyond its purpose.
     fn discards(&self) -> Discards {
         Discards::default()
     }
 
-    /// Makes files known that only its words name, before the store is looked at.
+    /// Adds files to the scan that only the command names, before the store is scanned.
     fn introduce(&self, _context: &Context, _chain: &Path) {}
 
-    /// What it would do to the chain, with every refusal, and the images that it would open.
-    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)>;
+    /// The effect on the chain, with every refusal, and the images that the command would open.
+    fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)>;
 
-    /// Does it, or begins the job that does. `command`: all its words; `locks`: those of the chain, to which
-    /// more are added.
+    /// Carries the command out, or begins its job. `command`: all its words; `locks`: those of the chain, to
+    /// which more are added.
     fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun>;
 }

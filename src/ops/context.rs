@@ -1,7 +1,7 @@
-//! What a verb works with: the store, names for intents, and who has disks of the mount open.
+//! The environment of a verb: the store, names for intents, and the processes that have disks of the mount
+//! open.
 //!
-//! Verbs receive this and nothing else of the engine: they neither start other commands nor look into the job
-//! table.
+//! Verbs receive only this from the engine: they neither start other commands nor read the job table.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use parking_lot::Mutex;
 use crate::io::users_of;
 use crate::store::{Store, command_name};
 
-/// The store of an engine, and what its verbs ask besides.
+/// The store of an engine, and the services that its verbs use.
 pub(super) struct Context {
     store: Arc<Store>,
-    /// Where the store is mounted: the processes that have its disks open are looked up there.
+    /// The mount point: processes that have its disks open are looked up there.
     mount: Mutex<Option<PathBuf>>,
-    /// Intents named so far, so that each name is used once.
+    /// The number of intents named so far, so that each name is used once.
     intents: AtomicU64,
 }
 
@@ -33,7 +33,7 @@ impl Context {
         &self.store
     }
 
-    /// Says where the store is mounted.
+    /// Sets the mount point.
     pub(super) fn set_mount(&self, directory: &Path) {
         *self.mount.lock() = Some(directory.to_path_buf());
     }

@@ -1,8 +1,7 @@
-//! Moving the bytes that some layers hold into a layer below them, piece by piece.
+//! Moving the bytes of some layers into a layer below them, piece by piece.
 //!
-//! Promises: what the layers are silent on is left alone; zeroes become zeroes; data is moved by the
-//! kernel wherever it lies in a file as it is. Pieces are bounded, so that whoever waits does not wait for
-//! long.
+//! Promises: ranges that the layers leave unallocated are not touched; zeroes become zeroes; data that a file
+//! holds as it is, is moved by the kernel. Pieces are bounded, so that a waiting request does not wait long.
 
 use std::sync::Arc;
 
@@ -13,31 +12,31 @@ use crate::image::write::{Writer, Zeroing};
 use crate::io::Storage;
 use crate::units::{BlockStatus, HostOffset, Run};
 
-/// Bytes of the disk that are looked at in one piece, at most.
+/// Maximum bytes of the disk that one piece covers.
 pub(super) const PIECE: u64 = 8 << 20;
-/// Bytes that go through our own memory at once.
+/// Bytes copied through memory at once.
 const BUFFER: u64 = 1 << 20;
 
-/// What is merged down.
+/// The layers that are merged down.
 pub(super) struct CommitSegment {
-    /// The active layer, of which the writer alone knows what it holds; `None` if all are frozen.
+    /// The active layer, whose content only its writer knows; `None` if all are frozen.
     pub(super) live: Option<Arc<Writer>>,
     /// The frozen layers, top first; `None` if there are none.
     pub(super) frozen: Option<Arc<View>>,
 }
 
-/// What a segment holds somewhere.
+/// Where a segment has a range.
 enum SegmentMapping {
     Silent,
     Zero,
-    /// In this file at this place.
+    /// In this file at this offset.
     In(Arc<dyn Storage>, u64),
     /// To be read through the segment.
     Read,
 }
 
 impl CommitSegment {
-    /// Bytes of the disk as its top shows it.
+    /// The size of the disk at the top of the segment.
     pub(super) fn size(&self) -> u64 {
         match (&self.live, &self.frozen) {
             (Some(writer), _) => writer.size(),
@@ -61,7 +60,7 @@ impl CommitSegment {
         }
         let Some(view) = &self.frozen else { return Ok(Run::new(SegmentMapping::Silent, max)) };
         if at >= view.size() {
-            // A shorter layer reads as zeroes from its end on, whatever lies below it.
+            // A shorter layer reads as zeroes beyond its end, whatever lies below it.
             return Ok(Run::new(SegmentMapping::Zero, max));
         }
         let extent = view.resolve(at, max.min(view.size() - at))?;
@@ -71,7 +70,7 @@ impl CommitSegment {
         match extent.mapping {
             Some(Mapping::Zero(_)) => Ok(Run::new(SegmentMapping::Zero, extent.len)),
             Some(Mapping::Data(host)) => {
-                // What the file has no blocks for reads as zeroes, and costs no space where it goes.
+                // A range without blocks in the file reads as zeroes, and needs no space in the target.
                 let run = layer.image().file_extent(host, HostOffset(host.0 + extent.len))?;
                 Ok(run.map(|status| match status {
                     BlockStatus::Data => SegmentMapping::In(Arc::clone(layer.image().data()), host.0),
@@ -84,8 +83,7 @@ impl CommitSegment {
         }
     }
 
-    /// Moves what the segment holds of `[at, at + len)` into `target`; returns how many bytes of data that
-    /// were.
+    /// Moves the bytes of the segment in `[at, at + len)` into `target`; returns the number of data bytes.
     pub(super) fn merge(&self, target: &Writer, at: u64, len: u64) -> Result<u64> {
         let (mut at, end) = (at, (at + len).min(self.size()));
         let mut moved = 0;
@@ -124,7 +122,7 @@ impl CommitSegment {
         Ok(())
     }
 
-    /// Takes space in a raw target for all that will be moved into it.
+    /// Reserves space in a raw target for all the data that will be moved into it.
     pub(super) fn reserve_in(&self, target: &Writer) -> Result<()> {
         let (mut at, end) = (0, self.size());
         while at < end {
@@ -137,7 +135,7 @@ impl CommitSegment {
         Ok(())
     }
 
-    /// How many bytes of data the segment holds, as far as one can tell without reading any.
+    /// The number of data bytes in the segment, as far as known without reading.
     pub(super) fn data_len(&self) -> Result<u64> {
         let (mut at, end, mut sum) = (0, self.size(), 0);
         while at < end {

@@ -1,8 +1,8 @@
-//! Delete: a snapshot goes, and every other view stays what it is.
+//! Delete: a snapshot is removed, and every other view keeps its bytes.
 //!
-//! A layer's bytes go up, into everything that stands on it, which then stands on what it stood on; or what
-//! stands on it comes down into its file, which takes that one's name. Both are jobs that others know: a
-//! pull, and a commit whose base takes top's name. Which of them copies less is told from the plans of both.
+//! With method=pull the layer's bytes are copied into all its overlays, which then get its backing file: a
+//! pull. With method=commit its overlay is merged into its file, which takes the overlay's name: a commit
+//! with a change of names. The plans of both tell which one copies less.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -35,23 +35,23 @@ use super::{commit, pull};
 pub struct DeleteRequest {
     /// The snapshot, as a view's name.
     pub name: Vec<u8>,
-    /// Where its bytes go.
+    /// The method: where its bytes go.
     pub method: DeleteMethod,
-    /// Whether internal snapshots in files that are removed may go with them.
+    /// Whether internal snapshots in removed files may be lost.
     pub discard_internal: bool,
-    /// Whether their persistent bitmaps may.
+    /// Whether their persistent bitmaps may be lost.
     pub discard_bitmaps: bool,
 }
 
-/// Where the bytes go by which others differ from a snapshot that is deleted.
+/// Where the bytes go that overlays need from a deleted snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeleteMethod {
-    /// The way that copies less, of those that can be gone.
+    /// The method that copies less, of those that are possible.
     #[default]
     Auto,
-    /// Down: what stands on the snapshot is merged into its file.
+    /// Down: the overlay is merged into the snapshot's file.
     Commit,
-    /// Up: the snapshot is merged into everything that stands on it.
+    /// Up: the snapshot is copied into all its overlays.
     Pull,
 }
 
@@ -61,12 +61,12 @@ pub(super) const SPEC: VerbSpec = VerbSpec {
     usage: "\
 delete VIEW [method=commit|pull|auto] [discard-internal] [discard-bitmaps]
 
-Removes a snapshot. What every other view shows stays the same.
-  method=pull        its bytes go up, into everything that stands on it
-  method=commit      what stands on it comes down, into its file, which takes that one's name
-  method=auto        whichever of the two copies less (this is what happens without method=)
-  discard-internal   internal snapshots in a file that is removed may go with it
-  discard-bitmaps    its persistent bitmaps may
+Removes a snapshot. Every other view keeps its bytes.
+  method=pull        copies its bytes up, into all its overlays
+  method=commit      merges its overlay down into its file, which takes the overlay's name
+  method=auto        the one that copies less (the default)
+  discard-internal   internal snapshots in a removed file may be lost
+  discard-bitmaps    its persistent bitmaps may be lost
 LAYER@NAME removes an internal snapshot.
 ",
     positional: Some("VIEW"),
@@ -105,8 +105,8 @@ impl Command for DeleteRequest {
         Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
     }
 
-    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
-        let (plan, way) = plan(context, world, chain, self)?;
+    fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, way) = plan(context, scan, chain, self)?;
         Ok((plan, way.touched()))
     }
 
@@ -133,18 +133,18 @@ impl DeleteMethod {
     }
 }
 
-/// What deleting comes to.
+/// The plan of a deletion.
 pub(super) enum PlannedDelete {
-    /// The layer is merged into everything that stands on it.
+    /// The layer is copied into all its overlays.
     Up(pull::PullRange),
-    /// What stands on it is merged into it.
+    /// Its overlay is merged into it.
     Down(commit::CommitRange),
     /// An internal snapshot of that image.
     Inner(ImageIndex, Snapshot),
 }
 
 impl PlannedDelete {
-    /// What is opened for it.
+    /// The images that are opened for it.
     pub(super) fn touched(&self) -> TouchedImages {
         match self {
             PlannedDelete::Up(layers) => layers.opened(),
@@ -154,44 +154,44 @@ impl PlannedDelete {
     }
 }
 
-/// What the request would do, with every refusal.
+/// The plan of the request, with every refusal.
 pub(super) fn plan(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     request: &DeleteRequest,
 ) -> Result<(Plan, PlannedDelete)> {
-    let chain = world.chain(path)?;
-    let view = lookup::view(world, &chain, &request.name)?;
+    let chain = scan.chain(path)?;
+    let view = lookup::view(scan, &chain, &request.name)?;
     if let Some(inner) = view.snapshot {
-        return plan_inner(world, &chain, chain.views.layers[view.layer], inner);
+        return plan_inner(scan, &chain, chain.views.layers[view.layer], inner);
     }
     let (depth, index) = (view.layer, chain.views.layers[view.layer]);
-    let name = world.image(index).shown();
+    let name = scan.image(index).shown();
     if view.active {
         let fact = "is the active disk's; delete a snapshot, or revert the disk to one";
         return Err(Error::new(ErrorKind::Usage, format!("{name} {fact}")));
     }
     if chain.views.layers.len() == 1 {
-        let fact = "is the last layer of its chain; remove the file if nothing of it is needed any more";
+        let fact = "is the last layer of its chain; remove the file if it is no longer needed";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name} {fact}")));
     }
-    if depth == 0 && world.catalog.single.is_some() {
-        let fact = "is what is mounted; mount the directory that holds it, and delete it there";
+    if depth == 0 && scan.catalog.single.is_some() {
+        let fact = "is itself mounted; mount its directory, and delete it there";
         return Err(Error::new(ErrorKind::Forbidden, format!("{name} {fact}")));
     }
-    let up = || plan_up(context, world, &chain, depth, request);
-    let down = || plan_down(context, world, &chain, depth, request);
+    let up = || plan_up(context, scan, &chain, depth, request);
+    let down = || plan_down(context, scan, &chain, depth, request);
     let (mut plan, way) = match (depth, request.method) {
         (0, DeleteMethod::Commit) => {
-            let fact = "has nothing standing on it that could be merged into it; leave out method=";
+            let fact = "has no single overlay that could be merged into it; leave out method=";
             return Err(Error::new(ErrorKind::Usage, format!("{name} {fact}")));
         }
         (0, _) | (_, DeleteMethod::Pull) => up(),
         (_, DeleteMethod::Commit) => down(),
         (_, DeleteMethod::Auto) => {
             let (up, down) = (up(), down());
-            let can_go_down = down.0.refusals.is_empty() && has_one_user(world, &chain, depth);
+            let can_go_down = down.0.refusals.is_empty() && has_one_user(scan, &chain, depth);
             let is_less = !up.0.refusals.is_empty() || down.0.bytes < up.0.bytes;
             if can_go_down && is_less { down } else { up }
         }
@@ -202,21 +202,21 @@ pub(super) fn plan(
     Ok((plan, way))
 }
 
-fn has_one_user(world: &ScannedStore, chain: &ScannedChain, depth: usize) -> bool {
+fn has_one_user(scan: &ScannedStore, chain: &ScannedChain, depth: usize) -> bool {
     let (above, index) = (chain.views.layers[depth - 1], chain.views.layers[depth]);
-    world.image(index).users == [above] && world.others_using(index, &[above]).is_empty()
+    scan.image(index).users == [above] && scan.others_using(index, &[above]).is_empty()
 }
 
 fn plan_up(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     depth: usize,
     request: &DeleteRequest,
 ) -> (Plan, PlannedDelete) {
     let layers = &chain.views.layers;
     let index = layers[depth];
-    let into = world.image(index).users.clone();
+    let into = scan.image(index).users.clone();
     let base = layers.get(depth + 1).copied();
     let between = if into.is_empty() { base.into_iter().collect() } else { vec![index] };
     let below = if into.is_empty() { Vec::new() } else { layers[depth..].to_vec() };
@@ -227,23 +227,24 @@ fn plan_up(
         discard_bitmaps: request.discard_bitmaps,
         ..PullRequest::default()
     };
-    let mut plan = pull::plan_of(context, world, chain, &found, &terms);
+    let mut plan = pull::plan_of(context, scan, chain, &found, &terms);
     if found.into.len() > 1 && layers.len() == depth + 1 {
-        let names: Vec<String> = found.into.iter().map(|index| world.image(*index).shown()).collect();
-        let fact = "is the base of several images, each of which would have to hold all of it";
+        let names: Vec<String> = found.into.iter().map(|index| scan.image(*index).shown()).collect();
+        let fact = "is the base of several images, and each would need a full copy of it";
         let sentence =
-            format!("{} {fact}: {}; pull into those first", world.image(index).shown(), names.join(", "));
+            format!("{} {fact}: {}; pull into those first", scan.image(index).shown(), names.join(", "));
         plan.refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
     }
-    let others = world.others_using(index, &found.into);
+    let others = scan.others_using(index, &found.into);
     if !others.is_empty() {
-        let fact = "may be what others stand on, whose headers cannot be followed";
+        let fact = "may back other images, whose headers cannot be read";
         let sentence =
-            format!("{} {fact}: {}; mend those first", world.image(index).shown(), others.join(", "));
+            format!("{} {fact}: {}; repair those first", scan.image(index).shown(), others.join(", "));
         plan.refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
     }
     for other in found.into.iter().filter(|other| !layers.contains(other)) {
-        plan.notes.push(format!("{} stands on it as well, and is filled, too", world.image(*other).shown()));
+        plan.notes
+            .push(format!("{} is backed by it as well, and is filled, too", scan.image(*other).shown()));
     }
     if depth < plan.after.len() {
         plan.after.remove(depth);
@@ -256,36 +257,36 @@ fn plan_up(
 
 fn plan_down(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     depth: usize,
     request: &DeleteRequest,
 ) -> (Plan, PlannedDelete) {
-    let layers = commit::fall_onto(world, chain, depth);
+    let layers = commit::merge_into_base(scan, chain, depth);
     let terms = CommitRequest {
         discard_internal: request.discard_internal,
         discard_bitmaps: request.discard_bitmaps,
         ..CommitRequest::default()
     };
-    let plan = commit::plan_of(context, world, chain, &layers, &terms);
+    let plan = commit::plan_of(context, scan, chain, &layers, &terms);
     (plan, PlannedDelete::Down(layers))
 }
 
 fn plan_inner(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     index: ImageIndex,
     inner: usize,
 ) -> Result<(Plan, PlannedDelete)> {
-    let image = world.image(index);
-    let snapshot = lookup::inner(world, index, inner)?;
-    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
+    let image = scan.image(index);
+    let snapshot = lookup::inner(scan, index, inner)?;
+    let mut plan = Plan { before: lookup::tree(scan, chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
-    plan.refusals.extend(world.untouchable(index));
-    plan.refusals.extend(world.begun(&[index]));
-    plan.refusals.extend(world.unfillable(index));
+    plan.refusals.extend(scan.untouchable(index));
+    plan.refusals.extend(scan.begun(&[index]));
+    plan.refusals.extend(scan.unfillable(index));
     if !image.users.is_empty() {
-        plan.refusals.extend(world.unguarded());
+        plan.refusals.extend(scan.unguarded());
     }
     let is_it = |view: &&crate::store::ChainView| {
         view.snapshot == Some(inner) && chain.views.layers[view.layer] == index
@@ -294,37 +295,37 @@ fn plan_inner(
     if snapshot.vm_state_size > 0 {
         plan.notes.push(format!("its VM state ({}) goes with it", human_size(snapshot.vm_state_size)));
     }
-    if world.store.has_trash() {
-        let fact = "an internal snapshot goes with its clusters; clone it first if it may be needed";
+    if scan.store.has_trash() {
+        let fact = "the clusters of an internal snapshot are freed; clone it first if it may be needed";
         plan.notes.push(format!("{}{}: {fact}", removal::NOT_KEPT, String::from_utf8_lossy(&snapshot.name)));
     }
     Ok((plan, PlannedDelete::Inner(index, snapshot)))
 }
 
-/// Begins a delete, or does it if no data has to be moved.
+/// Begins a delete, or carries it out if no data has to be moved.
 pub(super) fn begin(
     context: &Context,
     path: &Path,
     request: &DeleteRequest,
     command: &str,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<Begun> {
-    let (lock, world) = ScannedStore::begin(context.store())?;
-    let (plan, way) = plan(context, &world, path, request)?;
-    world.accept(&plan)?;
-    tokens.notes.extend(removal::not_kept(plan.notes));
+    let (lock, scan) = ScannedStore::begin(context.store())?;
+    let (plan, way) = plan(context, &scan, path, request)?;
+    scan.accept(&plan)?;
+    locks.notes.extend(removal::not_kept(plan.notes));
     match way {
         PlannedDelete::Up(layers) => {
-            let job = pull::begin_with(context, &world, lock, path, &layers, command, tokens)?;
+            let job = pull::begin_with(context, &scan, lock, path, &layers, command, locks)?;
             Ok(Some(Box::new(job)))
         }
         PlannedDelete::Down(layers) => {
-            let job = commit::begin_with(context, &world, lock, path, &layers, false, command, tokens)?;
+            let job = commit::begin_with(context, &scan, lock, path, &layers, false, command, locks)?;
             Ok(Some(Box::new(job)))
         }
         PlannedDelete::Inner(index, snapshot) => {
-            tokens.extend(&world.chains_of(&[index]))?;
-            delete_inner(context.store(), &world, index, &snapshot, lock)?;
+            locks.extend(&scan.chains_of(&[index]))?;
+            delete_inner(context.store(), &scan, index, &snapshot, lock)?;
             Ok(None)
         }
     }
@@ -332,36 +333,36 @@ pub(super) fn begin(
 
 fn delete_inner(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     index: ImageIndex,
     snapshot: &Snapshot,
     lock: FileLock,
 ) -> Result<()> {
-    let image = world.image(index);
+    let image = scan.image(index);
     let name = format!("{}@{}", shown(&image.place.path), String::from_utf8_lossy(&snapshot.name));
     let leaving = store.leave_inner(image.stat.id, &snapshot.id).map_err(|error| error.within(name))?;
-    delete_by_writer(store, world, index, snapshot)?;
-    let before = Arc::clone(&world.catalog);
+    delete_by_writer(store, scan, index, snapshot)?;
+    let before = Arc::clone(&scan.catalog);
     store.rescan()?;
-    ending::tell_files(store, &before, &[image.stat.id], None);
+    ending::notify_disks_of(store, &before, &[image.stat.id], None);
     drop((leaving, lock));
     Ok(())
 }
 
-/// The active disk's writer does it, also while guests use it, or one of our own.
+/// The active disk's writer deletes it, also while guests use the disk, or a writer opened for this.
 fn delete_by_writer(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     index: ImageIndex,
     snapshot: &Snapshot,
 ) -> Result<()> {
-    if world.is_active_disk(index) {
-        let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
+    if scan.is_active_disk(index) {
+        let job = store.take_active(&scan.catalog, &scan.catalog.layers(index))?;
         let done = job.writer()?.delete_snapshot(snapshot);
-        // Also if it has failed: how far it came is not known.
+        // Also after a failure: its progress is unknown.
         return done.and(job.describe_anew());
     }
-    let mut job = store.take_image(&world.catalog, index)?;
+    let mut job = store.take_image(&scan.catalog, index)?;
     let writer = job.open_writer(None, CachePolicy::Nothing)?;
     let done = writer.delete_snapshot(snapshot).and_then(|()| writer.close());
     drop(writer);

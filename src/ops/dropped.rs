@@ -1,8 +1,9 @@
-//! What an unsafe rebase would drop from a chain: layers between the layer and its new backing file.
+//! The layers that an unsafe rebase would drop from a chain: those between the layer and its new backing
+//! file.
 //!
-//! `unsafe` is for a backing file that was moved, renamed or copied. Promise: where the new file is not the
-//! old one by the evidence at hand, the refusal names what would drop out, and only `drop-layers` overrides
-//! it. The evidence is the same inode; the same length and content; or, where the old file is gone and
+//! `unsafe` is for a backing file that was moved, renamed or copied. Promise: if the evidence does not show
+//! that the new file is the old one, the refusal names the layers that would drop out, and only `drop-layers`
+//! overrides it. The evidence is the same inode; the same length and content; or, if the old file is gone and
 //! nothing of its content is known, its name and format. Format and size alone are those of any number of
 //! files.
 
@@ -23,39 +24,39 @@ const SAMPLE_COUNT: u64 = 1024;
 /// Bytes of a sample.
 const SAMPLE_LEN: usize = 16 << 10;
 
-/// Why a layer is not put on `base` (none: on nothing) by name alone, unless `drop-layers` says that it may.
-/// `between`: the layers of its chain that `base` does not stand on.
+/// Why a layer must not get `base` (none: no backing file) by name alone, unless `drop-layers` allows it.
+/// `between`: the layers of its chain that do not back `base`.
 pub(super) fn refusal(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     layer: ImageIndex,
     base: Option<ImageIndex>,
     between: &[ImageIndex],
 ) -> Option<Error> {
-    let image = world.image(layer);
+    let image = scan.image(layer);
     let named = image.qcow2()?.header.backing.as_ref()?;
     let old_name = shown(Path::new(OsStr::from_bytes(&named.name)));
     let refuse = |fact: String| {
         let sentence =
-            format!("{fact}; {}, or say drop-layers if that is wanted", remedy(world, chain, layer));
+            format!("{fact}; {}, or say drop-layers if that is wanted", remedy(scan, chain, layer));
         Some(Error::new(ErrorKind::NotEmpty, sentence))
     };
-    let new = base.map(|base| world.image(base));
+    let new = base.map(|base| scan.image(base));
     let new_name = new.map_or_else(|| "nothing".to_owned(), ImageEntry::shown);
-    let Some(old) = world.stands_on(layer) else {
+    let Some(old) = scan.backing_of(layer) else {
         // The old file is gone, or cannot be read.
-        let why = not_the_missing(world, image, new, &named.name, named.format.as_deref())?;
+        let why = not_the_missing(scan, image, new, &named.name, named.format.as_deref())?;
         let fact = format!(
             "{} names {old_name} as its backing file, and {new_name} is not that file moved: {why}",
             image.shown()
         );
         return refuse(fact);
     };
-    let is_moved = new.is_some_and(|new| is_same(world, world.image(old), new));
+    let is_moved = new.is_some_and(|new| is_same(scan, scan.image(old), new));
     let dropped: Vec<String> = between
         .iter()
         .filter(|index| !(is_moved && **index == old))
-        .map(|index| world.image(*index).shown())
+        .map(|index| scan.image(*index).shown())
         .collect();
     if dropped.is_empty() {
         return None;
@@ -64,13 +65,13 @@ pub(super) fn refusal(
     refuse(format!(
         "{} would be backed by {new_name} instead of {}: {} {is} out of the chain with what {what}",
         image.shown(),
-        world.image(old).shown(),
+        scan.image(old).shown(),
         dropped.join(", ")
     ))
 }
 
-/// What the user probably wants to do instead.
-fn remedy(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex) -> String {
+/// The command that the user probably meant.
+fn remedy(scan: &ScannedStore, chain: &ScannedChain, layer: ImageIndex) -> String {
     // A layer further down whose backing file is missing is the one to be rebased.
     let depth = chain.views.layers.iter().position(|index| *index == layer).unwrap_or(0);
     let broken = chain
@@ -78,7 +79,7 @@ fn remedy(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex) -> Stri
         .layers
         .iter()
         .skip(depth + 1)
-        .find(|index| matches!(world.image(**index).below, BackingLink::Broken { .. }));
+        .find(|index| matches!(scan.image(**index).below, BackingLink::Broken { .. }));
     let view = broken.and_then(|index| {
         let depth = chain.views.layers.iter().position(|other| other == index)?;
         chain.views.views.iter().find(|view| view.layer == depth && view.snapshot.is_none())
@@ -88,21 +89,23 @@ fn remedy(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex) -> Stri
             let name = String::from_utf8_lossy(&view.name);
             format!("the layer whose backing file is missing is {name}: say layer={name}")
         }
-        None if world.stands_on(layer).is_some() => "leave out unsafe, and what differs is copied".to_owned(),
-        None => "put the missing file back, or name the file that it is now".to_owned(),
+        None if scan.backing_of(layer).is_some() => {
+            "leave out unsafe, and differing ranges are copied".to_owned()
+        }
+        None => "restore the missing file, or name its new path".to_owned(),
     }
 }
 
-/// Why `new` cannot be taken for a backing file that is gone, if so.
+/// Why `new` is not the missing backing file, if so.
 fn not_the_missing(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     image: &ImageEntry,
     new: Option<&ImageEntry>,
     name: &[u8],
     format: Option<&str>,
 ) -> Option<String> {
     let Some(new) = new else {
-        return Some("all that the missing file holds would read as zeroes".to_owned());
+        return Some("the content of the missing file would read as zeroes".to_owned());
     };
     let own = new.format.map(crate::store::Format::name);
     if let (Some(stated), Some(own)) = (format, own)
@@ -116,21 +119,18 @@ fn not_the_missing(
     }
     if let Some(old_file) = old_file {
         let beside = directory_of(&new.place.path).join(old_file);
-        if world.store.roots()[new.place.root].stat(&beside).is_ok() {
+        if scan.store.roots()[new.place.root].stat(&beside).is_ok() {
             return Some(format!("{} is there", shown(&beside)));
         }
     }
     if new.virtual_size() < image.virtual_size() {
         return Some("its disk is shorter".to_owned());
     }
-    Some(
-        "it has another name, and nothing is left of the missing file with which it could be compared"
-            .to_owned(),
-    )
+    Some("it has another name, and nothing of the missing file is left to compare it with".to_owned())
 }
 
 /// Whether two images are the same file, or copies of one.
-fn is_same(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
+fn is_same(scan: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
     if old.stat.id == new.stat.id {
         return true;
     }
@@ -138,15 +138,15 @@ fn is_same(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> bool {
     let is_alike = old.format == new.format
         && old.stat.size == new.stat.size
         && digest(old) == digest(new)
-        // A copy of the header alone says nothing of data that lies elsewhere.
+        // A copy of the header alone is no evidence for data that is elsewhere.
         && old.data_file.is_none()
         && new.data_file.is_none();
-    is_alike && has_same_content(world, old, new).unwrap_or(false)
+    is_alike && has_same_content(scan, old, new).unwrap_or(false)
 }
 
-fn has_same_content(world: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
+fn has_same_content(scan: &ScannedStore, old: &ImageEntry, new: &ImageEntry) -> crate::error::Result<bool> {
     let [old, new] = [old, new]
-        .map(|image| (world.store.file(&image.place, &image.stat, Expect::AnyVersion), image.stat.size));
+        .map(|image| (scan.store.file(&image.place, &image.stat, Expect::AnyVersion), image.stat.size));
     let (files, len) = ((old.0, new.0), old.1);
     let step = if len <= WHOLE_LEN { SAMPLE_LEN as u64 } else { len / SAMPLE_COUNT };
     let mut buffers = (vec![0; SAMPLE_LEN], vec![0; SAMPLE_LEN]);

@@ -1,4 +1,4 @@
-//! The last steps that all jobs share: the store's lock, telling open disks, and the end of the intent.
+//! The last steps that all jobs share: the store's lock, notifying open disks, and the end of the intent.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,26 +9,26 @@ use crate::store::{Catalog, Effects, FileRef, Intent, OwnedIntent, Store};
 
 use super::job_table::JobProgress;
 
-/// The store's lock for a job that has done its work, unless it is cancelled or stopped while another has
-/// that.
+/// Takes the store's lock for a job that has done its work, unless the job is cancelled or stopped while
+/// another process holds the lock.
 pub(super) fn lock_for_job(store: &Store, progress: &JobProgress) -> Result<FileLock> {
     store.guard().lock_for_job(&*store.guard_names(), &|| progress.check())
 }
 
-/// Tells those who have disks open what has become of the files below: all layers that are still there show
-/// what they did, but for `changed`.
-pub(super) fn tell<O: Effects>(
+/// Notifies open disks of the changes to the files below them: all remaining layers still show the same
+/// bytes, except `changed`.
+pub(super) fn notify_disks<O: Effects>(
     store: &Arc<Store>,
     before: &Catalog,
     intent: &Intent<O>,
     changed: Option<&FileRef>,
 ) {
     let files: Vec<ObjectId> = intent.files().iter().map(|named| named.file.id()).collect();
-    tell_files(store, before, &files, changed);
+    notify_disks_of(store, before, &files, changed);
 }
 
-/// The same of files by their numbers.
-pub(super) fn tell_files(
+/// The same for files by their identity.
+pub(super) fn notify_disks_of(
     store: &Arc<Store>,
     before: &Catalog,
     files: &[ObjectId],
@@ -40,20 +40,20 @@ pub(super) fn tell_files(
     store.refresh_disks(&files);
 }
 
-/// Takes the intent away: all is done.
-pub(super) fn end<O>(store: &Arc<Store>, intent: OwnedIntent<O>, lock: FileLock) -> Result<()> {
-    let ended = forget(store, intent);
+/// Removes the intent: the command is complete.
+pub(super) fn end_intent<O>(store: &Arc<Store>, intent: OwnedIntent<O>, lock: FileLock) -> Result<()> {
+    let ended = remove_intent(store, intent);
     drop(lock);
     ended
 }
 
-/// Takes the intent of something that did not come to pass away.
-pub(super) fn forget<O>(store: &Arc<Store>, intent: OwnedIntent<O>) -> Result<()> {
+/// Removes the intent of a command that did not happen.
+pub(super) fn remove_intent<O>(store: &Arc<Store>, intent: OwnedIntent<O>) -> Result<()> {
     intent.end(&*store.guard_names())?;
     store.rescan().map(drop)
 }
 
-/// A path beneath the guarded directory as one beneath the store.
+/// A path relative to the guarded directory, made relative to the store.
 pub(super) fn own_path(store: &Store, path: &Path) -> PathBuf {
     path.strip_prefix(&store.guard().prefix).unwrap_or(path).to_path_buf()
 }

@@ -1,8 +1,8 @@
-//! The engine: takes requests, runs their jobs, knows how they are doing.
+//! The engine: accepts requests, runs their jobs, reports their state.
 //!
-//! Promises: one job at a time works on a chain, and on every chain that contains a layer which it writes,
-//! renames or unlinks; a request that is refused has changed nothing; a bug that one job brings out harms no
-//! other, and leaves its intent to be taken up.
+//! Promises: at most one job works on a chain, and on every chain that contains a layer which the job writes,
+//! renames or unlinks; a refused request has changed nothing; a bug in one job harms no other job, and leaves
+//! an intent that can be resumed.
 
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,7 +16,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::store::{FoundIntent, Intent, Operation, Store, shown};
 
-use super::asker::as_nobody;
+use super::asker::without_user;
 use super::branch;
 use super::commit;
 use super::context::Context;
@@ -31,12 +31,12 @@ use super::{resize, snapshot};
 /// The jobs of one store.
 pub struct Engine {
     context: Arc<Context>,
-    board: Arc<JobTable>,
+    jobs: Arc<JobTable>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    /// Whether it is. Held shared while a command begins, so that none begins behind its back.
+    /// Whether the engine is stopping. Held shared while a command begins, so that none begins unseen.
     stopping: RwLock<bool>,
-    /// Whether plans say what other processes have locked.
-    looks_at_locks: bool,
+    /// Whether plans report the locks of other processes.
+    reports_locks: bool,
 }
 
 impl std::fmt::Debug for Engine {
@@ -46,24 +46,23 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// The engine of `store`; nothing is done before somebody asks.
+    /// The engine of `store`; it does nothing until a command comes.
     pub fn new(store: &Arc<Store>) -> Arc<Self> {
         Self::with(store, true)
     }
 
-    /// The same for plans of a store that is mounted: what the daemon has locked keeps no command of its own
-    /// away.
+    /// The same for plans of a mounted store: locks of the daemon do not block the daemon's own commands.
     pub fn beside_mount(store: &Arc<Store>) -> Arc<Self> {
         Self::with(store, false)
     }
 
-    fn with(store: &Arc<Store>, looks_at_locks: bool) -> Arc<Self> {
+    fn with(store: &Arc<Store>, reports_locks: bool) -> Arc<Self> {
         Arc::new(Self {
             context: Arc::new(Context::new(store)),
-            board: Arc::default(),
+            jobs: Arc::default(),
             threads: Mutex::default(),
             stopping: RwLock::default(),
-            looks_at_locks,
+            reports_locks,
         })
     }
 
@@ -72,29 +71,29 @@ impl Engine {
         self.context.store()
     }
 
-    /// Says where the store is mounted.
+    /// Sets the directory at which the store is mounted.
     pub fn set_mount(&self, directory: &Path) {
         self.context.set_mount(directory);
     }
 
-    /// Takes up what was begun before and is nobody else's, and clears away what was not even begun: returns
-    /// when that runs, or is done if no data has to be moved.
+    /// Resumes interrupted commands that no other process runs, and removes drafts of commands that never
+    /// began. Returns when their jobs run, or when they are done if no data has to be moved.
     pub fn resume(self: &Arc<Self>) {
         if self.store().options().read_only {
             return;
         }
         if let Err(error) = self.store().sweep_trash() {
-            tracing::warn!("the trash cannot be swept: {error}");
+            tracing::warn!("could not sweep the trash: {error}");
         }
         if let Err(error) = self.store().sweep() {
-            tracing::warn!("what commands that were cut off have left was not removed: {error}");
+            tracing::warn!("could not remove the drafts of interrupted commands: {error}");
         }
-        self.take_up_what_is_left();
+        self.resume_interrupted();
     }
 
-    /// Takes up what nobody is at work on, and what was not refused before. Who stops or is killed while
-    /// others have the store open leaves it to them.
-    pub fn take_up_what_is_left(self: &Arc<Self>) {
+    /// Resumes interrupted commands that no process runs and that were not refused before. A process that
+    /// stops or is killed while others have the store open leaves its commands to them.
+    pub fn resume_interrupted(self: &Arc<Self>) {
         for found in self.store().catalog().intents.clone() {
             let stopping = self.stopping.read();
             if *stopping || self.store().options().read_only {
@@ -104,7 +103,7 @@ impl Engine {
             if !found.is_trusted || guard.is_refused(&found.name) || guard.is_owned(&found) {
                 continue;
             }
-            if let Err(error) = self.take_up(&found)
+            if let Err(error) = self.resume_intent(&found)
                 && error.kind() != ErrorKind::Busy
             {
                 tracing::error!("{}{}: {error}", found.intent.command, of_chain(&found.intent.chain));
@@ -112,8 +111,8 @@ impl Engine {
         }
     }
 
-    /// Whether something may be left to be taken up.
-    pub fn has_work_left(&self) -> bool {
+    /// Whether an interrupted command may be waiting to be resumed.
+    pub fn has_interrupted(&self) -> bool {
         let catalog = self.store().catalog();
         let guard = self.store().guard();
         let is_left = |found: &FoundIntent| {
@@ -122,33 +121,33 @@ impl Engine {
         !self.store().options().read_only && catalog.intents.iter().any(is_left)
     }
 
-    /// Takes up an intent also if that was refused before. Returns the command's number.
+    /// Resumes an intent even if it was refused before. Returns the command's number.
     pub fn recover(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
-        self.take_up(found)
+        self.resume_intent(found)
     }
 
-    fn take_up(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
-        // What it may do was judged when it was accepted. By the rights of whoever gives it again it might be
-        // refused, and what it has spoilt would stay hidden.
-        let _nobody = as_nobody();
-        // A3: not even if somebody asks for it by name.
+    fn resume_intent(self: &Arc<Self>, found: &FoundIntent) -> Result<u64> {
+        // The command's rights were checked when it was accepted. Checked again by the rights of another
+        // caller, it might be refused, and the views that it invalidated would stay hidden.
+        let _without_user = without_user();
+        // A3: not even if a user asks for it by name.
         if !found.is_trusted {
-            let fact = "is not carried out, for others may have written its note; see problems.txt";
+            let fact = "is not resumed: other users may have written its intent; see problems.txt";
             return Err(Error::new(ErrorKind::Denied, format!("{} {fact}", found.intent.command)));
         }
         let (chain, command) = (found.intent.chain.clone(), found.intent.command.clone());
-        let mut tokens = self.board.take(std::slice::from_ref(&chain))?;
+        let mut locks = self.jobs.take(std::slice::from_ref(&chain))?;
         let names = self.store().guard_names();
-        // Somebody may have removed all there was.
+        // The user may have removed all interrupted commands.
         self.store().guard().prepare(&*names)?;
         let lock = self.store().guard().lock(&*names)?;
         let owned = self.store().guard().take_up(&*names, found).map_err(|error| {
-            // Who is at work on it will say himself how it goes.
-            if error.kind() == ErrorKind::Busy { error } else { self.not_taken_up(found, error) }
+            // The process that runs it writes its own status.
+            if error.kind() == ErrorKind::Busy { error } else { self.note_not_resumed(found, error) }
         });
-        let owned = owned.inspect_err(|error| self.board.refused(&chain, &command, error))?;
-        tracing::info!("taking up: {command}{}", of_chain(&chain));
-        let (number, progress) = self.board.begin(&chain, &command);
+        let owned = owned.inspect_err(|error| self.jobs.refused(&chain, &command, error))?;
+        tracing::info!("resuming: {command}{}", of_chain(&chain));
+        let (number, progress) = self.jobs.begin(&chain, &command);
         let discards = discards_of(&owned.intent.command);
         let begun = match owned.intent.operation.clone() {
             Operation::Snapshot(operation) => {
@@ -161,33 +160,35 @@ impl Engine {
                 resize::resume(&self.context, owned.with(operation), lock).map(|()| None)
             }
             Operation::Commit(operation) => {
-                commit::resume(&self.context, owned.with(operation), discards, lock, &mut tokens)
+                commit::resume(&self.context, owned.with(operation), discards, lock, &mut locks)
             }
             Operation::Pull(operation) => {
-                pull::resume(&self.context, owned.with(operation), discards, lock, &mut tokens)
+                pull::resume(&self.context, owned.with(operation), discards, lock, &mut locks)
             }
-            Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
+            Operation::Unknown => {
+                Err(Error::new(ErrorKind::Corrupt, "the intent does not say which command was begun"))
+            }
         };
         if begun.is_ok() {
             self.store().guard().forget_refusal(&found.name);
         }
         match begun {
             Ok(Some(job)) => {
-                self.start(&chain, number, progress, tokens, job)?;
+                self.start(&chain, number, progress, locks, job)?;
             }
-            Ok(None) => self.board.end(&chain, number, &Ok(())),
+            Ok(None) => self.jobs.end(&chain, number, &Ok(())),
             Err(error) => {
-                let error = self.not_taken_up(found, error);
-                self.board.end(&chain, number, &Err(error.clone()));
+                let error = self.note_not_resumed(found, error);
+                self.jobs.end(&chain, number, &Err(error.clone()));
                 return Err(error);
             }
         }
         Ok(number)
     }
 
-    /// Notes for all who look at the store why a command was not taken up.
-    fn not_taken_up(&self, found: &FoundIntent, error: Error) -> Error {
-        // What others have open they close some time.
+    /// Notes in the store's problems why a command was not resumed.
+    fn note_not_resumed(&self, found: &FoundIntent, error: Error) -> Error {
+        // Files that are open will be closed some time.
         let is_final = error.kind() != ErrorKind::Busy;
         if !self.store().guard().note_refusal(&found.name, error.to_string(), is_final) {
             return error;
@@ -198,33 +199,34 @@ impl Engine {
         }
     }
 
-    /// What would become of an intent if it were taken up now: in words, or why it is not. Nothing is
-    /// changed.
+    /// The outcome of resuming an intent now, in words, or why it cannot be resumed. Changes nothing.
     pub fn examine(&self, intent: &Intent, name: &OsStr) -> Result<&'static str> {
-        let world = ScannedStore::look_for(self.store(), name)?;
+        let scan = ScannedStore::scan_for_resume(self.store(), name)?;
         let discards = discards_of(&intent.command);
         match intent.operation.clone() {
-            Operation::Snapshot(operation) => snapshot::examine(&world, &intent.with(operation))
-                .map(|goes_on| if goes_on { "goes on to its end" } else { "goes back to its beginning" }),
-            Operation::Copy(_) => Ok("what was half made goes"),
+            Operation::Snapshot(operation) => snapshot::examine(&scan, &intent.with(operation))
+                .map(|completes| if completes { "will be completed" } else { "will be rolled back" }),
+            Operation::Copy(_) => Ok("the unfinished copy will be removed"),
             Operation::Shrink(operation) => {
-                resize::examine(&self.context, &world, &intent.with(operation)).map(|_| "goes on to its end")
+                resize::examine(&self.context, &scan, &intent.with(operation)).map(|_| "will be completed")
             }
             Operation::Commit(operation) => {
-                commit::examine(&world, &intent.with(operation), discards).map(|_| "goes on to its end")
+                commit::examine(&scan, &intent.with(operation), discards).map(|_| "will be completed")
             }
             Operation::Pull(operation) => {
-                pull::examine(&world, &intent.with(operation), discards).map(|_| "goes on to its end")
+                pull::examine(&scan, &intent.with(operation), discards).map(|_| "will be completed")
             }
-            Operation::Unknown => Err(Error::new(ErrorKind::Corrupt, "nobody can tell what was begun")),
+            Operation::Unknown => {
+                Err(Error::new(ErrorKind::Corrupt, "the intent does not say which command was begun"))
+            }
         }
     }
 
-    /// What `request` on the chain at `chain` would do; only words that make no sense are an error.
+    /// The plan of `request` on the chain at `chain`; only malformed words are an error.
     pub fn plan(self: &Arc<Self>, chain: &Path, request: &Request) -> Result<Plan> {
-        // A plan opens what its command would; a command at work is not to meet that.
-        let _tokens = match self.board.take(&[chain.to_path_buf()]) {
-            Ok(tokens) => tokens,
+        // A plan opens the same files as its command would; it must not run beside a command.
+        let _tokens = match self.jobs.take(&[chain.to_path_buf()]) {
+            Ok(locks) => locks,
             Err(busy) => {
                 return Ok(Plan { command: request.to_string(), refusals: vec![busy], ..Plan::default() });
             }
@@ -233,12 +235,12 @@ impl Engine {
             return Ok(Plan { command: request.to_string(), ..Plan::default() });
         };
         asked.introduce(&self.context, chain);
-        let world = ScannedStore::look(self.store())?;
-        let (mut plan, touched) = asked.plan(&self.context, &world, chain)?;
-        if self.looks_at_locks {
-            touched.refuse(&world, &mut plan);
+        let scan = ScannedStore::scan(self.store())?;
+        let (mut plan, touched) = asked.plan(&self.context, &scan, chain)?;
+        if self.reports_locks {
+            touched.refuse(&scan, &mut plan);
         }
-        plan.refusals.extend(world.not_permitted(&plan));
+        plan.refusals.extend(scan.not_permitted(&plan));
         if !self.store().options().read_only {
             plan.refusals.extend(self.store().guard().check_place().err());
         }
@@ -246,79 +248,78 @@ impl Engine {
         Ok(plan)
     }
 
-    /// Begins what is asked. Returns the command's number: when it is done if no data has to be moved, else
-    /// when its job runs. What is refused is in the status, too.
+    /// Begins a command. Returns the command's number: when it is done if no data has to be moved, else when
+    /// its job runs. A refusal is in the status, too.
     pub fn run(self: &Arc<Self>, chain: &Path, request: &Request, command: &str) -> Result<u64> {
         let begun = self.begin(chain, request, command);
         if let Err(error) = &begun {
-            self.board.refused(chain, command, error);
+            self.jobs.refused(chain, command, error);
         }
         begun
     }
 
     fn begin(self: &Arc<Self>, chain: &Path, request: &Request, command: &str) -> Result<u64> {
         let Some(asked) = request.command() else {
-            return self.board.cancel(chain).map(|()| self.board.status(chain).number);
+            return self.jobs.cancel(chain).map(|()| self.jobs.status(chain).number);
         };
         let stopping = self.stopping.read();
         if *stopping {
-            return Err(Error::new(ErrorKind::Busy, "the store is being let go of; mount it again first"));
+            return Err(Error::new(ErrorKind::Busy, "the store is being unmounted; mount it again first"));
         }
         if let Some(fact) = self.store().read_only() {
             return Err(Error::new(ErrorKind::ReadOnly, format!("the store {fact}")));
         }
-        // One that was cut off goes on when it is given again.
+        // An interrupted command continues when it is given again.
         let is_same = |found: &&FoundIntent| {
             found.intent.chain == chain
                 && found.intent.command == command
                 && !self.store().guard().is_owned(found)
         };
         if let Some(found) = self.store().catalog().intents.iter().find(is_same) {
-            return self.take_up(found);
+            return self.resume_intent(found);
         }
-        let mut tokens = self.board.take(&[chain.to_path_buf()])?;
+        let mut locks = self.jobs.take(&[chain.to_path_buf()])?;
         asked.introduce(&self.context, chain);
-        let job = asked.begin(&self.context, chain, command, &mut tokens)?;
-        let (number, progress) = self.board.begin(chain, command);
-        // Without a mount whoever opened the store says so.
+        let job = asked.begin(&self.context, chain, command, &mut locks)?;
+        let (number, progress) = self.jobs.begin(chain, command);
+        // Without a mount the process that opened the store reports it.
         if self.context.is_mounted() {
-            tokens.notes.extend(self.store().guard().new_place_note());
+            locks.notes.extend(self.store().guard().new_place_note());
         }
-        self.board.note(chain, std::mem::take(&mut tokens.notes));
+        self.jobs.note(chain, std::mem::take(&mut locks.notes));
         match job {
-            Some(job) => self.start(chain, number, progress, tokens, job)?,
-            None => self.board.end(chain, number, &Ok(())),
+            Some(job) => self.start(chain, number, progress, locks, job)?,
+            None => self.jobs.end(chain, number, &Ok(())),
         }
         Ok(number)
     }
 
-    /// Lets a job run by itself.
+    /// Runs a job in a thread of its own.
     fn start(
         self: &Arc<Self>,
         chain: &Path,
         number: u64,
         progress: Arc<JobProgress>,
-        tokens: ChainLocks,
+        locks: ChainLocks,
         job: Box<dyn Job>,
     ) -> Result<()> {
-        let (context, board, of) = (Arc::clone(&self.context), Arc::clone(&self.board), chain.to_path_buf());
+        let (context, jobs, of) = (Arc::clone(&self.context), Arc::clone(&self.jobs), chain.to_path_buf());
         let work = move || {
             let done = catch_unwind(AssertUnwindSafe(|| job.run(&context, &progress)));
             let done = done.unwrap_or_else(|_| {
-                let fact =
-                    "a bug in chainfs broke it off; mount the store again, and report what the log says";
+                let fact = "a bug in chainfs aborted it; mount the store again, and report the log's message";
                 Err(Error::new(ErrorKind::Io, fact))
             });
             if let Err(error) = &done {
                 tracing::warn!("chain {}: {error}", shown(&of));
             }
-            drop(tokens);
-            board.end(&of, number, &done);
+            drop(locks);
+            jobs.end(&of, number, &done);
         };
         let thread = thread::Builder::new().name("job".into()).spawn(work);
         let thread = thread.map_err(|error| {
             let error = Error::beginning("starting a thread", error);
-            self.board.end(chain, number, &Err(error.clone()));
+            self.jobs.end(chain, number, &Err(error.clone()));
             error
         })?;
         let mut threads = self.threads.lock();
@@ -327,33 +328,33 @@ impl Engine {
         Ok(())
     }
 
-    /// Notes for the status of a chain that a command was refused before it came to [`Engine::run`].
+    /// Records in the status of a chain that a command was refused before it reached [`Engine::run`].
     pub fn refused(&self, chain: &Path, command: &str, error: &Error) {
-        self.board.refused(chain, command, error);
+        self.jobs.refused(chain, command, error);
     }
 
-    /// How the last command of the chain is doing.
+    /// The state of the chain's last command.
     pub fn status(&self, chain: &Path) -> Status {
-        self.board.status(chain)
+        self.jobs.status(chain)
     }
 
-    /// Waits until the status is another than the one of `version`, for at most `patience`.
+    /// Waits until the status differs from `version`, for at most `patience`.
     pub fn wait(&self, chain: &Path, version: u64, patience: Duration) -> Status {
-        self.board.wait(chain, version, patience)
+        self.jobs.wait(chain, version, patience)
     }
 
-    /// Whether it takes no more commands.
+    /// Whether it accepts no more commands.
     pub fn is_stopping(&self) -> bool {
         *self.stopping.read()
     }
 
-    /// Stops all jobs at their next piece, and returns when they have; what they have begun goes on at the
+    /// Stops all jobs at their next piece, and returns when they have stopped. Their commands continue at the
     /// next mount.
     pub fn stop(&self) {
-        // Who has begun to wait for the store's lock holds the other back.
+        // A command that waits for the store's lock holds this lock.
         self.store().guard().leave();
         *self.stopping.write() = true;
-        self.board.stop();
+        self.jobs.stop();
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             let _ = thread.join();
@@ -361,7 +362,7 @@ impl Engine {
     }
 }
 
-/// What the command of an intent said of what it may lose; words that are not understood said nothing.
+/// The discards that the command of an intent allowed; words that cannot be parsed allowed none.
 fn discards_of(command: &str) -> Discards {
     Request::parse_command(command.as_bytes()).map(|request| request.discards()).unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! Who is at work on what, and how far: the status of every chain's last command, and the tokens that keep
+//! The running commands and their progress: the status of every chain's last command, and the locks that keep
 //! two commands from one chain.
 
 use std::collections::{HashMap, HashSet};
@@ -14,33 +14,33 @@ use crate::store::shown;
 
 use super::status::{JobState, Status};
 
-/// A command at work.
+/// A running command.
 #[derive(Debug, Default)]
 pub(super) struct JobProgress {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
     stopped: AtomicBool,
-    /// It has come to where nothing can be called back any more.
+    /// It has passed the point after which it cannot be rolled back.
     settled: AtomicBool,
 }
 
 impl JobProgress {
-    /// Says how many bytes there are in all.
+    /// Sets the total number of bytes.
     pub(super) fn set_total(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
     }
 
-    /// Says that so many bytes more are done.
+    /// Adds to the number of bytes done.
     pub(super) fn advance(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Asked between two pieces: `Cancelled` if it is to end here.
+    /// Called between two pieces: `Cancelled` if the job is to end here.
     pub(super) fn check(&self) -> Result<()> {
-        // J3: every job asks this between its pieces.
+        // J3: every job calls this between its pieces.
         if self.is_stopped() {
-            let fact = "stopped; it goes on when the store is mounted again";
+            let fact = "stopped; it is resumed when the store is mounted again";
             return Err(Error::new(ErrorKind::Cancelled, fact));
         }
         if self.cancelled.load(Ordering::SeqCst) {
@@ -49,23 +49,23 @@ impl JobProgress {
         Ok(())
     }
 
-    /// Whether it ends because the mount does: what it has begun is kept.
+    /// Whether the job ends because of an unmount: its intent is kept.
     pub(super) fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)
     }
 
-    /// From here on nothing is called back; `Cancelled` if it has been already.
-    pub(super) fn settle(&self) -> Result<()> {
+    /// Passes the point of no return; `Cancelled` if the job was cancelled before.
+    pub(super) fn forbid_cancel(&self) -> Result<()> {
         self.settled.store(true, Ordering::SeqCst);
         self.check()
     }
 
     fn cancel(&self) -> Result<()> {
-        let busy = || Err(Error::new(ErrorKind::Busy, "it is being finished, which cannot be called back"));
+        let busy = || Err(Error::new(ErrorKind::Busy, "it is being finished and cannot be cancelled"));
         if self.settled.load(Ordering::SeqCst) {
             return busy();
         }
-        // One of the two sees what the other has done.
+        // One of the two sees the other's store.
         self.cancelled.store(true, Ordering::SeqCst);
         if self.settled.load(Ordering::SeqCst) { busy() } else { Ok(()) }
     }
@@ -87,7 +87,7 @@ struct JobTableState {
     numbers: u64,
     version: u64,
     chains: HashMap<PathBuf, LastCommand>,
-    tokens: HashSet<PathBuf>,
+    locks: HashSet<PathBuf>,
 }
 
 /// All commands of a store.
@@ -97,53 +97,53 @@ pub(super) struct JobTable {
     changed: Condvar,
 }
 
-/// The tokens of some chains, until dropped.
+/// The locks of some chains, held until dropped.
 pub(super) struct ChainLocks {
-    board: Arc<JobTable>,
+    jobs: Arc<JobTable>,
     chains: Vec<PathBuf>,
-    /// What whoever gave the command has to be told of it.
+    /// Notes for the caller who gave the command.
     pub(super) notes: Vec<String>,
 }
 
 impl Drop for ChainLocks {
     fn drop(&mut self) {
-        let mut state = self.board.state.lock();
+        let mut state = self.jobs.state.lock();
         for chain in &self.chains {
-            state.tokens.remove(chain);
+            state.locks.remove(chain);
         }
     }
 }
 
 impl ChainLocks {
-    /// Takes those of more chains.
+    /// Locks more chains.
     pub(super) fn extend(&mut self, chains: &[PathBuf]) -> Result<()> {
         let more: Vec<PathBuf> =
             chains.iter().filter(|chain| !self.chains.contains(chain)).cloned().collect();
-        let mut taken = self.board.take(&more)?;
+        let mut taken = self.jobs.take(&more)?;
         self.chains.append(&mut taken.chains);
         Ok(())
     }
 }
 
 impl JobTable {
-    /// Takes the tokens of all these chains, or none: `Busy`.
+    /// Locks all these chains, or none: `Busy`.
     pub(super) fn take(self: &Arc<Self>, chains: &[PathBuf]) -> Result<ChainLocks> {
         let mut state = self.state.lock();
-        // J1: all tokens or none.
-        if let Some(taken) = chains.iter().find(|chain| state.tokens.contains(*chain)) {
+        // J1: all locks or none.
+        if let Some(taken) = chains.iter().find(|chain| state.locks.contains(*chain)) {
             let command =
                 state.chains.get(taken).map_or("another command", |last| last.status.command.as_str());
             let fact = format!(
-                "{} is being worked on ({command}); wait until it is done, or cancel it",
+                "{} is in use by a command ({command}); wait until it is done, or cancel it",
                 shown(taken)
             );
             return Err(Error::new(ErrorKind::Busy, fact));
         }
-        state.tokens.extend(chains.iter().cloned());
-        Ok(ChainLocks { board: Arc::clone(self), chains: chains.to_vec(), notes: Vec::new() })
+        state.locks.extend(chains.iter().cloned());
+        Ok(ChainLocks { jobs: Arc::clone(self), chains: chains.to_vec(), notes: Vec::new() })
     }
 
-    /// Notes that a command begins; returns its number and its progress.
+    /// Records that a command begins; returns its number and its progress.
     pub(super) fn begin(&self, chain: &Path, command: &str) -> (u64, Arc<JobProgress>) {
         let progress = Arc::new(JobProgress::default());
         let mut state = self.state.lock();
@@ -156,14 +156,14 @@ impl JobTable {
         (number, progress)
     }
 
-    /// Adds what is to be told of the command that has just begun.
+    /// Adds notes to the status of the command that has just begun.
     pub(super) fn note(&self, chain: &Path, notes: Vec<String>) {
         if let Some(last) = self.state.lock().chains.get_mut(chain) {
             last.status.notes = notes;
         }
     }
 
-    /// Notes how a command has ended, unless a later one has begun.
+    /// Records how a command has ended, unless a later one has begun.
     pub(super) fn end(&self, chain: &Path, number: u64, outcome: &Result<()>) {
         let mut state = self.state.lock();
         let Some(last) = state.chains.get_mut(chain).filter(|last| last.status.number == number) else {
@@ -184,7 +184,7 @@ impl JobTable {
         self.changed.notify_all();
     }
 
-    /// Notes that a command was refused; the status of one that is at work stays.
+    /// Records that a command was refused; the status of a running command stays.
     pub(super) fn refused(&self, chain: &Path, command: &str, error: &Error) {
         let mut state = self.state.lock();
         state.numbers += 1;
@@ -199,12 +199,12 @@ impl JobTable {
         self.changed.notify_all();
     }
 
-    /// How the last command of a chain is doing.
+    /// The state of a chain's last command.
     pub(super) fn status(&self, chain: &Path) -> Status {
         self.state.lock().chains.get(chain).map(LastCommand::seen).unwrap_or_default()
     }
 
-    /// Waits until the status of a chain is another than that of `version`, for at most `patience`.
+    /// Waits until the status of a chain differs from `version`, for at most `patience`.
     pub(super) fn wait(&self, chain: &Path, version: u64, patience: Duration) -> Status {
         let end = Instant::now() + patience;
         let mut state = self.state.lock();
@@ -214,7 +214,7 @@ impl JobTable {
             if status.version != version || now >= end {
                 return status;
             }
-            // Progress is not told of, it is looked at.
+            // Progress sends no notification; it is polled.
             let pause = (end - now).min(Duration::from_millis(100));
             self.changed.wait_for(&mut state, pause);
         }
@@ -226,12 +226,12 @@ impl JobTable {
         match state.chains.get(chain).and_then(|last| last.progress.as_ref()) {
             Some(progress) => progress.cancel(),
             None => {
-                Err(Error::new(ErrorKind::NotFound, format!("no command is at work on {}", shown(chain))))
+                Err(Error::new(ErrorKind::NotFound, format!("no command is running on {}", shown(chain))))
             }
         }
     }
 
-    /// Asks all commands to end at their next piece and to keep what they have begun.
+    /// Asks all commands to end at their next piece and to keep their intents.
     pub(super) fn stop(&self) {
         let state = self.state.lock();
         state.chains.values().filter_map(|last| last.progress.as_ref()).for_each(|progress| progress.stop());
@@ -241,14 +241,14 @@ impl JobTable {
 impl JobTableState {
     fn set(&mut self, chain: &Path, mut last: LastCommand) {
         self.version += 1;
-        // Leaves room for the bytes that are done, which are a part of the version.
+        // Leaves room for the number of bytes done, which is part of the version.
         last.status.version = self.version << 32;
         self.chains.insert(chain.to_path_buf(), last);
     }
 }
 
 impl LastCommand {
-    /// The status with what is done by now.
+    /// The status with the current progress.
     fn seen(&self) -> Status {
         let mut status = self.status.clone();
         if let Some(progress) = &self.progress {

@@ -1,6 +1,6 @@
-//! What keeps a command from being done because other processes have images open: QEMU's locks, as of now.
+//! Refusals because other processes have images open: QEMU's locks, as of now.
 //!
-//! For plans alone. A command takes the locks themselves, and is refused by those.
+//! For plans only. A command takes the locks themselves, and is refused by those.
 
 use crate::io::LockKind;
 use crate::store::ImageIndex;
@@ -18,13 +18,13 @@ pub(super) struct TouchedImages {
 }
 
 impl TouchedImages {
-    /// A chain of which the first layer is written.
+    /// A chain whose first layer is written.
     pub(super) fn top_of(layers: &[ImageIndex]) -> Self {
         Self { written: layers[..1].to_vec(), read: layers[1..].to_vec() }
     }
 
     /// Adds a refusal for each image that another process has locked, unless the plan says so already.
-    pub(super) fn refuse(self, world: &ScannedStore, plan: &mut Plan) {
+    pub(super) fn refuse(self, scan: &ScannedStore, plan: &mut Plan) {
         let only_read = self.read.iter().filter(|index| !self.written.contains(index));
         let read = only_read.map(|index| (*index, LockKind::Reader));
         let mut all: Vec<(ImageIndex, LockKind)> =
@@ -32,8 +32,8 @@ impl TouchedImages {
         all.sort_unstable_by_key(|(index, _)| *index);
         all.dedup_by_key(|(index, _)| *index);
         for (index, kind) in all {
-            let image = world.image(index);
-            let Some(error) = world.store.locked_out(image, kind) else { continue };
+            let image = scan.image(index);
+            let Some(error) = scan.store.locked_out(image, kind) else { continue };
             let begin = format!("{} is ", image.shown());
             let is_said = |known: &crate::error::Error| {
                 known.kind() == error.kind() && known.to_string().starts_with(&begin)

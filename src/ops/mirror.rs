@@ -1,7 +1,7 @@
-//! What guests write while their disk is merged into a layer below: it goes to both.
+//! The mirror of guest writes while their disk is merged into a layer below: each write goes to both.
 //!
-//! Promises: where the copy has been, both hold the same bytes at every moment between two requests;
-//! a guest's request never fails for the mirror's sake, but then the merging does.
+//! Promises: in the range that has been copied, both hold the same bytes at every moment between two
+//! requests; a failure of the mirror never fails a guest's request, but fails the merge.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,12 +15,11 @@ use crate::store::Mirror;
 /// The mirror of one job.
 pub(super) struct MergeMirror {
     target: Arc<Writer>,
-    /// Held by whoever changes a range of the disk, in both places, or copies it.
+    /// Held while a range of the disk is changed in both places, or copied.
     ranges: Ranges,
-    /// All before this has been copied; `u64::MAX` once there is nothing left, wherever the disk ends by
-    /// then.
+    /// The end of the copied range; `u64::MAX` once everything is copied, wherever the disk ends by then.
     copied: AtomicU64,
-    /// Why both are no longer the same.
+    /// Why the two are no longer the same.
     failure: Mutex<Option<Error>>,
 }
 
@@ -34,7 +33,7 @@ impl MergeMirror {
         })
     }
 
-    /// Copies a piece of the disk while nobody changes it.
+    /// Copies a piece of the disk while no write changes it.
     pub(super) fn copy(&self, at: u64, len: u64, copy: impl FnOnce() -> Result<u64>) -> Result<u64> {
         let _held = self.ranges.hold(at, at + len);
         let moved = copy()?;
@@ -42,16 +41,15 @@ impl MergeMirror {
         Ok(moved)
     }
 
-    /// Makes the target as long as the disk, which has `size` bytes, if it is shorter.
+    /// Extends the target to the size of the disk, `size` bytes, if it is smaller.
     pub(super) fn level(&self, size: impl FnOnce() -> u64) -> Result<()> {
         let _held = self.ranges.hold(0, u64::MAX);
         let size = size();
         if size > self.target.size() { self.target.grow(size) } else { Ok(()) }
     }
 
-    /// Ends the copying if the disk, which has `size` bytes, goes no further than `at`: from here on every
-    /// change goes to both, also where the disk grows. What the target has beyond the disk's end reads as
-    /// zeroes then.
+    /// Ends the copying if the disk, of `size` bytes, ends at or before `at`: from here on every change goes
+    /// to both, also where the disk grows. The target reads as zeroes beyond the disk's end then.
     pub(super) fn complete(&self, at: u64, size: impl FnOnce() -> u64) -> Result<bool> {
         let _held = self.ranges.hold(0, u64::MAX);
         let size = size();
@@ -63,12 +61,12 @@ impl MergeMirror {
         Ok(true)
     }
 
-    /// Why the merging cannot go on, if so.
+    /// Why the merge cannot continue, if so.
     pub(super) fn check(&self) -> Result<()> {
         self.failure.lock().clone().map_or(Ok(()), Err)
     }
 
-    /// Does `change` to the disk and then, where it has been copied already, `same` to the target.
+    /// Applies `change` to the disk and then, in the copied range, `same` to the target.
     fn both(
         &self,
         at: u64,
@@ -97,7 +95,7 @@ impl MergeMirror {
     }
 }
 
-/// Makes everything from `size` on read as zeroes.
+/// Makes the target read as zeroes from `size` on.
 pub(super) fn zero_from(target: &Writer, size: u64) -> Result<()> {
     match target.size().saturating_sub(size) {
         0 => Ok(()),
@@ -117,7 +115,7 @@ impl Mirror for MergeMirror {
 
     fn grow(&self, disk: &Writer, size: u64) -> Result<()> {
         let same = || if self.target.size() < disk.size() { self.target.grow(disk.size()) } else { Ok(()) };
-        // What the target has beyond the disk's old end has to read as zeroes, as it does in the disk.
+        // The target must read as zeroes beyond the disk's old end, as the disk does.
         let _held = self.ranges.hold(0, u64::MAX);
         let old = disk.size();
         disk.grow(size)?;

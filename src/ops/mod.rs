@@ -1,9 +1,9 @@
-//! What changes the shape of chains: requests become plans, plans become jobs.
+//! Commands that change chains: requests become plans, plans become jobs.
 //!
-//! A [`Request`] is parsed without looking at the world; a [`Plan`] says everything that its job would
-//! do, and every refusal, before anything is touched; a job runs the very plan that was shown.
-//! Promises: every view that is listed has exactly the bytes it had, whatever fails and whenever
-//! the process or the machine dies. Inodes, directories of the mount and the kernel are for others.
+//! A [`Request`] is parsed without looking at the store. A [`Plan`] lists all the effects of its job, and
+//! every refusal, before anything is changed; a job runs exactly the plan that was shown. Promises: every
+//! listed view keeps exactly its bytes, whatever fails and whenever the process or the machine stops. Inodes,
+//! directories of the mount and the kernel are not handled here.
 
 mod asker;
 mod branch;

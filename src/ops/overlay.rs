@@ -1,8 +1,8 @@
-//! New qcow2 images, which nobody sees before they have their names.
+//! New qcow2 images, which are hidden until they have their names.
 //!
-//! Promises: a draft lies in the directory of the name that it is going to get, under one that no scan takes
-//! for an image's; it is durable, and has owner, mode and attributes of the file it is made after, before
-//! anybody opens it.
+//! Promises: a draft lies in the directory of its final name, under a name that no scan takes for an image.
+//! It is durable, and has owner, mode and attributes of the file it is made after, before any process opens
+//! it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use crate::store::{FileRef, Format, ImageEntry, ImageIndex, Store, StorePath, sh
 use super::refusals;
 use super::scanned_store::{ScannedStore, beside};
 
-/// An image that nobody sees yet.
+/// An image that is not visible yet.
 pub(super) struct DraftImage {
-    /// Beneath the store.
+    /// Relative to the store.
     pub(super) path: PathBuf,
-    /// Beneath the guarded directory.
+    /// Relative to the guarded directory.
     pub(super) named: FileRef,
 }
 
@@ -29,14 +29,14 @@ pub(super) fn draft_name(name: &Path, of: &str, number: usize) -> PathBuf {
 }
 
 impl DraftImage {
-    /// Makes an image at `path` beneath the store, after the file at `like`.
+    /// Makes an image at `path` relative to the store, after the file at `like`.
     pub(super) fn make(
-        world: &ScannedStore,
+        scan: &ScannedStore,
         path: PathBuf,
         like: &Path,
         options: &CreateOptions,
     ) -> Result<Self> {
-        let names = world.store.names();
+        let names = scan.store.names();
         let bytes = initial_image(options)?;
         let file = names.create(&path, Some(like))?;
         let made = file
@@ -45,8 +45,8 @@ impl DraftImage {
             .and_then(|()| names.sync(&directory_of(&path)));
         drop(file);
         let made = made.and_then(|()| {
-            let seen = FileRef::witness(&*world.store.roots()[0], &path, Format::Qcow2, false)?;
-            Ok(FileRef { path: world.guarded(&path), ..seen })
+            let seen = FileRef::witness(&*scan.store.roots()[0], &path, Format::Qcow2, false)?;
+            Ok(FileRef { path: scan.guarded(&path), ..seen })
         });
         match made {
             Ok(known) => Ok(Self { path, named: known }),
@@ -57,22 +57,22 @@ impl DraftImage {
         }
     }
 
-    /// Takes it away.
-    pub(super) fn unmake(&self, store: &Arc<Store>) {
-        // By identity: what others have put there stays. Else it is swept when the store is opened the next
-        // time.
+    /// Removes it.
+    pub(super) fn remove(&self, store: &Arc<Store>) {
+        // By identity: a file that another process has put there stays. What remains is swept at the next
+        // opening of the store.
         if self.is_there(store) {
             let _ = store.names().unlink(&self.path);
         }
     }
 
-    /// Whether it is what has its name.
+    /// Whether the file of its name is still this draft.
     pub(super) fn is_there(&self, store: &Arc<Store>) -> bool {
         self.named.is_at(&*store.roots()[0], &self.path)
     }
 }
 
-/// What an empty image like `model` on `backing` is made of.
+/// Options of an empty image like `model` on `backing`.
 pub(super) fn options(model: &ImageEntry, size: u64, backing: Option<NewBacking>) -> CreateOptions {
     let header = model.qcow2().map(|qcow2| &qcow2.header);
     CreateOptions {
@@ -84,45 +84,45 @@ pub(super) fn options(model: &ImageEntry, size: u64, backing: Option<NewBacking>
     }
 }
 
-/// How a new image at `path` beneath the store is to name the image `to`.
-pub(super) fn backing(world: &ScannedStore, path: &Path, to: ImageIndex) -> NewBacking {
-    world.backing(&StorePath { root: 0, path: path.to_path_buf() }, to, false)
+/// How a new image at `path` relative to the store names the image `to`.
+pub(super) fn backing(scan: &ScannedStore, path: &Path, to: ImageIndex) -> NewBacking {
+    scan.backing(&StorePath { root: 0, path: path.to_path_buf() }, to, false)
 }
 
-/// Refuses a name by which a file would be read in another format, or not at all.
+/// Refuses a name that would make a reader probe another format, or skip the file.
 pub(super) fn refuse_misread(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     format: Format,
     is_named: bool,
     refusals: &mut Vec<Error>,
 ) {
-    if !world.store.options().reads_as(path, format, is_named) {
+    if !scan.store.options().reads_as(path, format, is_named) {
         let fact = format!("would not be read as {} by that name; choose another", format.name());
         refusals.push(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(path))));
     }
 }
 
-/// Refuses a name for a file that is not there yet: one that is taken, misread, or of another image's stem,
-/// for both would be shown by their full names then. `but`: the image that gets it, if that is there already.
+/// Refuses a name for a new file: one that exists, is misread, or has another image's stem, since both would
+/// then be shown by their full names. `but`: the image that gets the name, if it exists already.
 pub(super) fn refuse_name(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     (format, is_named): (Format, bool),
     but: Option<ImageIndex>,
     refusals: &mut Vec<Error>,
 ) {
     let known = refusals.len();
-    refusals::taken(world, path, refusals);
-    refuse_misread(world, path, format, is_named, refusals);
-    let but = but.map(|index| world.image(index).stat.id);
+    refusals::taken(scan, path, refusals);
+    refuse_misread(scan, path, format, is_named, refusals);
+    let but = but.map(|index| scan.image(index).stat.id);
     let same_stem = |other: &ImageEntry| {
         but != Some(other.stat.id)
             && directory_of(&other.place.path) == directory_of(path)
             && other.place.path.file_stem() == path.file_stem()
     };
-    if refusals.len() == known && world.catalog.images.iter().any(same_stem) {
-        let fact = "is the name of another image already; choose another";
+    if refusals.len() == known && scan.catalog.images.iter().any(same_stem) {
+        let fact = "is already the name of another image; choose another";
         let stem =
             String::from_utf8_lossy(path.file_stem().unwrap_or_default().as_encoded_bytes()).into_owned();
         refusals.push(Error::new(ErrorKind::Exists, format!("{stem} {fact}")));

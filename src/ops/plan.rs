@@ -1,4 +1,4 @@
-//! What a command would do: the same value that its job runs.
+//! The plan of a command: the same value that its job runs.
 
 use std::path::PathBuf;
 
@@ -9,22 +9,22 @@ use crate::error::Error;
 pub struct PlanLayer {
     /// The view's name.
     pub name: Vec<u8>,
-    /// The file, beneath the store.
+    /// The file, relative to the store.
     pub path: PathBuf,
     /// Whether it is the active layer.
     pub active: bool,
-    /// What happens to it or has happened, in a few words; empty if nothing.
+    /// What happens to it or has happened, in a few words; may be empty.
     pub note: String,
 }
 
-/// Everything a command would do.
+/// All the effects of a command.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     /// The command's words.
     pub command: String,
-    /// The chain as it is, top first.
+    /// The chain now, top first.
     pub before: Vec<PlanLayer>,
-    /// The chain as it would be, top first.
+    /// The chain afterwards, top first.
     pub after: Vec<PlanLayer>,
     /// Bytes that would be copied.
     pub bytes: u64,
@@ -32,12 +32,12 @@ pub struct Plan {
     pub space: u64,
     /// Files that would be removed.
     pub removed: Vec<PathBuf>,
-    /// Files that would get another name: old and new.
+    /// Files that would be renamed: old and new name.
     pub renamed: Vec<(PathBuf, PathBuf)>,
-    /// Views that would be there no more.
+    /// Views that would be removed.
     pub invalid: Vec<Vec<u8>>,
-    /// What else is worth knowing beforehand, as sentences.
+    /// Further notes, as sentences.
     pub notes: Vec<String>,
-    /// Why it would not be done; empty if it would.
+    /// Why the command would be refused; empty if it would not.
     pub refusals: Vec<Error>,
 }

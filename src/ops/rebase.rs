@@ -1,8 +1,8 @@
-//! Rebase: a layer is put on another backing file.
+//! Rebase: a layer gets another backing file.
 //!
-//! Safely, which is a pull: what the layer shows stays the same, and where the two backing files differ it is
-//! copied. Or by name alone, for files that were moved: then nobody may have a view open that the layer is
-//! part of.
+//! The safe way is a pull: the layer's bytes stay the same, and ranges where the two backing files differ are
+//! copied. The unsafe way changes the name only, for files that were moved: then no view that contains the
+//! layer may be open.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -34,13 +34,13 @@ use super::words::{LineBuilder, ParsedWords, VerbSpec, usage};
 /// The words of `rebase`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RebaseRequest {
-    /// The layer that is put on something else, as a view's name; none: the active one.
+    /// The layer that gets another backing file, as a view's name; none: the active one.
     pub layer: Option<Vec<u8>>,
-    /// A file as the layer's header would name it, or a view of the chain; none: nothing.
+    /// A file as the layer's header would name it, or a view of the chain; none: no backing file.
     pub base: Option<Vec<u8>>,
     /// Whether only the name in the header is changed.
     pub is_unsafe: bool,
-    /// Whether layers may drop out of the chain by that.
+    /// Whether layers may drop out of the chain.
     pub drop_layers: bool,
 }
 
@@ -50,13 +50,13 @@ pub(super) const SPEC: VerbSpec = VerbSpec {
     usage: "\
 rebase [layer=VIEW] base=FILE|none [unsafe [drop-layers]]
 
-Puts a layer on another backing file.
+Gives a layer another backing file.
   layer=VIEW   the layer (the active disk)
-  base=FILE    as the layer's header would name it, or a view of this chain; none: it stands on nothing
-  unsafe       only the name is changed: for a backing file that was moved or renamed, also when the old one is gone.
-               The layer is the one right above that file. Without it what the layer shows stays the same, and what
-               differs is copied
-  drop-layers  with unsafe: FILE need not be the old backing file, and what lies between may drop out of the chain
+  base=FILE    as the layer's header would name it, or a view of this chain; none: no backing file
+  unsafe       changes the name only: for a backing file that was moved or renamed, even if the old one is
+               gone. The layer is the one right above that file. Without unsafe, the layer's bytes stay the
+               same: ranges that differ are copied
+  drop-layers  with unsafe: FILE may differ from the old backing file; layers may drop out of the chain
 ",
     positional: None,
     keys: &["layer", "base"],
@@ -86,7 +86,7 @@ impl Command for RebaseRequest {
         if self.drop_layers && !self.is_unsafe {
             return Err(usage("drop-layers goes with unsafe; a safe rebase loses nothing"));
         }
-        assert!(self.base.as_deref() != Some(b"none"), "standing on nothing is no name");
+        assert!(self.base.as_deref() != Some(b"none"), "base=none is no name");
         check_view("layer=", self.layer.as_deref())?;
         self.base.as_deref().map_or(Ok(()), check_path)
     }
@@ -95,8 +95,8 @@ impl Command for RebaseRequest {
         introduce(context.store(), chain, self);
     }
 
-    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
-        let (plan, layers) = plan(context, world, chain, self)?;
+    fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, layers) = plan(context, scan, chain, self)?;
         Ok((plan, layers.touched()))
     }
 
@@ -105,47 +105,47 @@ impl Command for RebaseRequest {
     }
 }
 
-/// What a rebase concerns.
+/// The images of a rebase.
 pub(super) struct RebaseRange {
-    /// What is put on something else, counted from the leaf.
+    /// The layer that gets another backing file, counted from the leaf.
     depth: usize,
     layer: ImageIndex,
     base: Option<ImageIndex>,
-    /// What the layer stands on no more.
+    /// The layers that drop out of its chain.
     between: Vec<ImageIndex>,
-    /// Whether it stands there already.
+    /// Whether it has that backing file already.
     is_done: bool,
 }
 
 impl RebaseRange {
-    /// What is opened for it; what the base consists of is opened by the plan itself.
+    /// The images that are opened for it; the plan itself opens the layers of the base.
     pub(super) fn touched(&self) -> TouchedImages {
         TouchedImages { written: vec![self.layer], read: Vec::new() }
     }
 }
 
-fn layers(world: &ScannedStore, chain: &ScannedChain, request: &RebaseRequest) -> Result<RebaseRange> {
+fn layers(scan: &ScannedStore, chain: &ScannedChain, request: &RebaseRequest) -> Result<RebaseRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
-    let depth = lookup::layer_or_active(world, chain, request.layer.as_deref(), "layer")?;
+    let depth = lookup::layer_or_active(scan, chain, request.layer.as_deref(), "layer")?;
     let layer = chain.views.layers[depth];
-    let image = world.image(layer);
+    let image = scan.image(layer);
     if image.format != Some(Format::Qcow2) {
-        let fact = "is raw, and has no header in which a backing file could be named";
+        let fact = "is raw, and has no header that could name a backing file";
         return Err(Error::new(ErrorKind::Unsupported, format!("{} {fact}", image.shown())));
     }
-    let base = request.base.as_ref().map(|name| base(world, chain, layer, name)).transpose()?;
-    let above = base.map(|base| world.catalog.layers(base)).unwrap_or_default();
+    let base = request.base.as_ref().map(|name| base(scan, chain, layer, name)).transpose()?;
+    let above = base.map(|base| scan.catalog.layers(base)).unwrap_or_default();
     if above.contains(&layer) {
-        let base = world.image(above[0]).shown();
-        return Err(usage(format!("{base} stands on {} itself: that would be a loop", image.shown())));
+        let base = scan.image(above[0]).shown();
+        return Err(usage(format!("{base} is itself backed by {}: that would be a loop", image.shown())));
     }
     let below = &chain.views.layers[depth + 1..];
     let between = below.iter().copied().take_while(|index| !above.contains(index)).collect();
     Ok(RebaseRange { depth, layer, base, between, is_done: false })
 }
 
-/// Has the store look at the file that `base=` names, if it means one: in a directory for backing files there
-/// may be some that nobody stands on yet.
+/// Adds the file that `base=` names to the scan: a directory for backing files may hold files that back no
+/// image yet.
 pub(super) fn introduce(store: &Store, chain: &Path, request: &RebaseRequest) {
     let Some(name) = &request.base else { return };
     let catalog = store.catalog();
@@ -160,12 +160,12 @@ pub(super) fn introduce(store: &Store, chain: &Path, request: &RebaseRequest) {
     }
 }
 
-/// The image that `base=` means: a file as the header would name it, else a layer of the chain.
-fn base(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
-    match world.named_by(layer, name) {
+/// The image that `base=` names: a file as the header would name it, else a layer of the chain.
+fn base(scan: &ScannedStore, chain: &ScannedChain, layer: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
+    match scan.named_by(layer, name) {
         Err(error) if error.kind() == ErrorKind::NotFound => match chain.views.find(name) {
             Some(view) if view.snapshot.is_some() => {
-                let fact = "is an internal snapshot, on which nothing can stand; clone it first";
+                let fact = "is an internal snapshot, which cannot back an image; clone it first";
                 Err(Error::new(ErrorKind::Usage, format!("{} {fact}", String::from_utf8_lossy(name))))
             }
             Some(view) => Ok(chain.views.layers[view.layer]),
@@ -175,36 +175,36 @@ fn base(world: &ScannedStore, chain: &ScannedChain, layer: ImageIndex, name: &[u
     }
 }
 
-/// What the request would do, with every refusal.
+/// The plan of the request, with every refusal.
 pub(super) fn plan(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     request: &RebaseRequest,
 ) -> Result<(Plan, RebaseRange)> {
-    let chain = world.chain(path)?;
-    let layers = layers(world, &chain, request)?;
-    if pull::stands_already(world, layers.layer, layers.base).or_else(|error| {
-        // Who gives another name only may mean just that.
+    let chain = scan.chain(path)?;
+    let layers = layers(scan, &chain, request)?;
+    if pull::is_backed_by(scan, layers.layer, layers.base).or_else(|error| {
+        // A rebase with `unsafe` may be given to change the spelling of the name only.
         if request.is_unsafe { Ok(false) } else { Err(error) }
     })? {
-        return Ok((pull::nothing_to_do(world, &chain), RebaseRange { is_done: true, ..layers }));
+        return Ok((pull::nothing_to_do(scan, &chain), RebaseRange { is_done: true, ..layers }));
     }
     let mut plan = if request.is_unsafe {
-        plan_unsafe(context, world, &chain, &layers, request.drop_layers)
+        plan_unsafe(context, scan, &chain, &layers, request.drop_layers)
     } else {
-        pull::plan_of(context, world, &chain, &as_pull(&chain, &layers), &PullRequest::default())
+        pull::plan_of(context, scan, &chain, &as_pull(&chain, &layers), &PullRequest::default())
     };
     let refusals = &mut plan.refusals;
     if let Some(base) = layers.base {
-        refuse_base(context, world, &layers, base, request.is_unsafe, refusals);
-        let image = world.image(base);
-        if world.is_active_disk(base) {
-            let fact = "is a disk of its own by now; it will be a snapshot, for something stands on it then";
+        refuse_base(context, scan, &layers, base, request.is_unsafe, refusals);
+        let image = scan.image(base);
+        if scan.is_active_disk(base) {
+            let fact = "is an active disk now; it becomes a snapshot, since it will have an overlay";
             plan.notes.push(format!("{} {fact}", image.shown()));
         }
     }
-    plan.after = after(world, &chain, &layers);
+    plan.after = after(scan, &chain, &layers);
     Ok((plan, layers))
 }
 
@@ -220,28 +220,27 @@ fn as_pull(chain: &ScannedChain, layers: &RebaseRange) -> pull::PullRange {
 
 fn refuse_base(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     layers: &RebaseRange,
     base: ImageIndex,
     is_unsafe: bool,
     refusals: &mut Vec<Error>,
 ) {
-    let below = world.catalog.layers(base);
+    let below = scan.catalog.layers(base);
     if !is_unsafe {
-        refusals.extend(world.begun(&below));
+        refusals.extend(scan.begun(&below));
     }
-    let above = world
+    let above = scan
         .catalog
         .chains()
-        .filter_map(|(_, leaf)| world.catalog.layers(leaf).iter().position(|index| *index == layers.layer));
+        .filter_map(|(_, leaf)| scan.catalog.layers(leaf).iter().position(|index| *index == layers.layer));
     let depth = above.max().unwrap_or(0) + 1 + below.len();
     if depth > MAX_DEPTH {
-        let fact =
-            format!("would be {depth} layers deep, and at most {MAX_DEPTH} are read; merge some of them");
+        let fact = format!("would be {depth} layers deep, and the limit is {MAX_DEPTH}; merge some of them");
         refusals.push(Error::new(ErrorKind::Limit, format!("the chain {fact}")));
     }
-    // Whoever writes it keeps us from opening it.
-    match context.store().open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen) {
+    // A process that writes the base keeps it from being opened.
+    match context.store().open_view(&scan.catalog, &below, ViewPart::Active, Stability::Frozen) {
         Err(error) if !is_unsafe || error.kind() == ErrorKind::Busy => refusals.push(error),
         _ => {}
     }
@@ -249,123 +248,123 @@ fn refuse_base(
 
 fn plan_unsafe(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     layers: &RebaseRange,
     drop_layers: bool,
 ) -> Plan {
-    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(scan, chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
-    let image = world.image(layers.layer);
+    let image = scan.image(layers.layer);
     if !image.users.is_empty() {
-        refusals.extend(world.unguarded());
+        refusals.extend(scan.unguarded());
     }
-    refusals.extend(world.untouchable(layers.layer));
-    let is_whole = world.catalog.view_problem(&world.catalog.layers(layers.layer)).is_none();
+    refusals.extend(scan.untouchable(layers.layer));
+    let is_whole = scan.catalog.view_problem(&scan.catalog.layers(layers.layer)).is_none();
     let above = &chain.views.layers[..=layers.depth];
-    refusals.extend(world.begun(above));
-    let others: Vec<String> = above.iter().flat_map(|layer| world.others_using(*layer, above)).collect();
+    refusals.extend(scan.begun(above));
+    let others: Vec<String> = above.iter().flat_map(|layer| scan.others_using(*layer, above)).collect();
     if is_whole && !others.is_empty() {
-        let fact = "is used by other images as well, which might show something else then";
+        let fact = "is used by other images as well, which might show other bytes then";
         let sentence = format!("{} {fact}: {}; do without unsafe", image.shown(), others.join(", "));
         refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
     }
-    let dropped = dropped::refusal(world, chain, layers.layer, layers.base, &layers.between);
+    let dropped = dropped::refusal(scan, chain, layers.layer, layers.base, &layers.between);
     refusals.extend(dropped.filter(|_| !drop_layers));
-    refusals.extend(layers.base.and_then(|base| world.uncounted(layers.layer, &image.place.path, base)));
-    let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
-    refusals::check_header(world, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
-    refuse_open(context, world, &chain.path, layers.layer, refusals);
-    let fact = "only the name is changed: what is shown stays the same only if the new backing file holds \
+    refusals.extend(layers.base.and_then(|base| scan.uncounted(layers.layer, &image.place.path, base)));
+    let backing = Some(layers.base.map(|base| scan.backing_name(layers.layer, base)));
+    refusals::check_header(scan, layers.layer, &HeaderChange { backing, frozen: None }, refusals);
+    refuse_open(context, scan, &chain.path, layers.layer, refusals);
+    let fact = "only the name is changed: the layer's bytes stay the same only if the new backing file holds \
         the same bytes";
     plan.notes.push(fact.into());
     if !layers.between.is_empty() {
-        let names: Vec<String> = layers.between.iter().map(|index| world.image(*index).shown()).collect();
+        let names: Vec<String> = layers.between.iter().map(|index| scan.image(*index).shown()).collect();
         plan.notes.push(format!("no longer part of the chain: {}", names.join(", ")));
     }
-    removal::note_trash(world, &[layers.layer], &mut plan);
+    removal::note_dependent_trash(scan, &[layers.layer], &mut plan);
     plan
 }
 
-/// Nobody may have anything open that the layer is part of.
+/// No view that contains the layer may be open.
 fn refuse_open(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &Path,
     layer: ImageIndex,
     refusals: &mut Vec<Error>,
 ) {
-    let names = context.store().exposed(world.image(layer).stat.id, &[]);
+    let names = context.store().exposed(scan.image(layer).stat.id, &[]);
     if !names.is_empty() {
-        refusals.push(refusals::still_open(context, chain, &names, "this may change what they show"));
+        refusals.push(refusals::still_open(context, chain, &names, "this may change their bytes"));
     }
 }
 
-fn after(world: &ScannedStore, chain: &ScannedChain, layers: &RebaseRange) -> Vec<PlanLayer> {
-    let below = layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default();
+fn after(scan: &ScannedStore, chain: &ScannedChain, layers: &RebaseRange) -> Vec<PlanLayer> {
+    let below = layers.base.map(|base| scan.catalog.layers(base)).unwrap_or_default();
     let stays = chain.views.layers[..=layers.depth].iter().copied();
     let mut after: Vec<PlanLayer> =
-        stays.chain(below).map(|index| lookup::line(world, chain, index)).collect();
-    "put on another backing file".clone_into(&mut after[layers.depth].note);
+        stays.chain(below).map(|index| lookup::line(scan, chain, index)).collect();
+    "with another backing file".clone_into(&mut after[layers.depth].note);
     after
 }
 
-/// Begins a rebase, or does it if only a name is changed.
+/// Begins a rebase, or carries it out if only a name is changed.
 pub(super) fn begin(
     context: &Context,
     path: &Path,
     request: &RebaseRequest,
     command: &str,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<Begun> {
     let store = context.store();
-    let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, layers) = plan(context, &world, path, request)?;
-    world.accept(&plan)?;
+    let (lock, scan) = ScannedStore::begin(store)?;
+    let (plan, layers) = plan(context, &scan, path, request)?;
+    scan.accept(&plan)?;
     if layers.is_done {
         return Ok(None);
     }
     if request.is_unsafe {
-        tokens.extend(&world.chains_of(&[layers.layer]))?;
-        change_name(context, &world, path, &layers)?;
+        locks.extend(&scan.chains_of(&[layers.layer]))?;
+        change_name(context, &scan, path, &layers)?;
         drop(lock);
         return store.rescan().map(|_| None);
     }
-    let found = as_pull(&world.chain(path)?, &layers);
-    let job = pull::begin_with(context, &world, lock, path, &found, command, tokens)?;
+    let found = as_pull(&scan.chain(path)?, &layers);
+    let job = pull::begin_with(context, &scan, lock, path, &found, command, locks)?;
     Ok(Some(Box::new(job)))
 }
 
-fn change_name(context: &Context, world: &ScannedStore, path: &Path, layers: &RebaseRange) -> Result<()> {
+fn change_name(context: &Context, scan: &ScannedStore, path: &Path, layers: &RebaseRange) -> Result<()> {
     let store: &Arc<Store> = context.store();
     let change = || {
-        // Nobody comes to write the new base meanwhile. What cannot be read may be put below it all the same.
-        let below = layers.base.map(|base| world.catalog.layers(base));
+        // The new base is locked against writers meanwhile. A base that cannot be read is accepted as well.
+        let below = layers.base.map(|base| scan.catalog.layers(base));
         let base =
-            below.map(|below| store.open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen));
+            below.map(|below| store.open_view(&scan.catalog, &below, ViewPart::Active, Stability::Frozen));
         let base = base
             .transpose()
             .or_else(|error| if error.kind() == ErrorKind::Busy { Err(error) } else { Ok(None) })?;
-        let job = store.take_image(&world.catalog, layers.layer)?;
-        // Under the writer's locks nobody comes to write it, and who reads it from here on reads what it is
-        // then.
+        let job = store.take_image(&scan.catalog, layers.layer)?;
+        // The writer's locks keep other writers out, and a reader that opens the layer from here on reads the
+        // new state.
         let mut refusals = Vec::new();
-        refuse_open(context, world, path, layers.layer, &mut refusals);
+        refuse_open(context, scan, path, layers.layer, &mut refusals);
         refusals::first(refusals)?;
         if let Some(left) = layers.between.first()
-            && world.image(*left).users == [layers.layer]
-            && freeze::may_be_marked(world, *left)
+            && scan.image(*left).users == [layers.layer]
+            && freeze::may_be_marked(scan, *left)
         {
-            freeze::freeze(store, world, *left, &Frozen::now(""))?;
+            freeze::freeze(store, scan, *left, &Frozen::now(""))?;
         }
-        removal::forget_trash(world, &[world.image(layers.layer).stat.id])?;
-        let backing = Some(layers.base.map(|base| world.backing_name(layers.layer, base)));
+        removal::remove_dependent_trash(scan, &[scan.image(layers.layer).stat.id])?;
+        let backing = Some(layers.base.map(|base| scan.backing_name(layers.layer, base)));
         change_header(job.name(), &*job.file()?, &HeaderChange { backing, frozen: None })?;
         drop(base);
         job.finish()
     };
-    if world.is_active_disk(layers.layer) {
-        return store.while_closed(world.image(layers.layer), change);
+    if scan.is_active_disk(layers.layer) {
+        return store.while_closed(scan.image(layers.layer), change);
     }
     change()
 }

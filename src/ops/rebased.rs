@@ -1,4 +1,4 @@
-//! Overlays that get another backing file at the end of a commit, through which the same bytes show.
+//! Overlays that get another backing file with the same bytes at the end of a commit.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::store::{ActiveJob, FileRef, ImageIndex, JobImage, Store};
 
 use super::scanned_store::ScannedStore;
 
-/// An image that is to stand on something else, in the hands of a job.
+/// An image that gets another backing file, opened by a job.
 pub(super) enum OverlayToRebase {
     /// The top of an active disk, which may be in use.
     Active(ActiveJob, FileRef),
@@ -17,24 +17,24 @@ pub(super) enum OverlayToRebase {
 }
 
 impl OverlayToRebase {
-    /// Takes it: from here on no other process opens it.
-    pub(super) fn take(store: &Arc<Store>, world: &ScannedStore, index: ImageIndex) -> Result<Self> {
-        if world.is_active_disk(index) {
-            let job = store.take_active(&world.catalog, &world.catalog.layers(index))?;
-            return Ok(OverlayToRebase::Active(job, world.named(index)));
+    /// Opens and locks it: from here on no other process opens it.
+    pub(super) fn open(store: &Arc<Store>, scan: &ScannedStore, index: ImageIndex) -> Result<Self> {
+        if scan.is_active_disk(index) {
+            let job = store.take_active(&scan.catalog, &scan.catalog.layers(index))?;
+            return Ok(OverlayToRebase::Active(job, scan.named(index)));
         }
-        Ok(OverlayToRebase::Image(store.take_image(&world.catalog, index)?))
+        Ok(OverlayToRebase::Image(store.take_image(&scan.catalog, index)?))
     }
 
-    /// Points it at another backing file, through which the same bytes show. An active disk is returned: in
-    /// memory it does not stand on that yet.
-    pub(super) fn put_on(
+    /// Changes its backing file to another one with the same bytes. An active disk is returned: in memory it
+    /// still has the old backing.
+    pub(super) fn change_backing(
         self,
-        world: &ScannedStore,
+        scan: &ScannedStore,
         index: ImageIndex,
         base: ImageIndex,
     ) -> Result<Option<(ActiveJob, FileRef)>> {
-        let change = HeaderChange { backing: Some(Some(world.backing_name(index, base))), frozen: None };
+        let change = HeaderChange { backing: Some(Some(scan.backing_name(index, base))), frozen: None };
         match self {
             OverlayToRebase::Active(job, named) => {
                 job.writer()?.change_header(&change)?;
@@ -56,11 +56,11 @@ impl OverlayToRebase {
     }
 }
 
-/// Lets disks stand on what their headers name by now.
-pub(super) fn stand_on_new(world: &ScannedStore, jobs: &[(ActiveJob, FileRef)]) -> Result<()> {
+/// Switches the in-memory backing of disks to the one that their headers name.
+pub(super) fn switch_backing(scan: &ScannedStore, jobs: &[(ActiveJob, FileRef)]) -> Result<()> {
     for (job, named) in jobs {
-        let child = world.expect(named)?;
-        job.stand_on(&world.catalog, &world.catalog.layers(child)[1..])?;
+        let child = scan.expect(named)?;
+        job.stand_on(&scan.catalog, &scan.catalog.layers(child)[1..])?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
-//! What users ask for, as values that make sense by themselves, and the table of all verbs.
+//! The requests of users, as values that are valid by themselves, and the table of all verbs.
 //!
-//! A verb is a file of its own: its words, its plan and its job. Here it has a line in each list. Whether the
-//! store has what a request names is for its plan to say.
+//! A verb is a file of its own: its words, its plan and its job. The table here has a row for it. A verb's plan
+//! checks whether the store has the files that a request names.
 
 use crate::error::Result;
 
@@ -17,14 +17,14 @@ use super::snapshot::{self, SnapshotRequest};
 use super::tokenize::split;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 
-/// Bytes of a command, at most.
+/// Maximum number of bytes of a command.
 pub const MAX_COMMAND_LEN: usize = 64 << 10;
 
 /// Declares the verbs: a row has the words of its documentation, its name, its request and its [`VerbSpec`].
-/// `cancel` has no row: it is about the command of another verb.
+/// `cancel` has no row: it acts on the command of another verb.
 macro_rules! verbs {
     ($($(#[doc = $doc:literal])+ $verb:ident($request:ty), $spec:expr;)+) => {
-        /// The verbs that have a control file each.
+        /// The verbs; each has a control file.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Verb {
             $($(#[doc = $doc])+ $verb,)+
@@ -32,7 +32,7 @@ macro_rules! verbs {
             Cancel,
         }
 
-        /// A request that makes sense by itself.
+        /// A request that is valid by itself.
         #[derive(Clone, Debug, PartialEq, Eq)]
         pub enum Request {
             $($(#[doc = $doc])+ $verb($request),)+
@@ -68,7 +68,7 @@ macro_rules! verbs {
                 }
             }
 
-            /// What is to be carried out; `None` for `cancel`.
+            /// The command to carry out; `None` for `cancel`, which acts on another command.
             pub(super) fn command(&self) -> Option<&dyn Command> {
                 match self {
                     $(Request::$verb(request) => Some(request),)+
@@ -118,7 +118,7 @@ impl Verb {
         Self::ALL.into_iter().find(|verb| verb.name() == name)
     }
 
-    /// What reading its control file says.
+    /// The text that its control file returns when read.
     pub fn usage(self) -> &'static str {
         self.spec().usage
     }
@@ -156,17 +156,17 @@ impl Request {
         Ok(request)
     }
 
-    /// Whether it makes sense by itself: what was parsed does, what was put together may not.
+    /// Checks it without looking at the store: a parsed request passes, a constructed one may not.
     pub fn check(&self) -> Result<()> {
         self.command().map_or(Ok(()), Command::check)
     }
 
-    /// What it may lose besides what it is for.
+    /// What it may discard beyond its purpose.
     pub(super) fn discards(&self) -> Discards {
         self.command().map(Command::discards).unwrap_or_default()
     }
 
-    /// Whether it is one for a chain's own control files.
+    /// Checks that it is a request for a chain's own control files.
     pub fn check_for_chain(&self) -> Result<()> {
         match self {
             Request::Snapshot(request) if !request.chains.is_empty() => {
@@ -176,7 +176,7 @@ impl Request {
         }
     }
 
-    /// Whether it is one for the control files of the store as a whole.
+    /// Checks that it is a request for the control files of the store as a whole.
     pub fn check_for_store(&self) -> Result<()> {
         match self {
             Request::Snapshot(request) if !request.chains.is_empty() => Ok(()),

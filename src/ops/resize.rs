@@ -1,8 +1,8 @@
-//! Resize: the active disk becomes longer, also in use, or shorter.
+//! Resize: the active disk becomes larger, also while in use, or smaller.
 //!
-//! Promises: what is new reads as zeroes, whatever lies there in layers below; internal snapshots keep their
-//! sizes. What a shorter disk loses is given back only when its header says so, and if that is cut off, by
-//! whoever takes it up.
+//! Promises: added space reads as zeroes, whatever the layers below hold there; internal snapshots keep their
+//! sizes. Clusters beyond a smaller disk's end are freed only after the header states the new size; if that
+//! is interrupted, resuming frees them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -28,20 +28,20 @@ use super::words::{LineBuilder, ParsedWords, VerbSpec, show, usage};
 /// The words of `resize`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ResizeRequest {
-    /// How long the disk is to be.
+    /// The new size of the disk.
     pub size: NewSize,
-    /// Whether it may become shorter, and lose what lies behind its new end.
+    /// Whether the disk may shrink and lose the data beyond its new end.
     pub shrink: bool,
 }
 
-/// A size in bytes, or a difference to what it is.
+/// A size in bytes, or a difference from the current size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewSize {
-    /// So many bytes.
+    /// A number of bytes.
     To(u64),
-    /// So many bytes more than now.
+    /// This many bytes more than now.
     More(u64),
-    /// So many bytes less than now.
+    /// This many bytes less than now.
     Less(u64),
 }
 
@@ -51,8 +51,8 @@ pub(super) const SPEC: VerbSpec = VerbSpec {
     usage: "\
 resize [+|-]SIZE [shrink]
 
-Makes the active disk SIZE bytes long, or by so much longer or shorter; K, M, G, T follow a number as in qemu-img.
-  shrink   it may become shorter: what lies behind the new end is lost, and nobody may have the disk open
+Sets the size of the active disk, or adds to it (+) or subtracts from it (-). Units: K, M, G, T.
+  shrink   allows a smaller size: data beyond the new end is lost, and the disk must not be open
 ",
     positional: Some("SIZE"),
     keys: &[],
@@ -73,15 +73,15 @@ impl Command for ResizeRequest {
 
     fn check(&self) -> Result<()> {
         match self.size {
-            NewSize::To(0) => Err(usage("a disk of 0 bytes holds nothing; say how long it is to be")),
+            NewSize::To(0) => Err(usage("a disk of 0 bytes holds nothing; give its new size")),
             NewSize::More(0) | NewSize::Less(0) => Err(usage("the size would stay what it is")),
             NewSize::To(_) | NewSize::More(_) | NewSize::Less(_) => Ok(()),
         }
     }
 
-    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
-        let (plan, _) = plan(context, world, chain, self)?;
-        Ok((plan, TouchedImages::top_of(&world.chain(chain)?.views.layers)))
+    fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, _) = plan(context, scan, chain, self)?;
+        Ok((plan, TouchedImages::top_of(&scan.chain(chain)?.views.layers)))
     }
 
     fn begin(&self, context: &Context, chain: &Path, command: &str, _: &mut ChainLocks) -> Result<Begun> {
@@ -119,26 +119,26 @@ impl std::fmt::Display for NewSize {
     }
 }
 
-/// What a resize comes to.
+/// The plan of a resize.
 pub(super) struct PlannedResize {
     leaf: ImageIndex,
     old: u64,
     new: u64,
 }
 
-/// What the request would do, with every refusal.
+/// The plan of the request, with every refusal.
 pub(super) fn plan(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     request: &ResizeRequest,
 ) -> Result<(Plan, PlannedResize)> {
-    let chain = world.chain(path)?;
+    let chain = scan.chain(path)?;
     let leaf = chain.views.layers[0];
-    let image = world.image(leaf);
+    let image = scan.image(leaf);
     if chain.views.active().is_none() {
-        let fact = "has no active disk that could be resized; clone it";
-        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(world))));
+        let fact = "has no active disk to resize; clone it";
+        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(scan))));
     }
     let old = image
         .virtual_size()
@@ -153,7 +153,7 @@ pub(super) fn plan(
     if new > i64::MAX as u64 {
         return Err(too_large());
     }
-    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(scan, &chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     if let Some(line) = plan.after.first_mut() {
         line.note = human_size(new);
@@ -165,62 +165,62 @@ pub(super) fn plan(
     if new == old {
         refusals.push(Error::new(ErrorKind::Usage, format!("the disk has {} already", exact(old))));
     }
-    refusals.extend(world.untouchable(leaf));
-    refusals.extend(world.begun(&chain.views.layers[..1]));
-    refusals.extend(world.unfillable(leaf));
-    refuse_bitmaps(world, leaf, refusals);
+    refusals.extend(scan.untouchable(leaf));
+    refusals.extend(scan.begun(&chain.views.layers[..1]));
+    refusals.extend(scan.unfillable(leaf));
+    refuse_bitmaps(scan, leaf, refusals);
     if new < old {
         if !request.shrink {
             let fact = format!(
-                "the disk has {} and would have {}: what lies behind that would be lost",
+                "the disk has {} and would have {}: data beyond that would be lost",
                 exact(old),
                 exact(new)
             );
             refusals.push(Error::new(ErrorKind::Forbidden, format!("{fact}; say shrink if it may")));
         }
         if context.store().is_active_open(image.stat.id) {
-            let names = [format!("the active disk of {}", chain.shown(world))];
-            refusals.push(refusals::still_open(context, path, &names, "it becomes shorter"));
+            let names = [format!("the active disk of {}", chain.shown(scan))];
+            refusals.push(refusals::still_open(context, path, &names, "it is about to shrink"));
         }
-        plan.refusals.extend(used_by_others(world, leaf));
+        plan.refusals.extend(used_by_others(scan, leaf));
         plan.notes.push(format!("{} at the end of the disk are lost", exact(old - new)));
     }
     plan.notes.push(format!("from {} to {}", exact(old), exact(new)));
     Ok((plan, PlannedResize { leaf, old, new }))
 }
 
-/// A size for people, and the bytes that it stands for.
+/// A human-readable size and the exact number of bytes.
 fn exact(len: u64) -> String {
     format!("{} ({len} bytes)", human_size(len))
 }
 
-/// Bitmaps have the size of the disk, and nobody here changes theirs.
-fn refuse_bitmaps(world: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Error>) {
-    let names = match refusals::bitmap_names(world, leaf, |_| true) {
+/// Bitmaps have the size of the disk, and chainfs does not resize them.
+fn refuse_bitmaps(scan: &ScannedStore, leaf: ImageIndex, refusals: &mut Vec<Error>) {
+    let names = match refusals::bitmap_names(scan, leaf, |_| true) {
         Ok(names) => names,
         Err(error) => {
-            let fact = "has persistent bitmaps that cannot be read, and whose sizes would be wrong";
-            let sentence = format!("{} {fact}: {error}; remove them first", world.image(leaf).shown());
+            let fact = "has unreadable persistent bitmaps, whose sizes would be wrong";
+            let sentence = format!("{} {fact}: {error}; remove them first", scan.image(leaf).shown());
             return refusals.push(Error::new(ErrorKind::Unsupported, sentence));
         }
     };
     if !names.is_empty() {
         let fact = "has persistent bitmaps, whose sizes would be wrong";
         let sentence =
-            format!("{} {fact}: {}; remove them first", world.image(leaf).shown(), names.join(", "));
+            format!("{} {fact}: {}; remove them first", scan.image(leaf).shown(), names.join(", "));
         refusals.push(Error::new(ErrorKind::Unsupported, sentence));
     }
 }
 
-/// Does it.
+/// Carries it out.
 pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, command: &str) -> Result<Begun> {
     let store = context.store();
-    let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedResize { leaf, old, new }) = plan(context, &world, path, request)?;
-    world.accept(&plan)?;
+    let (lock, scan) = ScannedStore::begin(store)?;
+    let (plan, PlannedResize { leaf, old, new }) = plan(context, &scan, path, request)?;
+    scan.accept(&plan)?;
     if new > old {
-        let job = store.take_active(&world.catalog, &world.catalog.layers(leaf))?;
-        // It may have grown since it was looked at.
+        let job = store.take_active(&scan.catalog, &scan.catalog.layers(leaf))?;
+        // The disk may have grown since the scan.
         let now = job.writer()?.size();
         let new = if let NewSize::More(more) = request.size { now.saturating_add(more) } else { new };
         if new > now {
@@ -230,34 +230,34 @@ pub(super) fn begin(context: &Context, path: &Path, request: &ResizeRequest, com
         drop((job, lock));
         return store.rescan().map(|_| None);
     }
-    let named = world.witness(leaf, false)?;
+    let named = scan.witness(leaf, false)?;
     let operation = ShrinkOperation { image: named.clone(), size: new };
     let of = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &of, &Intent::new(command, path, operation))?;
-    match shrink(store, &world, leaf, new) {
-        Ok(()) => ending::end(store, intent, lock).map(|()| None),
+    match shrink(store, &scan, leaf, new) {
+        Ok(()) => ending::end_intent(store, intent, lock).map(|()| None),
         Err(error) => {
-            // Where nobody can tell, it may be.
-            let is_shorter = ScannedStore::look(store).map_or(true, |world| {
-                world.find(&named).is_none_or(|leaf| world.image(leaf).virtual_size() != Some(old))
+            // Without evidence to the contrary, the header may have the new size.
+            let is_shorter = ScannedStore::scan(store).map_or(true, |scan| {
+                scan.find(&named).is_none_or(|leaf| scan.image(leaf).virtual_size() != Some(old))
             });
             if is_shorter {
-                let fact = "what is left of it is done when the store is mounted again";
+                let fact = "the rest is done when the store is mounted again";
                 return Err(Error::new(error.kind(), format!("{error}; {fact}")));
             }
-            ending::forget(store, intent)
+            ending::remove_intent(store, intent)
                 .map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
 }
 
-fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64) -> Result<()> {
-    let below = world.catalog.layers(leaf)[1..].to_vec();
-    let open = || store.open_view(&world.catalog, &below, ViewPart::Active, Stability::Frozen);
+fn shrink(store: &Arc<Store>, scan: &ScannedStore, leaf: ImageIndex, size: u64) -> Result<()> {
+    let below = scan.catalog.layers(leaf)[1..].to_vec();
+    let open = || store.open_view(&scan.catalog, &below, ViewPart::Active, Stability::Frozen);
     let view = (!below.is_empty()).then(open).transpose()?;
-    store.while_closed(world.image(leaf), || {
-        let mut job = store.take_image(&world.catalog, leaf)?;
+    store.while_closed(scan.image(leaf), || {
+        let mut job = store.take_image(&scan.catalog, leaf)?;
         let writer =
             job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), CachePolicy::Nothing)?;
         let done = writer.shrink(size).and_then(|()| writer.close());
@@ -266,35 +266,40 @@ fn shrink(store: &Arc<Store>, world: &ScannedStore, leaf: ImageIndex, size: u64)
     })
 }
 
-/// What keeps a shrinking that was cut off from being taken up; whether anything is left to be done.
+/// Why an interrupted shrink cannot be resumed; whether anything remains to be done.
 pub(super) fn examine(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     intent: &Intent<ShrinkOperation>,
 ) -> Result<Option<ImageIndex>> {
     let ShrinkOperation { image, size } = &intent.operation;
-    let Some(leaf) = world.find(image).filter(|leaf| world.image(*leaf).virtual_size() == Some(*size)) else {
+    let Some(leaf) = scan.find(image).filter(|leaf| scan.image(*leaf).virtual_size() == Some(*size)) else {
         return Ok(None);
     };
     let mut refusals: Vec<Error> = Vec::new();
-    refusals.extend(world.untouchable(leaf));
-    refusals.extend(world.begun(&[leaf]));
-    refusals.extend(used_by_others(world, leaf));
-    if context.store().is_active_open(world.image(leaf).stat.id) {
+    refusals.extend(scan.untouchable(leaf));
+    refusals.extend(scan.begun(&[leaf]));
+    refusals.extend(used_by_others(scan, leaf));
+    if context.store().is_active_open(scan.image(leaf).stat.id) {
         let names = ["the active disk".to_owned()];
-        refusals.push(refusals::still_open(context, &intent.chain, &names, "what lies behind its end goes"));
+        refusals.push(refusals::still_open(
+            context,
+            &intent.chain,
+            &names,
+            "clusters beyond its end are about to be freed",
+        ));
     }
     refusals::first(refusals)?;
     Ok(Some(leaf))
 }
 
-/// Takes up a shrinking that was cut off: if the disk has its new size, what lies behind that is given back.
+/// Resumes an interrupted shrink: if the disk has its new size, clusters beyond its end are freed.
 pub(super) fn resume(context: &Context, intent: OwnedIntent<ShrinkOperation>, lock: FileLock) -> Result<()> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, intent.name())?;
+    let scan = ScannedStore::scan_for_resume(store, intent.name())?;
     let ShrinkOperation { size, .. } = intent.intent.operation;
-    if let Some(leaf) = examine(context, &world, &intent.intent)? {
-        shrink(store, &world, leaf, size)?;
+    if let Some(leaf) = examine(context, &scan, &intent.intent)? {
+        shrink(store, &scan, leaf, size)?;
     }
-    ending::end(store, intent, lock)
+    ending::end_intent(store, intent, lock)
 }

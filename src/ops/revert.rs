@@ -1,9 +1,9 @@
-//! Revert: the active disk becomes what a snapshot shows.
+//! Revert: the active disk is reset to a snapshot.
 //!
-//! On a layer of the chain a new, empty overlay takes the active layer's name, in one step; an internal
-//! snapshot of the active image is applied to it, in one write of its header. Nobody has the disk open
-//! meanwhile. What it held is kept if it is saved, and lost if not; a crash leaves all of the old disk or all
-//! of the new one.
+//! For a layer of the chain, a new, empty overlay takes the active layer's name in one step. An internal
+//! snapshot of the active image is applied, in one write of the image's header. No client has the disk open
+//! meanwhile. The old content is kept if `save=` names it, and lost otherwise. A crash leaves all of the old
+//! disk or all of the new one.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,13 +36,13 @@ use super::words::{LineBuilder, ParsedWords, VerbSpec};
 /// The words of `revert`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RevertRequest {
-    /// What the disk becomes, as a view's name.
+    /// The view that the disk is reset to, by name.
     pub to: Vec<u8>,
-    /// The snapshot under which what the active layer held is kept.
+    /// The snapshot that keeps the content of the active layer.
     pub save: Option<Vec<u8>>,
-    /// Whether internal snapshots in a file that is removed may go with it.
+    /// Whether internal snapshots in a removed file may be lost.
     pub discard_internal: bool,
-    /// Whether its persistent bitmaps may.
+    /// Whether its persistent bitmaps may be lost.
     pub discard_bitmaps: bool,
 }
 
@@ -52,9 +52,9 @@ pub(super) const SPEC: VerbSpec = VerbSpec {
     usage: "\
 revert to=VIEW [save=NAME] [discard-internal] [discard-bitmaps]
 
-Makes the active disk what VIEW shows. Nobody may have it open. What it held is lost, unless it is saved.
+Resets the active disk to VIEW. The disk must not be open. Its content is lost unless save= is given.
   to=VIEW            a snapshot of this chain, or an internal one
-  save=NAME          what it held is kept as snapshot NAME
+  save=NAME          keeps the old content as snapshot NAME
   discard-internal   internal snapshots in a file that is removed may go with it
   discard-bitmaps    its persistent bitmaps may
 ",
@@ -86,9 +86,9 @@ impl Command for RevertRequest {
         self.save.as_deref().map_or(Ok(()), |name| check_new_name(&SPEC, name))
     }
 
-    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
-        let (plan, layers) = plan(context, world, chain, self)?;
-        Ok((plan, layers.touched(world)))
+    fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, layers) = plan(context, scan, chain, self)?;
+        Ok((plan, layers.touched(scan)))
     }
 
     fn begin(&self, context: &Context, chain: &Path, command: &str, _: &mut ChainLocks) -> Result<Begun> {
@@ -96,11 +96,11 @@ impl Command for RevertRequest {
     }
 }
 
-/// What a revert comes to.
+/// The plan of a revert.
 pub(super) struct PlannedRevert {
     leaf: ImageIndex,
     way: RevertMethod,
-    /// What the old active layer is called from then on, beneath the store.
+    /// The new name of the old active layer, relative to the store.
     saved: Option<PathBuf>,
 }
 
@@ -111,8 +111,8 @@ enum RevertMethod {
     Apply(Snapshot),
 }
 
-/// A disk that is about to be replaced, also while something is being copied for that: nobody comes to write
-/// it.
+/// A disk that is about to be replaced, locked against writers, also while data is copied for its
+/// replacement.
 pub(super) struct ClosedDisk {
     leaf: FileRef,
     saved: Option<PathBuf>,
@@ -120,97 +120,97 @@ pub(super) struct ClosedDisk {
 }
 
 impl PlannedRevert {
-    /// What is opened for it.
-    pub(super) fn touched(&self, world: &ScannedStore) -> TouchedImages {
+    /// The images that are opened for it.
+    pub(super) fn touched(&self, scan: &ScannedStore) -> TouchedImages {
         let read = match &self.way {
-            RevertMethod::Overlay(source) => world.catalog.layers(source.index),
-            RevertMethod::Apply(_) => world.catalog.layers(self.leaf),
+            RevertMethod::Overlay(source) => scan.catalog.layers(source.index),
+            RevertMethod::Apply(_) => scan.catalog.layers(self.leaf),
         };
         TouchedImages { written: vec![self.leaf], read }
     }
 }
 
-/// What the request would do, with every refusal.
+/// The plan of the request, with every refusal.
 pub(super) fn plan(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     request: &RevertRequest,
 ) -> Result<(Plan, PlannedRevert)> {
-    let chain = world.chain(path)?;
-    let view = lookup::view(world, &chain, &request.to)?;
+    let chain = scan.chain(path)?;
+    let view = lookup::view(scan, &chain, &request.to)?;
     let leaf = chain.views.layers[0];
-    let image = world.image(leaf);
+    let image = scan.image(leaf);
     if chain.views.active().is_none() {
-        let fact = "has no active disk that could be reverted; clone the snapshot";
-        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(world))));
+        let fact = "has no active disk to revert; clone the snapshot";
+        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(scan))));
     }
     if view.active {
         return Err(Error::new(
             ErrorKind::Usage,
-            "the active disk is what it is; say to= with one of the snapshots",
+            "the active disk cannot be reverted to itself; name one of the snapshots with to=",
         ));
     }
-    let mut plan = Plan { before: lookup::tree(world, &chain), ..Plan::default() };
+    let mut plan = Plan { before: lookup::tree(scan, &chain), ..Plan::default() };
     let refusals = &mut plan.refusals;
-    refusals.extend(world.untouchable(leaf));
+    refusals.extend(scan.untouchable(leaf));
     if view.snapshot.is_none() || view.layer != 0 {
         // A new overlay takes its name.
-        refusals.extend(world.not_renamable(&image.place.path));
+        refusals.extend(scan.not_renamable(&image.place.path));
     }
-    refusals.extend(world.begun(&chain.views.layers));
-    refusals.extend(used_by_others(world, leaf));
-    if world.store.is_active_open(image.stat.id) {
-        let names = [format!("the active disk of {}", chain.shown(world))];
-        refusals.push(refusals::still_open(context, path, &names, "it becomes another one"));
+    refusals.extend(scan.begun(&chain.views.layers));
+    refusals.extend(used_by_others(scan, leaf));
+    if scan.store.is_active_open(image.stat.id) {
+        let names = [format!("the active disk of {}", chain.shown(scan))];
+        refusals.push(refusals::still_open(context, path, &names, "it is about to be replaced"));
     }
     let (way, saved) = if let Some(place) = view.snapshot.filter(|_| view.layer == 0) {
-        let snapshot = lookup::inner(world, leaf, place)?;
-        plan_apply(world, &chain, &snapshot, request, &mut plan);
+        let snapshot = lookup::inner(scan, leaf, place)?;
+        plan_apply(scan, &chain, &snapshot, request, &mut plan);
         (RevertMethod::Apply(snapshot), None)
     } else {
-        let source = CopySource::of(world, chain.views.layers[view.layer], view.snapshot)?;
+        let source = CopySource::of(scan, chain.views.layers[view.layer], view.snapshot)?;
         let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
-        plan_overlay(context, world, &chain, (&source, saved.as_deref()), request, &mut plan);
+        plan_overlay(context, scan, &chain, (&source, saved.as_deref()), request, &mut plan);
         (RevertMethod::Overlay(source), saved)
     };
     if request.save.is_none() {
-        let is_kept = world.store.keeps_trash(image.stat.id) && matches!(way, RevertMethod::Overlay(_));
+        let is_kept = scan.store.keeps_trash(image.stat.id) && matches!(way, RevertMethod::Overlay(_));
         let fate = if is_kept { "goes to the trash" } else { "is lost" };
-        plan.notes.push(format!("what the active disk holds {fate}; save=NAME keeps it"));
+        plan.notes.push(format!("the content of the active disk {fate}; save=NAME keeps it"));
     }
     Ok((plan, PlannedRevert { leaf, way, saved }))
 }
 
 fn plan_apply(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     snapshot: &Snapshot,
     request: &RevertRequest,
     plan: &mut Plan,
 ) {
     let leaf = chain.views.layers[0];
-    refusals::bitmaps(world, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
-    plan.refusals.extend(world.unfillable(leaf));
+    refusals::bitmaps(scan, std::iter::once(leaf), request.discard_bitmaps, &mut plan.refusals);
+    plan.refusals.extend(scan.unfillable(leaf));
     if let Some(name) = &request.save
-        && world
+        && scan
             .image(leaf)
             .qcow2()
             .is_some_and(|qcow2| qcow2.snapshots.iter().any(|other| other.name == *name))
     {
         let name = String::from_utf8_lossy(name);
-        let fact = format!("{} holds an internal snapshot {name} already", world.image(leaf).shown());
+        let fact = format!("{} holds an internal snapshot {name} already", scan.image(leaf).shown());
         plan.refusals.push(Error::new(ErrorKind::Exists, format!("{fact}; choose another name")));
     }
     if let Some(name) = &request.save {
         let inner = SnapshotRequest { name: name.clone(), internal: true, ..SnapshotRequest::default() };
-        snapshot::refuse_address(world, chain, name, &inner, &mut plan.refusals);
+        snapshot::refuse_address(scan, chain, name, &inner, &mut plan.refusals);
     }
     if snapshot.vm_state_size > 0 {
-        plan.notes.push("only the disk is reverted: the snapshot's VM state stays where it is".into());
+        plan.notes.push("only the disk is reverted; the snapshot's VM state is not used".into());
     }
     if let Some(name) = &request.save {
-        let fact = format!("what it holds is kept as internal snapshot {}", String::from_utf8_lossy(name));
+        let fact = format!("its content is kept as internal snapshot {}", String::from_utf8_lossy(name));
         plan.notes.push(fact);
     }
     plan.after.clone_from(&plan.before);
@@ -218,33 +218,33 @@ fn plan_apply(
 
 fn plan_overlay(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     (source, saved): (&CopySource, Option<&Path>),
     request: &RevertRequest,
     plan: &mut Plan,
 ) {
     let leaf = chain.views.layers[0];
-    let image = world.image(leaf);
+    let image = scan.image(leaf);
     let old = &image.place.path;
     if let Some(saved) = saved {
         let kind = (image.format.unwrap_or(Format::Raw), false);
-        overlay::refuse_name(world, saved, kind, Some(leaf), &mut plan.refusals);
-        freeze::check_freeze(world, leaf, &mut plan.refusals);
+        overlay::refuse_name(scan, saved, kind, Some(leaf), &mut plan.refusals);
+        freeze::check_freeze(scan, leaf, &mut plan.refusals);
         plan.renamed.push((old.clone(), saved.to_path_buf()));
     } else {
         let gone = || std::iter::once(leaf);
-        refusals::inner_snapshots(world, gone(), request.discard_internal, &mut plan.refusals);
-        refusals::bitmaps(world, gone(), request.discard_bitmaps, &mut plan.refusals);
+        refusals::inner_snapshots(scan, gone(), request.discard_internal, &mut plan.refusals);
+        refusals::bitmaps(scan, gone(), request.discard_bitmaps, &mut plan.refusals);
         plan.invalid
             .extend(lookup::views_of(chain, gone()).into_iter().filter(|name| name != crate::store::ACTIVE));
-        if let Some(left) = left_alone(world, leaf, source) {
-            freeze::check_freeze(world, left, &mut plan.refusals);
+        if let Some(left) = becomes_leaf(scan, leaf, source) {
+            freeze::check_freeze(scan, left, &mut plan.refusals);
         }
     }
-    note_newer(world, chain, source, saved, &mut plan.notes);
-    source.plan(context, world, (leaf, old), plan);
-    plan.after = source.below(world).iter().map(|index| lookup::line(world, chain, *index)).collect();
+    note_newer(scan, chain, source, saved, &mut plan.notes);
+    source.plan(context, scan, (leaf, old), plan);
+    plan.after = source.below(scan).iter().map(|index| lookup::line(scan, chain, *index)).collect();
     let top = PlanLayer {
         name: crate::store::ACTIVE.to_vec(),
         path: old.clone(),
@@ -254,105 +254,104 @@ fn plan_overlay(
     plan.after.insert(0, top);
 }
 
-/// Says where snapshots go on that are newer than the one to which a disk goes back: no longer below it.
+/// Adds notes on snapshots that are newer than the target: they leave this chain.
 fn note_newer(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     source: &CopySource,
     saved: Option<&Path>,
     notes: &mut Vec<String>,
 ) {
     let layers = &chain.views.layers;
-    let end = source.below(world).first().and_then(|first| layers.iter().position(|layer| layer == first));
+    let end = source.below(scan).first().and_then(|first| layers.iter().position(|layer| layer == first));
     let newer = &layers[1..end.unwrap_or(layers.len()).max(1)];
-    let names: Vec<String> = newer.iter().map(|index| world.image(*index).shown()).collect();
+    let names: Vec<String> = newer.iter().map(|index| scan.image(*index).shown()).collect();
     let Some(first) = newer.first() else {
         if let Some(saved) = saved {
             notes.push(format!("{} becomes a chain of its own", shown(saved)));
         }
         return;
     };
-    let is_alone = world.image(*first).users == [layers[0]];
+    let is_alone = scan.image(*first).users == [layers[0]];
     let chain = match saved {
         Some(saved) => shown(Path::new(saved.file_stem().unwrap_or_default())),
-        None if is_alone => shown(Path::new(world.image(*first).place.path.file_stem().unwrap_or_default())),
+        None if is_alone => shown(Path::new(scan.image(*first).place.path.file_stem().unwrap_or_default())),
         None => "of those who use them".to_owned(),
     };
     let (is, go) = if names.len() == 1 { ("is", "goes") } else { ("are", "go") };
     notes.push(format!("{} {is} newer, and {go} on in the chain {chain}, beside this one", names.join(", ")));
 }
 
-/// Why a disk cannot become another, if somebody else needs it as it is, or nobody can tell.
-pub(super) fn used_by_others(world: &ScannedStore, leaf: ImageIndex) -> Option<Error> {
-    let others = world.others_using(leaf, &[]);
+/// Why a disk cannot be replaced: other images use it, or some cannot be read.
+pub(super) fn used_by_others(scan: &ScannedStore, leaf: ImageIndex) -> Option<Error> {
+    let others = scan.others_using(leaf, &[]);
     if others.is_empty() {
         return None;
     }
-    let fact = "is used by other images as well, which would be spoilt";
-    let sentence =
-        format!("{} {fact}: {}; snapshot it instead", world.image(leaf).shown(), others.join(", "));
+    let fact = "is used by other images as well, which would be invalidated";
+    let sentence = format!("{} {fact}: {}; snapshot it instead", scan.image(leaf).shown(), others.join(", "));
     Some(Error::new(ErrorKind::NotEmpty, sentence))
 }
 
-/// What would have nobody standing on it when the old active layer has gone.
-fn left_alone(world: &ScannedStore, leaf: ImageIndex, source: &CopySource) -> Option<ImageIndex> {
-    let below = world.stands_on(leaf)?;
-    let is_left = world.image(below).users == [leaf] && source.below(world).first() != Some(&below);
-    (is_left && freeze::may_be_marked(world, below)).then_some(below)
+/// The layer that becomes a leaf when the old active layer is removed.
+fn becomes_leaf(scan: &ScannedStore, leaf: ImageIndex, source: &CopySource) -> Option<ImageIndex> {
+    let below = scan.backing_of(leaf)?;
+    let is_left = scan.image(below).users == [leaf] && source.below(scan).first() != Some(&below);
+    (is_left && freeze::may_be_marked(scan, below)).then_some(below)
 }
 
-/// Does it, or begins to where something has to be copied.
+/// Carries it out, or begins a job if data has to be copied.
 pub(super) fn begin(context: &Context, path: &Path, request: &RevertRequest, command: &str) -> Result<Begun> {
     let store = context.store();
-    let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, PlannedRevert { leaf, way, saved }) = plan(context, &world, path, request)?;
-    world.accept(&plan)?;
+    let (lock, scan) = ScannedStore::begin(store)?;
+    let (plan, PlannedRevert { leaf, way, saved }) = plan(context, &scan, path, request)?;
+    scan.accept(&plan)?;
     let source = match way {
         RevertMethod::Apply(snapshot) => {
-            apply(store, &world, leaf, &snapshot, request.save.as_deref())?;
+            apply(store, &scan, leaf, &snapshot, request.save.as_deref())?;
             drop(lock);
             return store.rescan().map(|_| None);
         }
         RevertMethod::Overlay(source) => source,
     };
     if saved.is_none()
-        && let Some(left) = left_alone(&world, leaf, &source)
+        && let Some(left) = becomes_leaf(&scan, leaf, &source)
     {
-        freeze::freeze(store, &world, left, &Frozen::now(""))?;
+        freeze::freeze(store, &scan, left, &Frozen::now(""))?;
     }
-    let world = ScannedStore::look(store)?;
-    let closed = ClosedDisk { leaf: world.named(leaf), saved, held: store.take_image(&world.catalog, leaf)? };
-    let old = world.image(leaf).place.path.clone();
+    let scan = ScannedStore::scan(store)?;
+    let closed = ClosedDisk { leaf: scan.named(leaf), saved, held: store.take_image(&scan.catalog, leaf)? };
+    let old = scan.image(leaf).place.path.clone();
     let of = context.intent_name();
     let draft = overlay::draft_name(&old, &of, 0);
-    let draft = DraftImage::make(&world, draft, &old, &source.options(&world, &old))?;
+    let draft = DraftImage::make(&scan, draft, &old, &source.options(&scan, &old))?;
     if source.is_copied() {
         let purpose = ImagePurpose::Revert(Box::new(closed));
-        let job = BranchJob::begin(context, &world, path, command, &of, (source, draft), purpose)?;
+        let job = BranchJob::begin(context, &scan, path, command, &of, (source, draft), purpose)?;
         return Ok(Some(Box::new(job)));
     }
-    match switch(context, &world, lock, path, command, &draft, closed) {
+    match switch(context, &scan, lock, path, command, &draft, closed) {
         Ok(lock) => {
             drop(lock);
             Ok(None)
         }
         Err(error) => {
-            draft.unmake(store);
+            draft.remove(store);
             Err(error)
         }
     }
 }
 
-/// Applies an internal snapshot, and keeps what there was as another.
+/// Applies an internal snapshot, and keeps the old content as another one.
 fn apply(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     leaf: ImageIndex,
     snapshot: &Snapshot,
     save: Option<&[u8]>,
 ) -> Result<()> {
-    store.while_closed(world.image(leaf), || {
-        let mut job = store.take_image(&world.catalog, leaf)?;
+    store.while_closed(scan.image(leaf), || {
+        let mut job = store.take_image(&scan.catalog, leaf)?;
         let writer = job.open_writer(None, CachePolicy::Nothing)?;
         let now = Frozen::now("");
         let (seconds, nanoseconds) = (u32::try_from(now.seconds).unwrap_or(0), now.nanoseconds);
@@ -363,11 +362,11 @@ fn apply(
     })
 }
 
-/// Puts a whole overlay into the place of the active layer. Returns the lock when that is durable; nothing
-/// has happened if it fails before.
+/// Renames a complete overlay over the active layer. Returns the lock once the rename is durable. If it fails
+/// before that, nothing has changed.
 pub(super) fn switch(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     lock: FileLock,
     path: &Path,
     command: &str,
@@ -376,18 +375,18 @@ pub(super) fn switch(
 ) -> Result<FileLock> {
     let store = context.store();
     let ClosedDisk { leaf, saved, held } = closed;
-    let index = world.expect(&leaf)?;
-    used_by_others(world, index).map_or(Ok(()), Err)?;
+    let index = scan.expect(&leaf)?;
+    used_by_others(scan, index).map_or(Ok(()), Err)?;
     let of = context.intent_name();
-    // What is not saved has a name to go by all the same, until it is gone.
+    // A layer that is not saved needs a name, too, until it is removed.
     let frozen = match &saved {
-        Some(saved) => world.guarded(saved),
+        Some(saved) => scan.guarded(saved),
         None => overlay::draft_name(&leaf.path, &of, 1),
     };
-    let below = world.stands_on(index).filter(|_| saved.is_none());
-    let backing = below.map(|below| world.witness(below, false)).transpose()?;
+    let below = scan.backing_of(index).filter(|_| saved.is_none());
+    let backing = below.map(|below| scan.witness(below, false)).transpose()?;
     let top = NewTop {
-        old: world.witness(index, false)?,
+        old: scan.witness(index, false)?,
         frozen,
         overlay: draft.named.clone(),
         name: leaf.path.clone(),
@@ -397,10 +396,10 @@ pub(super) fn switch(
     let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
     let operation = SnapshotOperation { seconds, nanoseconds, description, disks: vec![top] };
     let names = store.guard_names();
-    store.while_closed(world.image(index), || {
+    store.while_closed(scan.image(index), || {
         let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, operation))?;
-        // From here on it goes as it would if it had been cut off.
-        snapshot::carry_on(context, intent, vec![held], true)
+        // From here on the steps are those of a resumed revert.
+        snapshot::finish_or_roll_back(context, intent, vec![held], true)
     })?;
     names.sync(&directory_of(&leaf.path))?;
     store.rescan()?;

@@ -1,4 +1,4 @@
-//! What a plan looks at: the catalog of one moment, and everybody who uses an image of it.
+//! The catalog as of one moment, and every user of its images.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -19,14 +19,14 @@ use super::asker::{Asker, asker};
 pub(super) struct ScannedStore {
     pub(super) store: Arc<Store>,
     pub(super) catalog: Arc<Catalog>,
-    /// For a store that is one image, or lies in a marked one: everything beneath the marked directory above
+    /// For a store that is one image, or lies in a marked one: all images beneath the marked directory above
     /// it.
     pub(super) whole: Option<Arc<Catalog>>,
-    /// Whose command it is, if that counts.
+    /// The user who gave the command, if rights are checked.
     pub(super) asker: Option<Arc<Asker>>,
-    /// The intent that is being taken up: it stands in nobody's way.
+    /// The intent that is being resumed: it blocks nothing.
     own: Option<OsString>,
-    /// Whether a command begins, which opens what it writes next, and is refused by that.
+    /// Whether a command begins: it opens the files it writes next, and is refused by that.
     begins: bool,
 }
 
@@ -37,25 +37,24 @@ pub(super) struct ScannedChain {
 }
 
 impl ScannedChain {
-    /// What it is called in a sentence: one that was mounted by itself has no path, and is its image.
-    pub(super) fn shown(&self, world: &ScannedStore) -> String {
+    /// Its name in a sentence: a chain that was mounted by itself has no path, so its image is named.
+    pub(super) fn shown(&self, scan: &ScannedStore) -> String {
         if self.path.as_os_str().is_empty() {
-            world.image(self.views.layers[0]).shown()
+            scan.image(self.views.layers[0]).shown()
         } else {
             shown(&self.path)
         }
     }
 }
 
-/// Which chain a command was given to, as the end of a sentence; nothing for an image that was mounted by
-/// itself.
+/// The chain of a command, as the end of a sentence; empty for an image that was mounted by itself.
 pub(super) fn of_chain(path: &Path) -> String {
     if path.as_os_str().is_empty() { String::new() } else { format!(" (chain {})", shown(path)) }
 }
 
 impl ScannedStore {
-    /// Scans the store, and what is around it.
-    pub(super) fn look(store: &Arc<Store>) -> Result<Self> {
+    /// Scans the store, and the store around it.
+    pub(super) fn scan(store: &Arc<Store>) -> Result<Self> {
         store.rescan()?;
         let whole = store.whole()?;
         Ok(Self {
@@ -68,18 +67,18 @@ impl ScannedStore {
         })
     }
 
-    /// The same for taking up an intent.
-    pub(super) fn look_for(store: &Arc<Store>, intent: &OsStr) -> Result<Self> {
-        Ok(Self { own: Some(intent.to_owned()), ..Self::look(store)? })
+    /// The same for resuming an intent.
+    pub(super) fn scan_for_resume(store: &Arc<Store>, intent: &OsStr) -> Result<Self> {
+        Ok(Self { own: Some(intent.to_owned()), ..Self::scan(store)? })
     }
 
-    /// The same for a command: under the store's lock, and with a place for its intent.
+    /// The same for a command: under the store's lock, and with room for its intent.
     pub(super) fn begin(store: &Arc<Store>) -> Result<(FileLock, Self)> {
         let names = store.guard_names();
         store.guard().check_place()?;
         store.guard().prepare(&*names)?;
         let lock = store.guard().lock(&*names)?;
-        Ok((lock, Self { begins: true, ..Self::look(store)? }))
+        Ok((lock, Self { begins: true, ..Self::scan(store)? }))
     }
 
     pub(super) fn image(&self, index: ImageIndex) -> &ImageEntry {
@@ -91,7 +90,7 @@ impl ScannedStore {
         self.image(index).users.is_empty() && self.catalog.is_active(index)
     }
 
-    /// The image that an intent or a plan has named, if it is still that file.
+    /// The image that an intent or a plan names, if it is still that file.
     pub(super) fn find(&self, named: &FileRef) -> Option<ImageIndex> {
         let is_it = |image: &ImageEntry| {
             image.stat.id == named.file.id()
@@ -104,12 +103,12 @@ impl ScannedStore {
     /// The same where a command cannot go on without it.
     pub(super) fn expect(&self, named: &FileRef) -> Result<ImageIndex> {
         self.find(named).ok_or_else(|| {
-            let fact = "has been changed or taken away by others in the meantime";
+            let fact = "has been changed or removed by another process";
             Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&named.path)))
         })
     }
 
-    /// A path beneath the store as one beneath the guarded directory.
+    /// A path relative to the store, made relative to the guarded directory.
     pub(super) fn guarded(&self, path: &Path) -> PathBuf {
         self.store.guard().prefix.join(path)
     }
@@ -122,12 +121,12 @@ impl ScannedStore {
 
     fn identity(&self, image: &ImageEntry) -> Identity {
         let found = self.store.roots()[image.place.root].identify(&image.place.path);
-        // What has gone since it was looked at is found out by who opens it.
+        // Its removal since the scan is found when the file is opened.
         let seen = Identity::of_id(image.stat.id);
         found.ok().filter(|found| found.id() == image.stat.id).unwrap_or(seen)
     }
 
-    /// The same for an intent: with evidence of what it holds. `fixed`: nobody but the command changes it.
+    /// The same for an intent: with evidence of its content. `fixed`: only the command changes it.
     pub(super) fn witness(&self, index: ImageIndex, fixed: bool) -> Result<FileRef> {
         let image = self.image(index);
         let root = &*self.store.roots()[image.place.root];
@@ -151,8 +150,8 @@ impl ScannedStore {
         images.iter().map(|index| self.witness(*index, fixed)).collect()
     }
 
-    /// The path by which an intent names a file: beneath the guarded directory; what lies outside of the
-    /// store by its full one.
+    /// The path by which an intent names a file: relative to the guarded directory; outside of the store the
+    /// full path.
     fn name_of(&self, place: &StorePath) -> PathBuf {
         if place.root == 0 { self.guarded(&place.path) } else { self.store.host_path(place) }
     }
@@ -166,15 +165,15 @@ impl ScannedStore {
         Ok(ScannedChain { path: path.to_path_buf(), views: self.store.chain_views(&self.catalog, leaf) })
     }
 
-    /// What an image stands on, if it can be told.
-    pub(super) fn stands_on(&self, index: ImageIndex) -> Option<ImageIndex> {
+    /// The backing file of an image, if it is known.
+    pub(super) fn backing_of(&self, index: ImageIndex) -> Option<ImageIndex> {
         self.image(index).below.image()
     }
 
-    /// Whether an image stands on that file, or its header still names it after it has gone.
+    /// Whether an image is backed by that file, or its header still names it after its removal.
     pub(super) fn names(&self, index: ImageIndex, named: &FileRef) -> bool {
         let image = self.image(index);
-        if let Some(below) = self.stands_on(index) {
+        if let Some(below) = self.backing_of(index) {
             return self.find(named) == Some(below);
         }
         let backing = image.qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
@@ -189,14 +188,14 @@ impl ScannedStore {
         self.catalog.chains().filter(|(_, leaf)| contains(*leaf)).map(|(path, _)| path).collect()
     }
 
-    /// Who uses an image, but for `known`: images that stand on it or have it as their data file, and those
-    /// of which nobody can tell.
+    /// The users of an image, except `known`: overlays, images that have it as their data file, and possible
+    /// users.
     pub(super) fn others_using(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
         self.others(index, known, true)
     }
 
-    /// The same without those who may not read it: for what goes on showing what it did, they keep nobody
-    /// from anything.
+    /// The same without images whose owners may not read it. They do not block a command that keeps their
+    /// bytes.
     pub(super) fn others_counting(&self, index: ImageIndex, known: &[ImageIndex]) -> Vec<String> {
         self.others(index, known, false)
     }
@@ -209,7 +208,7 @@ impl ScannedStore {
         let Some(here) = catalog.images.iter().position(|other| other.stat.id == image.stat.id) else {
             return others;
         };
-        // Its external data file is a part of it.
+        // Its external data file is part of it.
         let data = image.data_file.as_ref().map(|(_, stat)| stat.id);
         for (number, other) in catalog.images.iter().enumerate() {
             if number == here || known.contains(&other.stat.id) {
@@ -230,8 +229,8 @@ impl ScannedStore {
         others
     }
 
-    /// Those images whose header means an image by the very name under which it is shown. Who means it by
-    /// another name, or through a link, is not among them.
+    /// The images whose header names an image by the very name under which it is shown. Those that name it by
+    /// another name, or through a link, are not among them.
     pub(super) fn users_by_name(&self, index: ImageIndex) -> Vec<ImageIndex> {
         let place = &self.image(index).place;
         let means_it = |other: &ImageEntry| {
@@ -242,7 +241,7 @@ impl ScannedStore {
         (0..self.catalog.images.len()).filter(|other| means_it(self.image(*other))).collect()
     }
 
-    /// Why an image is left alone because somebody may stand on it of whom nobody can tell, if so.
+    /// Why an image must not be changed because of a possible user, if so.
     fn claimed(&self, image: &ImageEntry) -> Option<Error> {
         let find = |catalog: &Arc<Catalog>| {
             let here = catalog.images.iter().position(|other| other.stat.id == image.stat.id)?;
@@ -252,15 +251,15 @@ impl ScannedStore {
         Some(Error::new(ErrorKind::Forbidden, sentence))
     }
 
-    /// How the header of the image at `from` is to name the image at `to`: as its old name was, absolute or
-    /// not.
+    /// How the header of the image at `from` names the image at `to`: like its old name, absolute or
+    /// relative.
     pub(super) fn backing_name(&self, from: ImageIndex, to: ImageIndex) -> NewBacking {
         let old = self.image(from).qcow2().and_then(|qcow2| qcow2.header.backing.as_ref());
         let was_absolute = old.is_some_and(|backing| backing.name.starts_with(b"/"));
         self.backing(&self.image(from).place, to, was_absolute)
     }
 
-    /// How the header of an image at `from` is to name the image at `to`.
+    /// How the header of an image at `from` names the image at `to`.
     pub(super) fn backing(&self, from: &StorePath, to: ImageIndex, is_absolute: bool) -> NewBacking {
         let to = self.image(to);
         let place = to.named_place();
@@ -273,17 +272,18 @@ impl ScannedStore {
         NewBacking { name: name.into_os_string().into_vec(), format }
     }
 
-    /// Why an image that is `owner`'s, at `path` beneath the store, may not come to stand on the image `to`,
-    /// if so: what its owner may not read would not count there, and the image would be broken.
+    /// Why an image that is `owner`'s, at `path` relative to the store, may not be backed by the image `to`,
+    /// if so: an image that its owner may not read would not count as its backing file, and the image would
+    /// be broken.
     pub(super) fn uncounted(&self, owner: ImageIndex, path: &Path, to: ImageIndex) -> Option<Error> {
         let (owner, to) = (self.image(owner).stat.uid, self.image(to));
         let from = StorePath { root: 0, path: path.to_path_buf() };
         let fact = self.store.uncounted(owner, &from, to.named_place())?;
-        let sentence = format!("{} would stand on {}, which {fact}", shown(path), self.called(to));
+        let sentence = format!("{} would be backed by {}, which {fact}", shown(path), self.called(to));
         Some(Error::new(ErrorKind::Denied, sentence))
     }
 
-    /// The image that `name` in the header of the image at `from` would mean.
+    /// The image that `name` in the header of the image at `from` would name.
     pub(super) fn named_by(&self, from: ImageIndex, name: &[u8]) -> Result<ImageIndex> {
         let shown_name = shown(Path::new(OsStr::from_bytes(name)));
         let place = self.store.named_by(&self.image(from).place, name);
@@ -295,7 +295,7 @@ impl ScannedStore {
         let found =
             self.catalog.images.iter().position(|image| image.stat.id == id && image.format.is_some());
         found.ok_or_else(|| {
-            let fact = "is no image of the store that could be read; name it *.raw, *.img or *.qcow2";
+            let fact = "is no readable image of the store; name it *.raw, *.img or *.qcow2";
             Error::new(ErrorKind::NotFound, format!("{shown_name} {fact}"))
         })
     }
@@ -308,10 +308,7 @@ impl ScannedStore {
             return refuse(ErrorKind::ReadOnly, &format!("is in a store that {fact}"));
         }
         if image.place.root != 0 {
-            return refuse(
-                ErrorKind::ReadOnly,
-                "lies outside of the store, in a directory that is only read",
-            );
+            return refuse(ErrorKind::ReadOnly, "lies outside of the store, in a read-only directory");
         }
         if image.readonly {
             return refuse(
@@ -359,8 +356,8 @@ impl ScannedStore {
         if let Some(refusal) = self.unwritable(index) {
             return Some(refusal);
         }
-        // Whether it is frozen is noted in the store's list: one that fails at the end would leave the
-        // command unfinished.
+        // The mark of a raw image goes to the store's list. A list that cannot be written would fail the
+        // command at its end and leave it unfinished.
         if image.format == Some(Format::Raw)
             && let Err(error) = self.store.check_notes()
         {
@@ -373,7 +370,7 @@ impl ScannedStore {
         self.claimed(image).or_else(|| self.used_around(image))
     }
 
-    /// Why the disk of an image cannot be written, if so: who opens it for that would be refused.
+    /// Why the disk of an image cannot be written, if so: opening it for writing would be refused.
     pub(super) fn unfillable(&self, index: ImageIndex) -> Option<Error> {
         if self.begins {
             // All of its tables need not be read twice.
@@ -382,22 +379,22 @@ impl ScannedStore {
         self.store.check_writable(&self.catalog, index).err()
     }
 
-    /// Why a leaf is left alone on which others of the store around stand, if so.
+    /// Why a leaf must not be changed: images of the store around it are backed by it.
     fn used_around(&self, image: &ImageEntry) -> Option<Error> {
         let whole = self.whole.as_ref().filter(|_| image.users.is_empty())?;
         let here = whole.images.iter().find(|other| other.stat.id == image.stat.id)?;
         let users: Vec<String> = here.users.iter().map(|user| whole.images[*user].shown()).collect();
-        let fact = "has other images of the store around it standing on it";
+        let fact = "backs other images of the store around it";
         let sentence = format!("{} {fact}: {}; give the command there", image.shown(), users.join(", "));
         (!users.is_empty()).then(|| Error::new(ErrorKind::NotEmpty, sentence))
     }
 
-    /// Why nothing may be done to an image that is not a leaf, if so.
+    /// Why an image that is not a leaf must not be changed, if so.
     pub(super) fn unguarded(&self) -> Option<Error> {
         if !self.store.guard().is_whole {
             let directory = self.store.roots()[0].canonical().display();
             let fact = format!(
-                "is a single image of no store, so that other users of its layers are not known; say --store \
+                "is a single image outside any store, so other users of its layers are unknown; say --store \
                     DIR, the \
                  directory that holds all images which may use them (as in --store {directory}), or mount \
                  that directory"
@@ -410,15 +407,15 @@ impl ScannedStore {
         None
     }
 
-    /// Intents that speak of any of these images.
+    /// Intents that name any of these images.
     pub(super) fn begun(&self, images: &[ImageIndex]) -> Option<Error> {
         if let Some(path) = self.catalog.senseless.first() {
             let fact = "notes a command that was begun, and cannot be understood; see what chainfs recover \
                 says of it";
             return Some(Error::new(ErrorKind::Busy, format!("{} {fact}", shown(path))));
         }
-        // By identity alone: one that was moved is still what was begun with; and by name alone: nobody may
-        // be able to tell that it is another.
+        // By identity alone: a moved image is still part of the command. And by name alone: its identity may
+        // be unknown.
         let speaks = |named: &&FileRef| {
             images.iter().map(|index| self.image(*index)).any(|image| {
                 image.stat.id == named.file.id() && self.identity(image).is(&named.file)
@@ -430,9 +427,9 @@ impl ScannedStore {
         let found = all.filter(is_others).find(|found| found.intent.files().iter().any(speaks))?;
         let is_owned = self.store.guard().is_owned(found);
         let state = if is_owned {
-            "is at work on them"
+            "is using them"
         } else {
-            "was begun and waits to be taken up; mount the store"
+            "was interrupted and waits to be resumed; mount the store"
         };
         let fact =
             format!("another command {state}: {}{}", found.intent.command, of_chain(&found.intent.chain));
@@ -440,7 +437,7 @@ impl ScannedStore {
     }
 }
 
-/// The way from the file `from` to the file `to`, both beneath one root.
+/// The relative path from the file `from` to the file `to`, both beneath one root.
 pub(super) fn relative(from: &Path, to: &Path) -> PathBuf {
     let base: Vec<Component<'_>> = from.parent().unwrap_or(Path::new("")).components().collect();
     let target: Vec<Component<'_>> = to.components().collect();
@@ -449,12 +446,12 @@ pub(super) fn relative(from: &Path, to: &Path) -> PathBuf {
     up.chain(target[common..].iter().copied()).collect()
 }
 
-/// The file's path with another last part.
+/// The file's path with another last component.
 pub(super) fn beside(path: &Path, name: &[u8]) -> PathBuf {
     path.with_file_name(OsString::from_vec(name.to_vec()))
 }
 
-/// The file's path with another stem: its extension stays.
+/// The file's path with another stem; the extension stays.
 pub(super) fn with_stem(path: &Path, stem: &[u8]) -> PathBuf {
     let extension =
         path.extension().map(|extension| [b".", extension.as_bytes()].concat()).unwrap_or_default();
@@ -466,7 +463,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn relative_names_lead_from_one_file_to_another() {
+    fn a_relative_path_leads_from_one_file_to_another() {
         let way = |from: &str, to: &str| relative(Path::new(from), Path::new(to)).display().to_string();
         assert_eq!(way("a.qcow2", "b.raw"), "b.raw");
         assert_eq!(way("x/a.qcow2", "b.raw"), "../b.raw");

@@ -1,8 +1,8 @@
-//! Snapshot: the active layer is frozen under a name, and the disk goes on in a new, empty overlay.
+//! Snapshot: the active layer is frozen under a name, and the disk continues in a new, empty overlay.
 //!
-//! Promises: the disk keeps its name and everybody who has it open; the moment is one and the same for all
-//! disks of a command; a crash leaves the old chain or the new one, with all bytes. While the gates of the
-//! disks are closed there is a flush and a rename, nothing else.
+//! Promises: the disk keeps its name and its open handles; all disks of a command are frozen at one instant;
+//! a crash leaves the old chain or the new one, with all bytes. While the disks are quiesced there is a flush
+//! and a rename, nothing else.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -41,15 +41,16 @@ use super::words::{LineBuilder, ParsedWords, VerbSpec, parse_chains, print_chain
 /// The words of `snapshot`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SnapshotRequest {
-    /// What the frozen layer, or the internal snapshot, is to be called.
+    /// The name of the frozen layer, or of the internal snapshot.
     pub name: Vec<u8>,
     /// Whether it is kept inside the active image.
     pub internal: bool,
-    /// The file that becomes the overlay, while the old one keeps its name: virsh's way.
+    /// The file that becomes the overlay, while the old one keeps its name, as virsh does it.
     pub file: Option<Vec<u8>>,
-    /// The user's words on it; at most 1,024 bytes.
+    /// The user's description; at most 1,024 bytes.
     pub description: String,
-    /// For the store's control file: the chains that are frozen at one instant. Empty: the one asked.
+    /// For the store's control file: the chains that are frozen at one instant. Empty: the chain of the
+    /// control file.
     pub chains: Vec<PathBuf>,
 }
 
@@ -62,7 +63,7 @@ snapshot NAME [internal] [file=FILE] [description=\"TEXT\"]
 Freezes the active disk as snapshot NAME and goes on in a new, empty overlay.
   internal        keeps the snapshot inside the active image
   file=FILE       the overlay is FILE, and the old file keeps its name
-  description=    words of yours on it, at most 1,024 bytes
+  description=    your description, at most 1,024 bytes
   chains=A,B      in .chainfs/control only: these chains, at one instant
 ",
     positional: Some("NAME"),
@@ -110,7 +111,7 @@ impl Command for SnapshotRequest {
         }
         if description.len() > MAX_DESCRIPTION_LEN {
             let fact = format!(
-                "the description has {} bytes; at most {MAX_DESCRIPTION_LEN} are kept",
+                "the description has {} bytes; the limit is {MAX_DESCRIPTION_LEN}",
                 description.len()
             );
             return Err(usage(fact));
@@ -118,7 +119,7 @@ impl Command for SnapshotRequest {
         check_printable("the description", description.as_bytes())?;
         for (index, chain) in chains.iter().enumerate() {
             let is_plain = chain.components().all(|part| matches!(part, Component::Normal(_)));
-            // As it was written, so that two spellings of one chain are not taken for two.
+            // As it was written, so that two spellings of one chain count as one.
             let is_settled = chain.components().collect::<PathBuf>().as_os_str() == chain.as_os_str();
             if chain.as_os_str().is_empty() || !is_plain || !is_settled {
                 let shown = show(chain.as_os_str().as_bytes());
@@ -134,8 +135,8 @@ impl Command for SnapshotRequest {
         Ok(())
     }
 
-    fn plan(&self, _: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
-        plan(world, chain, self)
+    fn plan(&self, _: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        plan(scan, chain, self)
     }
 
     fn begin(&self, context: &Context, chain: &Path, command: &str, locks: &mut ChainLocks) -> Result<Begun> {
@@ -144,68 +145,67 @@ impl Command for SnapshotRequest {
     }
 }
 
-/// What becomes of one disk.
+/// The plan for one disk.
 struct SnapshotDisk {
     chain: ScannedChain,
     leaf: ImageIndex,
-    /// Beneath the store: what the old top is called then, and the overlay.
+    /// Relative to the store: the new name of the old top, and the overlay.
     frozen: PathBuf,
     name: PathBuf,
 }
 
-/// What the request would do, with every refusal.
+/// The plan of the request, with every refusal.
 pub(super) fn plan(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     request: &SnapshotRequest,
 ) -> Result<(Plan, TouchedImages)> {
-    let (plan, disks) = disks(world, path, request)?;
+    let (plan, disks) = disks(scan, path, request)?;
     let layers = |disk: &SnapshotDisk| disk.chain.views.layers.clone();
     let written = disks.iter().map(|disk| disk.leaf).collect();
     Ok((plan, TouchedImages { written, read: disks.iter().flat_map(layers).collect() }))
 }
 
-fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Vec<SnapshotDisk>)> {
+fn disks(scan: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result<(Plan, Vec<SnapshotDisk>)> {
     let paths = if request.chains.is_empty() { vec![path.to_path_buf()] } else { request.chains.clone() };
     let mut plan = Plan::default();
     let mut disks = Vec::new();
-    let chains = paths.iter().map(|path| world.chain(path)).collect::<Result<Vec<_>>>()?;
+    let chains = paths.iter().map(|path| scan.chain(path)).collect::<Result<Vec<_>>>()?;
     let leaves: Vec<&Path> =
-        chains.iter().map(|chain| world.image(chain.views.layers[0]).place.path.as_path()).collect();
+        chains.iter().map(|chain| scan.image(chain.views.layers[0]).place.path.as_path()).collect();
     let frozen_names: Vec<Vec<u8>> =
         leaves.iter().map(|leaf| frozen_name(leaf, &leaves, &request.name)).collect();
     for ((path, chain), frozen_name) in paths.iter().zip(chains).zip(frozen_names) {
-        let mut before = lookup::tree(world, &chain);
+        let mut before = lookup::tree(scan, &chain);
         let leaf = chain.views.layers[0];
         if chain.views.active().is_none() {
-            let fact = "has no active layer that could be frozen";
-            plan.refusals.push(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(world))));
+            let fact = "has no active layer to freeze";
+            plan.refusals.push(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", chain.shown(scan))));
         }
-        let image = world.image(leaf);
-        plan.refusals.extend(world.untouchable(leaf));
-        plan.refusals.extend(world.begun(&chain.views.layers[..1]));
-        plan.refusals.extend(world.unfillable(leaf));
+        let image = scan.image(leaf);
+        plan.refusals.extend(scan.untouchable(leaf));
+        plan.refusals.extend(scan.begun(&chain.views.layers[..1]));
+        plan.refusals.extend(scan.unfillable(leaf));
         if image.format == Some(Format::Raw) {
-            plan.refusals.extend(world.store.check_notes().err());
+            plan.refusals.extend(scan.store.check_notes().err());
         }
         let old = &image.place.path;
-        refuse_address(world, &chain, &frozen_name, request, &mut plan.refusals);
+        refuse_address(scan, &chain, &frozen_name, request, &mut plan.refusals);
         let (frozen, name) = match &request.file {
             Some(file) => (old.clone(), inside(old, file)?),
             None => (with_stem(old, &frozen_name), overlay_name(image)),
         };
         if request.internal {
-            refuse_inner(world, leaf, request, &mut plan.refusals);
+            refuse_inner(scan, leaf, request, &mut plan.refusals);
             plan.after.append(&mut before.clone());
         } else {
-            refuse_names(world, &chain, image, (&frozen, &name), &frozen_name, &mut plan.refusals);
+            refuse_names(scan, &chain, image, (&frozen, &name), &frozen_name, &mut plan.refusals);
             if frozen == *old {
-                plan.refusals.extend(world.uncounted(leaf, &name, leaf));
+                plan.refusals.extend(scan.uncounted(leaf, &name, leaf));
             }
             let given = disks.iter().flat_map(|disk: &SnapshotDisk| [&disk.frozen, &disk.name]);
             if let Some(twice) = given.into_iter().find(|path| **path == frozen || **path == name) {
-                let fact =
-                    "is what two disks of this command would be called; take their snapshots one by one";
+                let fact = "would be the name of two disks of this command; take their snapshots one by one";
                 let sentence = format!("{} ({} as well): {fact}", shown(twice), shown(path));
                 plan.refusals.push(Error::new(ErrorKind::Exists, sentence));
             }
@@ -232,8 +232,8 @@ fn disks(world: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result
     Ok((plan, disks))
 }
 
-/// What the file of a disk's snapshot is called, without extension: NAME, but where disks of one directory
-/// are frozen together each has its own name before that.
+/// The name of a disk's snapshot file, without extension: NAME; where disks of one directory are frozen
+/// together, prefixed with the disk's own name.
 fn frozen_name(leaf: &Path, leaves: &[&Path], name: &[u8]) -> Vec<u8> {
     if leaves.iter().filter(|other| other.parent() == leaf.parent()).count() > 1 {
         let stem = leaf.file_stem().unwrap_or_default().as_encoded_bytes();
@@ -242,7 +242,7 @@ fn frozen_name(leaf: &Path, leaves: &[&Path], name: &[u8]) -> Vec<u8> {
     name.to_vec()
 }
 
-/// The place of a file that the user names, from the directory of the image on.
+/// The path of a file that the user names, relative to the image's directory.
 fn inside(old: &Path, file: &[u8]) -> Result<PathBuf> {
     let path = Path::new(std::ffi::OsStr::from_bytes(file));
     let is_plain = path.components().all(|part| matches!(part, Component::Normal(_)));
@@ -253,7 +253,7 @@ fn inside(old: &Path, file: &[u8]) -> Result<PathBuf> {
     Ok(directory_of(old).join(path))
 }
 
-/// What the overlay of a raw image is called: the raw one's name says that it is raw.
+/// The name of a raw image's overlay: the raw image's extension states the raw format.
 fn overlay_name(image: &ImageEntry) -> PathBuf {
     let path = &image.place.path;
     if image.format == Some(Format::Qcow2) {
@@ -264,7 +264,7 @@ fn overlay_name(image: &ImageEntry) -> PathBuf {
 }
 
 fn refuse_names(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     image: &ImageEntry,
     (frozen, name): (&Path, &Path),
@@ -273,45 +273,45 @@ fn refuse_names(
 ) {
     let old = &image.place.path;
     if frozen == name {
-        let fact = "is what the disk itself is called, whose name stays its own; choose another";
+        let fact = "is the disk's own name; choose another";
         let own = String::from_utf8_lossy(frozen_name);
         return refusals.push(Error::new(ErrorKind::Exists, format!("{own} {fact}")));
     }
     if frozen != old {
-        refusals::taken(world, frozen, refusals);
-        overlay::refuse_misread(world, frozen, image.format.unwrap_or(Format::Raw), true, refusals);
+        refusals::taken(scan, frozen, refusals);
+        overlay::refuse_misread(scan, frozen, image.format.unwrap_or(Format::Raw), true, refusals);
     }
     if name != old {
-        refusals::taken(world, name, refusals);
+        refusals::taken(scan, name, refusals);
     }
-    overlay::refuse_misread(world, name, Format::Qcow2, false, refusals);
+    overlay::refuse_misread(scan, name, Format::Qcow2, false, refusals);
     let wanted = if frozen == old { Vec::new() } else { encode(frozen_name) };
     let has_it = chain.views.views.iter().any(|view| view.snapshot.is_none() && view.name == wanted);
-    // Two files of one stem would both be shown by their full names: what is asked for would be called
-    // otherwise.
+    // Two files of one stem would both be shown by their full names, so the view would not have the requested
+    // name.
     let same_stem = |other: &&ImageEntry| {
         other.stat.id != image.stat.id
             && directory_of(&other.place.path) == directory_of(frozen)
             && other.place.path.file_stem() == frozen.file_stem()
     };
-    let stem_is_taken = frozen != old && world.catalog.images.iter().any(|other| same_stem(&other));
+    let stem_is_taken = frozen != old && scan.catalog.images.iter().any(|other| same_stem(&other));
     if (has_it || stem_is_taken) && refusals.iter().all(|refusal| refusal.kind() != ErrorKind::Exists) {
-        let fact = "is the name of another layer already; choose another";
+        let fact = "is already the name of another layer; choose another";
         let name = String::from_utf8_lossy(frozen_name);
         refusals.push(Error::new(ErrorKind::Exists, format!("{name} {fact}")));
     }
 }
 
-/// Refuses a name by which an address would come to mean another disk: IMAGE@NAME is an internal snapshot of
-/// the active image, by name or by id, or else a layer of its chain.
+/// Refuses a name that would make an address ambiguous: IMAGE@NAME is an internal snapshot of the active
+/// image, by name or by id, or else a layer of its chain.
 pub(super) fn refuse_address(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     name: &[u8],
     request: &SnapshotRequest,
     refusals: &mut Vec<Error>,
 ) {
-    let image = world.image(chain.views.layers[0]);
+    let image = scan.image(chain.views.layers[0]);
     let name = if request.internal { &request.name } else { name };
     let shown_name = String::from_utf8_lossy(name);
     let address = format!("{}@{shown_name}", image.shown());
@@ -333,15 +333,10 @@ pub(super) fn refuse_address(
     }
 }
 
-fn refuse_inner(
-    world: &ScannedStore,
-    leaf: ImageIndex,
-    request: &SnapshotRequest,
-    refusals: &mut Vec<Error>,
-) {
-    let image = world.image(leaf);
+fn refuse_inner(scan: &ScannedStore, leaf: ImageIndex, request: &SnapshotRequest, refusals: &mut Vec<Error>) {
+    let image = scan.image(leaf);
     let Some(qcow2) = image.qcow2() else {
-        let fact = "is raw, and holds no internal snapshots; take an external one";
+        let fact = "is raw, and cannot hold internal snapshots; take an external one";
         return refusals.push(Error::new(ErrorKind::Unsupported, format!("{} {fact}", image.shown())));
     };
     if qcow2.snapshots.iter().any(|snapshot| snapshot.name == request.name) {
@@ -352,22 +347,22 @@ fn refuse_inner(
     }
 }
 
-/// Takes the snapshot; when this returns it is there.
+/// Takes the snapshot; when this returns, it exists.
 pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, command: &str) -> Result<()> {
     let store = context.store();
-    let (lock, world) = ScannedStore::begin(store)?;
-    let (plan, disks) = disks(&world, path, request)?;
-    world.accept(&plan)?;
+    let (lock, scan) = ScannedStore::begin(store)?;
+    let (plan, disks) = disks(&scan, path, request)?;
+    scan.accept(&plan)?;
     let jobs = disks
         .iter()
-        .map(|disk| store.take_active(&world.catalog, &disk.chain.views.layers))
+        .map(|disk| store.take_active(&scan.catalog, &disk.chain.views.layers))
         .collect::<Result<Vec<_>>>()?;
     let frozen = Frozen::now(&request.description);
     if request.internal {
         for job in &jobs {
             let (seconds, nanoseconds) = (u32::try_from(frozen.seconds).unwrap_or(0), frozen.nanoseconds);
-            // What is kept of the disk's tables is from before they were written. They become the snapshot's,
-            // and whoever opens that has to find them as they are by then.
+            // The cached tables of the disk are from before its writes. They become the snapshot's, and a
+            // process that opens it needs their current state.
             job.describe_anew()?;
             job.writer()?.take_snapshot(&NewSnapshot { name: request.name.clone(), seconds, nanoseconds })?;
         }
@@ -375,28 +370,28 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
         return store.rescan().map(drop);
     }
     let name = context.intent_name();
-    let overlays = make_overlays(store, &world, &disks, &jobs, &name)?;
+    let overlays = make_overlays(store, &scan, &disks, &jobs, &name)?;
     let tops = disks
         .iter()
         .zip(&overlays)
         .map(|(disk, overlay)| {
             Ok(NewTop {
-                old: world.witness(disk.leaf, false)?,
-                frozen: world.guarded(&disk.frozen),
+                old: scan.witness(disk.leaf, false)?,
+                frozen: scan.guarded(&disk.frozen),
                 overlay: overlay.draft.named.clone(),
-                name: world.guarded(&disk.name),
+                name: scan.guarded(&disk.name),
                 backing: None,
             })
         })
         .collect::<Result<Vec<NewTop>>>();
-    let tops = tops.inspect_err(|_| unmake(store, &overlays))?;
+    let tops = tops.inspect_err(|_| remove(store, &overlays))?;
     let (seconds, nanoseconds, description) =
         (frozen.seconds, frozen.nanoseconds, frozen.description.clone());
     let operation = SnapshotOperation { seconds, nanoseconds, description, disks: tops.clone() };
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
-    let intent = intent.inspect_err(|_| unmake(store, &overlays))?;
-    let before = Arc::clone(&world.catalog);
-    match stand_on(store, &jobs, overlays, &disks, &tops) {
+    let intent = intent.inspect_err(|_| remove(store, &overlays))?;
+    let before = Arc::clone(&scan.catalog);
+    match switch_disks(store, &jobs, overlays, &disks, &tops) {
         Ok(fallen) => {
             let named = tops.iter().map(|top| &top.frozen);
             for (old, path) in fallen.into_iter().zip(named) {
@@ -404,22 +399,22 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
             }
             store.rescan()?;
             jobs.iter().for_each(ActiveJob::settle);
-            ending::tell(store, &before, &intent.intent, None);
-            ending::end(store, intent, lock)
+            ending::notify_disks(store, &before, &intent.intent, None);
+            ending::end_intent(store, intent, lock)
         }
         Err((error, false)) => {
             drop((intent, lock));
             store.rescan().and(Err(error))
         }
         Err((error, true)) => {
-            ending::forget(store, intent)
+            ending::remove_intent(store, intent)
                 .map_err(|trouble| error.clone().within(format!("{trouble}, and")))?;
             Err(error)
         }
     }
 }
 
-/// An overlay that nobody sees yet.
+/// An overlay that is not visible yet.
 struct NewOverlay {
     draft: DraftImage,
     top: NewTopFile,
@@ -427,17 +422,17 @@ struct NewOverlay {
 
 fn make_overlays(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     disks: &[SnapshotDisk],
     jobs: &[ActiveJob],
     name: &str,
 ) -> Result<Vec<NewOverlay>> {
     let mut made: Vec<NewOverlay> = Vec::new();
     for (number, (disk, job)) in disks.iter().zip(jobs).enumerate() {
-        match make_overlay(store, world, disk, job, overlay::draft_name(&disk.name, name, number)) {
+        match make_overlay(store, scan, disk, job, overlay::draft_name(&disk.name, name, number)) {
             Ok(overlay) => made.push(overlay),
             Err(error) => {
-                unmake(store, &made);
+                remove(store, &made);
                 return Err(error);
             }
         }
@@ -445,37 +440,38 @@ fn make_overlays(
     Ok(made)
 }
 
-fn unmake(store: &Arc<Store>, overlays: &[NewOverlay]) {
+fn remove(store: &Arc<Store>, overlays: &[NewOverlay]) {
     for overlay in overlays {
-        overlay.draft.unmake(store);
+        overlay.draft.remove(store);
     }
 }
 
 fn make_overlay(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     disk: &SnapshotDisk,
     job: &ActiveJob,
     path: PathBuf,
 ) -> Result<NewOverlay> {
-    let image = world.image(disk.leaf);
+    let image = scan.image(disk.leaf);
     let backing = NewBacking {
         name: relative(&disk.name, &disk.frozen).into_os_string().into_encoded_bytes(),
         format: image.format.unwrap_or(Format::Raw).name().to_owned(),
     };
     let options = overlay::options(image, job.writer()?.size(), Some(backing));
-    let draft = DraftImage::make(world, path, &image.place.path, &options)?;
+    let draft = DraftImage::make(scan, path, &image.place.path, &options)?;
     match store.open_new_top(&draft.path, &shown(&disk.name)) {
         Ok(top) => Ok(NewOverlay { draft, top }),
         Err(error) => {
-            draft.unmake(store);
+            draft.remove(store);
             Err(error)
         }
     }
 }
 
-/// Puts all disks onto their overlays in one moment, or none: then with whether that has left no trace.
-fn stand_on(
+/// Switches all disks to their overlays at one instant, or none: then says whether nothing has changed on
+/// disk.
+fn switch_disks(
     store: &Arc<Store>,
     jobs: &[ActiveJob],
     overlays: Vec<NewOverlay>,
@@ -484,7 +480,7 @@ fn stand_on(
 ) -> std::result::Result<Vec<FormerTop>, (Error, bool)> {
     let names = store.guard_names();
     let root = &*store.guard().root;
-    // Most of what has to be durable is so before anybody has to wait.
+    // Most data is durable before any request has to wait.
     let ready = jobs
         .iter()
         .try_for_each(|job| job.writer()?.close())
@@ -506,10 +502,10 @@ fn stand_on(
         let all = sealed.into_iter().zip(prepared).zip(disks);
         Ok(all.map(|((sealed, prepared), disk)| sealed.stand(prepared, &disk.name, &disk.frozen)).collect())
     });
-    done.map_err(|error| match take_back(root, &*names, tops) {
+    done.map_err(|error| match roll_back_names(root, &*names, tops) {
         Ok(()) => (error, true),
         Err(trouble) => {
-            let fact = "what it has begun goes on when the store is mounted again";
+            let fact = "it is resumed when the store is mounted again";
             (Error::new(error.kind(), format!("{error}; {trouble}; {fact}")), false)
         }
     })
@@ -520,7 +516,7 @@ fn is_at(root: &dyn Backend, path: &Path, named: &FileRef) -> bool {
     named.is_at(root, path)
 }
 
-/// Gives the old top its new name beside the one it has, durably.
+/// Adds the old top's new name as a hard link, durably.
 fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
     if top.frozen == top.old.path {
         return Ok(());
@@ -529,13 +525,13 @@ fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
     names.sync(&directory_of(&top.frozen))
 }
 
-/// Takes back overlays that nobody has seen, and second names, once all disks have their first ones, durably.
-/// By identity: what others have put there stays.
-fn take_back(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+/// Removes overlays that are not visible yet, and second names, once all disks have their first ones,
+/// durably. By identity: files that another process has put there stay.
+fn roll_back_names(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops {
         if !is_at(root, &top.old.path, &top.old) {
             let path = &top.old.path;
-            return Err(Error::new(ErrorKind::Io, format!("{} could not get its name back", shown(path))));
+            return Err(Error::new(ErrorKind::Io, format!("could not restore the name of {}", shown(path))));
         }
         names.sync(&directory_of(&top.old.path))?;
     }
@@ -550,7 +546,7 @@ fn take_back(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Resu
     Ok(())
 }
 
-/// Removes overlays that nobody has seen, durably.
+/// Removes overlays that are not visible yet, durably.
 fn remove_overlays(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops.iter().filter(|top| is_at(root, &top.overlay.path, &top.overlay)) {
         names.unlink(&top.overlay.path)?;
@@ -559,7 +555,7 @@ fn remove_overlays(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -
     Ok(())
 }
 
-/// Gives the overlays their names, durably. A failure takes back what was done.
+/// Renames the overlays to the disks' names, durably. A failure rolls back the renames.
 fn switch_names(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     let mut directories: Vec<PathBuf> = tops.iter().map(|top| directory_of(&top.name)).collect();
     directories.dedup();
@@ -569,7 +565,7 @@ fn switch_names(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> R
         .and_then(|()| directories.iter().try_for_each(|directory| names.sync(directory)));
     switched.inspect_err(|_| {
         for top in tops.iter().rev() {
-            // Nobody has written to the overlays, for all gates are closed.
+            // The overlays are unwritten, since all disks are quiesced.
             if let Err(trouble) = switch_back(root, names, top) {
                 tracing::error!("{}: {trouble}", shown(&top.old.path));
             }
@@ -578,12 +574,12 @@ fn switch_names(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> R
 }
 
 fn switch_name(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Result<()> {
-    // What others have put there in between stays.
+    // A file that another process has put there meanwhile stays.
     expect_at(root, &top.overlay.path, &top.overlay)?;
     expect_at(root, &top.old.path, &top.old)?;
     names.rename(&top.overlay.path, &top.name, top.existing())?;
     if top.frozen != top.old.path && top.name != top.old.path {
-        // A raw image goes by its new name alone; the overlay's is another. Without the overlay that name
+        // A raw image keeps only its new name; the overlay's name differs. Without the overlay that name
         // would be an active disk's.
         names.sync(&directory_of(&top.name))?;
         expect_at(root, &top.old.path, &top.old)?;
@@ -596,11 +592,11 @@ fn expect_at(root: &dyn Backend, path: &Path, named: &FileRef) -> Result<()> {
     if is_at(root, path, named) {
         return Ok(());
     }
-    let fact = "has been replaced by others in the meantime; give the command again";
+    let fact = "has been replaced by another process; give the command again";
     Err(Error::new(ErrorKind::Stale, format!("{} {fact}", shown(path))))
 }
 
-/// The way back from wherever [`switch_name`] has come to.
+/// Rolls [`switch_name`] back from wherever it failed.
 fn switch_back(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Result<()> {
     if !is_at(root, &top.name, &top.overlay) {
         return Ok(());
@@ -615,7 +611,7 @@ fn switch_back(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Resul
     names.unlink(&top.name)
 }
 
-/// Marks what has fallen as frozen, and makes it a layer like any other.
+/// Marks the former top as frozen, and makes it an ordinary layer.
 fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Result<()> {
     let change = HeaderChange { backing: None, frozen: Some(Some(frozen.clone())) };
     let marked = match old.format() {
@@ -627,7 +623,7 @@ fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Res
                 let change = HeaderChange { backing: None, frozen: Some(Some(bare)) };
                 match old.writer.change_header(&change) {
                     Err(error) if error.kind() == ErrorKind::Unsupported => {
-                        tracing::warn!("{error}: only what stands on it keeps it from being written");
+                        tracing::warn!("{error}: only its overlay protects it from being written");
                         Ok(())
                     }
                     done => done,
@@ -640,117 +636,116 @@ fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Res
     marked.and(finished)
 }
 
-/// Whether a snapshot, or a revert, that was cut off goes on to its end, or back to its beginning; every
-/// refusal is asked again. Nothing is changed.
-pub(super) fn examine(world: &ScannedStore, intent: &Intent<SnapshotOperation>) -> Result<bool> {
+/// Whether an interrupted snapshot, or revert, is completed (true) or rolled back; every refusal is checked
+/// again. Changes nothing.
+pub(super) fn examine(scan: &ScannedStore, intent: &Intent<SnapshotOperation>) -> Result<bool> {
     let SnapshotOperation { disks, .. } = &intent.operation;
-    let root = &*world.store.guard().root;
-    // Before the first overlay has its name, nothing is frozen; what is there then is of a later moment than
-    // was asked for.
+    let root = &*scan.store.guard().root;
+    // Before the first overlay has its name, nothing is frozen; the disk's present content is of a later
+    // moment than the user asked for.
     let is_taken = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
-    let goes_on = is_taken && disks.iter().all(|top| can_go_on(root, top));
+    let completes = is_taken && disks.iter().all(|top| can_finish(root, top));
     let mut refusals = Vec::new();
     for top in disks {
-        refuse_rest(world, top, goes_on, &mut refusals);
+        refuse_rest(scan, top, completes, &mut refusals);
     }
     refusals::first(refusals)?;
-    Ok(goes_on)
+    Ok(completes)
 }
 
-/// What keeps a disk of a snapshot from being given what is left to be given, or taken from it.
-fn refuse_rest(world: &ScannedStore, top: &NewTop, goes_on: bool, refusals: &mut Vec<Error>) {
-    let root = &*world.store.guard().root;
-    let find = |path: &PathBuf| world.find(&FileRef::known(path.clone(), top.old.file));
+/// Why the remaining steps on a disk of a snapshot cannot be done or undone.
+fn refuse_rest(scan: &ScannedStore, top: &NewTop, completes: bool, refusals: &mut Vec<Error>) {
+    let root = &*scan.store.guard().root;
+    let find = |path: &PathBuf| scan.find(&FileRef::known(path.clone(), top.old.file));
     let Some(old) = find(&top.old.path).or_else(|| find(&top.frozen)) else { return };
     let has_come = is_at(root, &top.name, &top.overlay);
-    let image = world.image(old);
-    // Two names are its own for a while.
+    let image = scan.image(old);
+    // The disk has two names of its own for a while.
     let own_names = [&top.old.path, &top.frozen].iter().filter(|path| is_at(root, path, &top.old)).count();
     let own_names = if top.old.path == top.frozen { 1 } else { own_names };
     if image.stat.link_count > own_names as u64 {
-        let fact = "has got other names (hard links), under which it would change; remove those";
+        let fact = "has gained other names (hard links), under which it would change; remove those";
         refusals.push(Error::new(ErrorKind::Busy, format!("{} {fact}", image.shown())));
     }
     let is_done = has_come && own_names == 1 && image.frozen.is_some();
-    if goes_on && !is_done {
+    if completes && !is_done {
         let is_link = |error: &Error| error.kind() == ErrorKind::Busy;
-        refusals.extend(world.untouchable(old).filter(|error| !is_link(error)));
+        refusals.extend(scan.untouchable(old).filter(|error| !is_link(error)));
     }
-    // One that is kept is still there for those whose names do not count, as it was when it was begun.
+    // A layer that is kept stays valid for images whose owners' names do not count.
     let is_kept = !is_draft(&top.frozen);
     let others_using = |known: &[ImageIndex]| {
-        if is_kept { world.others_counting(old, known) } else { world.others_using(old, known) }
+        if is_kept { scan.others_counting(old, known) } else { scan.others_using(old, known) }
     };
     if has_come && own_names > 1 {
-        // Its old name is taken away: who has come to stand on it by that would stand on nothing.
-        let others = others_using(&world.users_by_name(old));
+        // Its old name is removed: an image that has come to be backed by that name would lose its backing
+        // file.
+        let others = others_using(&scan.users_by_name(old));
         if !others.is_empty() {
             let (given, others) = (shown(&top.old.path), others.join(", "));
-            let fact =
-                format!("has come to be used by {others} under its old name {given}, which is taken away");
-            let sentence = format!("{} {fact}; put those on {} first", image.shown(), image.shown());
+            let fact = format!(
+                "has come to be used by {others} under its old name {given}, which is about to be removed"
+            );
+            let sentence = format!("{} {fact}; rebase those onto {} first", image.shown(), image.shown());
             refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
         }
     } else if !has_come {
-        // Who has come to stand on it by its name would stand on the overlay; who does by its new one, on
-        // nothing.
+        // An image that has come to be backed by it by its old name would be backed by the overlay; one by
+        // its new name would lose its backing file.
         let others = others_using(&[]);
-        if !others.is_empty() && (goes_on || own_names > 1) {
+        if !others.is_empty() && (completes || own_names > 1) {
             let fact = "has come to be used by other images, which would lose it";
-            let sentence =
-                format!("{} {fact}: {}; put those on something else first", image.shown(), others.join(", "));
+            let sentence = format!("{} {fact}: {}; rebase those first", image.shown(), others.join(", "));
             refusals.push(Error::new(ErrorKind::NotEmpty, sentence));
         }
     }
 }
 
-/// Takes up a snapshot, or a revert, that was cut off: to its end if it was taken, else back to its
-/// beginning.
+/// Resumes an interrupted snapshot or revert: completes it if the disk was frozen, else rolls it back.
 pub(super) fn resume(
     context: &Context,
     intent: OwnedIntent<SnapshotOperation>,
     lock: FileLock,
 ) -> Result<()> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, intent.name())?;
-    let goes_on = examine(&world, &intent.intent)?;
+    let scan = ScannedStore::scan_for_resume(store, intent.name())?;
+    let completes = examine(&scan, &intent.intent)?;
     let SnapshotOperation { disks, .. } = &intent.intent.operation;
-    let held = if goes_on { hold(store, disks)? } else { Vec::new() };
-    let done = carry_on(context, intent, held, goes_on);
+    let held = if completes { lock_disks(store, disks)? } else { Vec::new() };
+    let done = finish_or_roll_back(context, intent, held, completes);
     drop(lock);
     done
 }
 
-/// Does what is left of a snapshot whose disks (`held`) nobody uses; or takes back what was begun. Under the
-/// store's lock.
-pub(super) fn carry_on(
+/// Completes a snapshot whose disks (`held`) are locked and not in use, or rolls it back. Under the store's
+/// lock.
+pub(super) fn finish_or_roll_back(
     context: &Context,
     intent: OwnedIntent<SnapshotOperation>,
     held: Vec<JobImage>,
-    goes_on: bool,
+    completes: bool,
 ) -> Result<()> {
     let store = context.store();
     let names = store.guard_names();
     let SnapshotOperation { disks, .. } = &intent.intent.operation;
     let root = &*store.guard().root;
-    let went = if goes_on { go_on(store, &intent.intent, held) } else { Ok(()) };
+    let went = if completes { finish(store, &intent.intent, held) } else { Ok(()) };
     let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
     if has_come && went.is_err() {
-        // The intent stays, and with it what is left to be done.
-        let fact =
-            "the disk has been switched already; what is left of it is done when the store is mounted again";
+        // The intent stays, and records the remaining steps.
+        let fact = "the disk has been switched already; the remaining steps are done at the next mount";
         return went.map_err(|error| error.within(fact));
     }
     if !has_come && disks.iter().all(|top| is_at(root, &top.old.path, &top.old)) {
-        take_back(root, &*names, disks)?;
+        roll_back_names(root, &*names, disks)?;
     } else if !has_come {
-        // Others have taken the name of a disk: its new one is the only one that it has, and stays.
+        // Another process has taken the name of a disk: its new name is the only one that it has, and stays.
         remove_overlays(root, &*names, disks)?;
     }
-    ending::forget(store, intent).and(went)
+    ending::remove_intent(store, intent).and(went)
 }
 
-fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobImage>) -> Result<()> {
+fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobImage>) -> Result<()> {
     let SnapshotOperation { seconds, nanoseconds, description, disks } = &intent.operation;
     let (root, names) = (&*store.guard().root, store.guard_names());
     for top in disks {
@@ -764,7 +759,8 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
             }
             names.rename(&top.overlay.path, &top.name, top.existing())?;
             names.sync(&directory_of(&top.name)).inspect_err(|error| {
-                // A crash may give the disk back what it had: nothing may be acknowledged on top of that.
+                // A crash may bring back the disk's former name: no write may be acknowledged before this is
+                // durable.
                 if let Ok(stat) = root.stat(&top.name) {
                     store.poison_active(stat.id, &shown(&top.name), error);
                 }
@@ -778,32 +774,32 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
     let mark = Frozen { seconds: *seconds, nanoseconds: *nanoseconds, description: description.clone() };
     for mut job in held {
         let top = disks.iter().find(|top| top.old.file.id() == job.id());
-        // Those who read its internal snapshots have it open, and their locks are ours only if it is found by
-        // its new name.
+        // Readers of its internal snapshots have it open. Their locks count as this process's only if the
+        // file is found by its new name.
         if let Some(top) = top {
             job.renamed(&ending::own_path(store, &top.frozen));
         }
-        // What comes back from the trash is a snapshot.
+        // A file restored from the trash is a snapshot.
         let is_put_aside = top.is_some_and(|top| is_draft(&top.frozen));
         if is_put_aside && store.keeps_trash(job.id()) && job.format() == Format::Qcow2 {
             let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
             let marked = job.file().and_then(|file| change_header(job.name(), &*file, &change));
             if let Err(error) = marked {
-                tracing::info!("{error}: it goes to the trash as it is");
+                tracing::info!("{error}: moved to the trash without the mark");
             }
         }
         job.finish()?;
     }
-    let world = ScannedStore::look(store)?;
+    let scan = ScannedStore::scan(store)?;
     for top in disks.iter().filter(|top| is_draft(&top.frozen)) {
-        // What is replaced and not saved; what others have put there is not that.
+        // The replaced and unsaved layer; a file that another process has put there is not.
         if !is_at(root, &top.frozen, &top.old) {
             continue;
         }
         if root.stat(&top.frozen).is_ok_and(|stat| store.keeps_trash(stat.id)) {
-            // What it stands on is named also where that has gone: it does not come back as if it were good.
+            // Its backing file is recorded even if it is gone: a restored file must not seem intact.
             store.put_into_trash(
-                &world.catalog,
+                &scan.catalog,
                 &top.frozen,
                 &top.old.path,
                 (&intent.command, false),
@@ -815,8 +811,8 @@ fn go_on(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobIm
         names.sync(&directory_of(&top.frozen))?;
     }
     for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
-        let old = world.expect(&FileRef::known(top.frozen.clone(), top.old.file))?;
-        unless_unsupported(freeze::freeze(store, &world, old, &mark))?;
+        let old = scan.expect(&FileRef::known(top.frozen.clone(), top.old.file))?;
+        unless_unsupported(freeze::freeze(store, &scan, old, &mark))?;
     }
     Ok(())
 }
@@ -832,9 +828,9 @@ fn unless_unsupported(marked: Result<()>) -> Result<()> {
     }
 }
 
-/// Whether all that a disk of a snapshot needs is there, and nothing that others have put there is in the
-/// way. Where an overlay has gone, nothing was begun that a guest could have seen.
-fn can_go_on(root: &dyn Backend, top: &NewTop) -> bool {
+/// Whether all files that a disk of a snapshot needs exist, and no file of another process is in the way. If
+/// an overlay is gone, nothing was begun that a guest could have seen.
+fn can_finish(root: &dyn Backend, top: &NewTop) -> bool {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let is_old = |path: &Path| is_at(root, path, &top.old);
     let has_come = is_at(root, &top.name, &top.overlay);
@@ -844,13 +840,13 @@ fn can_go_on(root: &dyn Backend, top: &NewTop) -> bool {
     may_be_named && (has_come || may_come)
 }
 
-/// Keeps everybody from writing to what is to be frozen while its names change.
-fn hold(store: &Arc<Store>, disks: &[NewTop]) -> Result<Vec<JobImage>> {
-    let world = ScannedStore::look(store)?;
+/// Locks the layers that are to be frozen against writers while their names change.
+fn lock_disks(store: &Arc<Store>, disks: &[NewTop]) -> Result<Vec<JobImage>> {
+    let scan = ScannedStore::scan(store)?;
     let take = |top: &NewTop| {
-        let named = |path: &PathBuf| world.find(&FileRef::known(path.clone(), top.old.file));
+        let named = |path: &PathBuf| scan.find(&FileRef::known(path.clone(), top.old.file));
         let index = named(&top.old.path).or_else(|| named(&top.frozen));
-        index.map(|index| store.take_image(&world.catalog, index))
+        index.map(|index| store.take_image(&scan.catalog, index))
     };
     disks.iter().filter_map(take).collect()
 }

@@ -1,12 +1,12 @@
-//! How the last command of a chain is doing.
+//! The status of a chain's last command.
 
-/// Where a command stands.
+/// The state of a command.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum JobState {
-    /// None has been given since the mount.
+    /// No command since the mount.
     #[default]
     Idle,
-    /// It is at work.
+    /// It is running.
     Running,
     /// It is done.
     Done,
@@ -28,20 +28,20 @@ impl JobState {
         }
     }
 
-    /// Whether nothing more is going to happen.
+    /// Whether the state is final.
     pub fn is_over(self) -> bool {
         self != JobState::Running
     }
 }
 
-/// What `control/status` says.
+/// The content of `control/status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
     /// The command's number; 0 before the first.
     pub number: u64,
     /// Its words.
     pub command: String,
-    /// Where it stands.
+    /// Its state.
     pub state: JobState,
     /// Bytes done.
     pub done: u64,
@@ -49,8 +49,8 @@ pub struct Status {
     pub total: u64,
     /// Why it was refused or has failed.
     pub error: Option<String>,
-    /// What is to be known of it besides.
+    /// Further notes.
     pub notes: Vec<String>,
-    /// Different whenever anything else is.
+    /// Changes whenever another field does.
     pub version: u64,
 }

@@ -1,8 +1,8 @@
-//! The line of a command, as the words that a shell would make of it, and back.
+//! Splits the line of a command into words as a shell does, and quotes words again.
 //!
-//! Quotes and backslashes mean what they mean to sh(1); nothing is expanded and nothing is a comment,
-//! so that a word is never another one than was written. What would show as something else (line ends,
-//! control characters) is refused.
+//! Quotes and backslashes mean what they mean to sh(1). Nothing is expanded and nothing is a comment, so each
+//! word is exactly the one that was written. Line ends and control characters, which would be displayed as
+//! something else, are refused.
 
 use crate::error::{Error, ErrorKind, Result};
 
@@ -64,7 +64,7 @@ fn plain(byte: u8) -> Result<u8> {
     Ok(byte)
 }
 
-/// A word as it has to be written, for the reader of commands and for a shell.
+/// A word in its quoted form, for the reader of commands and for a shell.
 pub fn quote(word: &[u8]) -> Vec<u8> {
     let is_plain =
         |byte: &u8| byte.is_ascii_alphanumeric() || !byte.is_ascii() || b"._-/=@%+:,".contains(byte);
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn words_are_what_a_shell_makes_of_them() {
+    fn words_are_split_as_by_a_shell() {
         for line in [
             "a  b\tc",
             r#""a b" 'c d'e\ f"#,
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_quoted_comes_back_from_a_shell_too() {
+    fn a_shell_reads_quoted_words_unchanged() {
         for word in ["", "plain", "two words", "it's", "~", "$(date)", "a\\b", "#", "\"", "ü"] {
             let line = String::from_utf8(quote(word.as_bytes())).unwrap();
             assert_eq!(words(&line), [word]);
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_mean_nothing_are_refused() {
+    fn malformed_lines_are_refused() {
         for line in ["'a", "\"a", "a\\", "\"a\\", "a\nb", "a\n\n", "a\0b", "a\rb", "'\t'", "\x7f", "\\\x1b"] {
             assert_eq!(split(line.as_bytes()).unwrap_err().kind(), ErrorKind::Usage, "{line:?}");
         }

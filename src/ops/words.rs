@@ -1,7 +1,6 @@
-//! The words of commands: which ones a verb takes, reading them, and writing them again.
+//! The words of commands: which words a verb takes, how they are parsed and written.
 //!
-//! Every refusal names the word that is wrong and the words that there are. What a word means is for its
-//! verb.
+//! Every refusal names the wrong word and the known words. The verb itself interprets a word's value.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
@@ -11,25 +10,25 @@ use crate::units::{join_list, split_list};
 
 use super::tokenize::quote;
 
-/// What is to be known of a verb before any command of it is given.
+/// The specification of a verb.
 #[derive(Debug)]
 pub(super) struct VerbSpec {
-    /// The verb's word, and the name of its control file.
+    /// The verb's name, and the name of its control file.
     pub(super) name: &'static str,
-    /// What reading its control file says.
+    /// The text that its control file returns when read.
     pub(super) usage: &'static str,
-    /// What stands alone.
+    /// The positional word.
     pub(super) positional: Option<&'static str>,
     /// The words that take a value.
     pub(super) keys: &'static [&'static str],
     /// The words that take none.
     pub(super) flags: &'static [&'static str],
-    /// Whether commands for several chains may be given to the store as a whole.
+    /// Whether one command for several chains may be given to the store as a whole.
     pub(super) is_for_store: bool,
 }
 
 impl VerbSpec {
-    /// Whether a word of the verb is spelt like that.
+    /// Whether the verb has a word of this spelling.
     pub(super) fn is_word(&self, name: &[u8]) -> bool {
         self.keys.iter().chain(self.flags).any(|word| word.as_bytes() == name)
     }
@@ -53,7 +52,7 @@ pub(super) struct ParsedWords {
     flags: Vec<&'static str>,
 }
 
-/// What a command may lose besides what it is for.
+/// What a command may discard beyond its purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Discards {
     /// Internal snapshots in the layers concerned.
@@ -92,7 +91,7 @@ impl ParsedWords {
                     }
                     given.flags.push(flag);
                 }
-                // A view may be called anything.
+                // A view may have any name.
                 (None, None, value)
                     if spec.positional.is_some_and(|what| what == "VIEW" || value.is_none())
                         && given.positional.is_none() =>
@@ -107,7 +106,7 @@ impl ParsedWords {
         Ok(given)
     }
 
-    /// The word that stands alone; refused if it is missing.
+    /// The positional word; refused if it is missing.
     pub(super) fn positional(&mut self) -> Result<Vec<u8>> {
         let what = self.spec.positional.unwrap_or_default();
         self.positional.take().ok_or_else(|| usage(format!("{what} is missing; {}", self.spec.takes())))
@@ -130,7 +129,7 @@ impl ParsedWords {
     }
 }
 
-/// A line in the making.
+/// Builds the line of a command.
 #[derive(Default)]
 pub(super) struct LineBuilder(pub(super) Vec<u8>);
 

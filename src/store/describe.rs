@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::format::foreign::{self, ForeignFormat, Parents};
 use crate::format::snapshot::Snapshot;
 use crate::format::{Header, Malformed, header};
-use crate::image::read_snapshots_there_are;
+use crate::image::read_readable_snapshots;
 use crate::io::Storage;
 
 /// A file's own word.
@@ -97,7 +97,7 @@ pub(super) fn describe(file: &dyn Storage, len: u64) -> Result<DetectedContent> 
         Ok(header) => Arc::new(header),
         Err(reason) => return malformed(reason.to_string()),
     };
-    let (snapshots, cut) = read_snapshots_there_are(&header, |at, buf| read(file, at, buf))?;
+    let (snapshots, cut) = read_readable_snapshots(&header, |at, buf| read(file, at, buf))?;
     let snapshot_problem = match cut {
         Some(reason) => Some(missing_snapshots(&header, snapshots.len(), &reason)),
         None => damaged_snapshots(&snapshots).or_else(|| lost_snapshot(&snapshots, len)),

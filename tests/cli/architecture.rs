@@ -68,14 +68,23 @@ fn no_layer_uses_one_to_its_left() {
     assert!(judged > 50, "the test has lost sight of the uses it is to judge ({judged})");
 }
 
+/// Whether a line of code, not of comments, has the word.
+fn names(text: &str, word: &str) -> bool {
+    let is_part = |c: char| c.is_alphanumeric() || c == '_';
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).any(|line| {
+        line.match_indices(word)
+            .any(|(at, _)| !line[..at].ends_with(is_part) && !line[at + word.len()..].starts_with(is_part))
+    })
+}
+
 #[test]
-fn only_the_adapter_names_fuser() {
+fn only_its_transport_names_fuser() {
     let src = project().join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
     let naming: Vec<_> = files
         .iter()
-        .filter(|file| fs::read_to_string(file).unwrap().contains("use fuser"))
+        .filter(|file| names(&fs::read_to_string(file).unwrap(), "fuser"))
         .map(|file| file.strip_prefix(&src).unwrap().to_path_buf())
         .collect();
     assert!(
@@ -83,6 +92,21 @@ fn only_the_adapter_names_fuser() {
             && naming.iter().all(|file| file.starts_with("fs/fuse") || file == Path::new("fs/fuse.rs")),
         "{naming:?}"
     );
+    assert!(names("use fuser::Errno;", "fuser") && !names("// fuser\n\"fusermount3\"", "fuser"));
+}
+
+/// What the service decides is named by no transport: a transport has plain calls and replies.
+#[test]
+fn the_transport_names_neither_kinds_of_errors_nor_handles() {
+    let fuse = project().join("src/fs");
+    let mut files = vec![fuse.join("fuse.rs")];
+    sources(&fuse.join("fuse"), &mut files);
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        for word in ["ErrorKind", "Handle", "Node", "Duration", "thread", "spawn"] {
+            assert!(!names(&text, word), "{} names {word}", file.display());
+        }
+    }
 }
 
 /// Words for what a local directory is made of: only `io` may use them of a store's files.

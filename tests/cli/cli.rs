@@ -95,7 +95,7 @@ fn map_says_what_qemu_img_says() {
 
 /// Of a cluster whose subclusters are not all in use, QEMU gives the place of the unused ones, too.
 #[test]
-fn map_of_subclusters_says_the_same_but_for_places_of_what_is_not_there() {
+fn map_of_subclusters_matches_except_for_offsets_of_holes() {
     let (store, _) = assorted();
     let runs = |text: &str| {
         let mut runs: Vec<(u64, Value)> = Vec::new();
@@ -219,7 +219,7 @@ fn internal_snapshots_are_disks_of_their_own() {
 }
 
 #[test]
-fn a_store_is_checked_as_a_whole_and_the_worst_decides() {
+fn a_store_is_checked_as_a_whole_and_the_worst_result_counts() {
     let (store, _) = assorted();
     let code = |words: &[&str]| chainfs(&store, words).outcome().0;
     let (have, out, err) = chainfs(&store, &["check", "."]).outcome();
@@ -243,7 +243,7 @@ fn a_store_is_checked_as_a_whole_and_the_worst_decides() {
 }
 
 #[test]
-fn a_repair_says_what_is_wrong_mends_it_and_looks_again() {
+fn a_repair_reports_damage_repairs_it_and_checks_again() {
     let store = Store::new();
     let damage = || {
         store.create("web.qcow2", MIB, "");
@@ -302,7 +302,7 @@ fn an_image_that_is_in_use_is_not_repaired() {
 }
 
 #[test]
-fn created_images_please_qemu_img() {
+fn qemu_img_finds_created_images_clean() {
     let store = Store::new();
     store.raw("base.raw", 2 * MIB, 1);
     store.dir("sub");
@@ -375,7 +375,7 @@ fn hostile_names_stay_on_their_line() {
 }
 
 #[test]
-fn options_say_what_names_and_headers_do_not() {
+fn options_state_formats_that_names_and_headers_lack() {
     let store = Store::new();
     store.create("guest.img", MIB, "");
     let (code, _, err) = chainfs(&store, &["map", "guest.img"]).outcome();

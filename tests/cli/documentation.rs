@@ -221,7 +221,7 @@ fn names_in_the_documents_are_in_the_code() {
 }
 
 #[test]
-fn links_between_the_documents_lead_somewhere() {
+fn links_between_the_documents_resolve() {
     for path in documents() {
         let page = text(&path);
         let directory = root().join(&path).parent().expect("a directory").to_owned();

@@ -96,7 +96,7 @@ impl Drop for Holder {
 }
 
 #[test]
-fn wrong_words_are_answered_with_the_right_ones() {
+fn wrong_words_are_refused_with_the_right_ones() {
     let store = chain();
     all_say(
         &store,
@@ -131,7 +131,7 @@ fn wrong_words_are_answered_with_the_right_ones() {
 }
 
 #[test]
-fn a_command_in_a_mount_names_the_chain_that_is_meant() {
+fn a_command_in_a_mount_names_its_chain() {
     let store = chain();
     let mount = Mount::new(&store);
     all_say(
@@ -165,7 +165,7 @@ fn a_command_in_a_mount_names_the_chain_that_is_meant() {
 }
 
 #[test]
-fn a_plan_speaks_the_words_of_the_field_and_in_sizes_that_can_be_read() {
+fn a_plan_uses_common_terms_and_readable_sizes() {
     let store = chain();
     let mount = Mount::new(&store);
     let plan = |words: &str| {
@@ -185,7 +185,7 @@ fn a_plan_speaks_the_words_of_the_field_and_in_sizes_that_can_be_read() {
 }
 
 #[test]
-fn a_revert_says_where_newer_snapshots_go() {
+fn a_revert_reports_the_new_chain_of_newer_snapshots() {
     for (words, note) in [
         (
             "revert mnt/web01 monday --save old",
@@ -211,7 +211,7 @@ fn a_revert_says_where_newer_snapshots_go() {
 }
 
 #[test]
-fn a_mount_says_what_it_hides_and_whom_it_lets_in() {
+fn a_mount_reports_hidden_files_and_allowed_users() {
     let store = chain();
     for (options, hint) in [
         (
@@ -271,7 +271,7 @@ fn a_fault_of_a_configuration_file_is_found_by_file_line_and_key() {
 }
 
 #[test]
-fn what_a_missing_file_is_wanted_for_decides_the_remedy() {
+fn the_use_of_a_missing_file_decides_the_remedy() {
     let store = Store::new();
     store.create("data.qcow2", MIB, "data_file=disk.raw");
     fs::remove_file(store.path("disk.raw")).expect("the data file");
@@ -325,7 +325,7 @@ fn what_a_missing_file_is_wanted_for_decides_the_remedy() {
 }
 
 #[test]
-fn who_writes_a_disk_is_named_with_what_to_do() {
+fn the_writer_of_a_disk_is_named_with_a_remedy() {
     let store = chain();
     let mount = Mount::new(&store);
     let held = Qemu::running_on(&store, "web01.qcow2", &[]);
@@ -412,7 +412,7 @@ fn a_plan_says_what_qemu_s_locks_would_refuse() {
 }
 
 #[test]
-fn an_unmount_says_who_is_in_its_way() {
+fn an_unmount_names_the_users_that_block_it() {
     let store = chain();
     let mount = Mount::new(&store);
     let loop_device =
@@ -439,7 +439,7 @@ fn an_unmount_says_who_is_in_its_way() {
 }
 
 #[test]
-fn an_unmount_that_waits_says_for_whom() {
+fn an_unmount_that_waits_names_the_processes() {
     let store = chain();
     let mount = Mount::new(&store);
     let mut other = Command::new("timeout")
@@ -467,7 +467,7 @@ fn an_unmount_that_waits_says_for_whom() {
 }
 
 #[test]
-fn a_dead_mount_is_told_from_one_that_is_not_there() {
+fn a_dead_mount_is_distinguished_from_a_missing_one() {
     let store = chain();
     let mount = Mount::new(&store);
     let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
@@ -489,7 +489,7 @@ fn a_dead_mount_is_told_from_one_that_is_not_there() {
 }
 
 #[test]
-fn an_image_outside_of_any_store_is_told_of_its_notes_and_of_its_users() {
+fn commands_on_an_image_outside_any_store_report_notes_and_users() {
     let store = chain();
     let made = ".chainfs-lock and .chainfs-intents were made in store, for the lock and notes of commands";
     all_say(
@@ -499,7 +499,7 @@ fn an_image_outside_of_any_store_is_told_of_its_notes_and_of_its_users() {
             (
                 "commit store/web01.qcow2",
                 1,
-                "web01.qcow2 is a single image of no store, so that other users of its layers are not known; \
+                "web01.qcow2 is a single image outside any store, so other users of its layers are unknown; \
                     say --store DIR",
             ),
             (
@@ -557,7 +557,7 @@ fn an_address_means_the_same_in_every_command() {
 }
 
 #[test]
-fn an_address_that_could_mean_two_disks_is_refused_with_both() {
+fn an_ambiguous_address_is_refused_with_both_meanings() {
     let store = chain();
     store.img(["snapshot", "-c", "monday", "web01.qcow2"]);
     let both = "store/web01.qcow2@monday is ambiguous: the layer (store/web01.qcow2@monday.qcow2) or the \
@@ -589,7 +589,7 @@ fn an_address_that_could_mean_two_disks_is_refused_with_both() {
 }
 
 #[test]
-fn no_snapshot_gets_a_name_by_which_an_address_would_come_to_mean_another_disk() {
+fn no_snapshot_name_makes_an_address_ambiguous() {
     let store = chain();
     let mount = Mount::new(&store);
     let control = Control::of(&mount, "web01");
@@ -611,7 +611,7 @@ fn no_snapshot_gets_a_name_by_which_an_address_would_come_to_mean_another_disk()
 }
 
 #[test]
-fn layers_drop_out_of_a_chain_only_when_that_is_said() {
+fn layers_drop_out_of_a_chain_only_with_drop_layers() {
     // (what is done to the store, the command, a part of the refusal, whether drop-layers is enough)
     let keep: fn(&Store) = |_| ();
     let moved: fn(&Store) = |store| {
@@ -654,7 +654,7 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
             keep,
             "rebase base=base.raw unsafe",
             "tuesday.qcow2, monday.qcow2 drop out of the chain with what they hold; leave out unsafe, and \
-                what differs is copied, or say drop-layers",
+                differing ranges are copied, or say drop-layers",
         ),
         (keep, "rebase base=monday unsafe", "tuesday.qcow2 drops out of the chain with what it holds"),
         (
@@ -667,8 +667,8 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         (
             moved,
             "rebase layer=monday base=none unsafe",
-            "monday.qcow2 names base.raw as its backing file, and nothing is not that file moved: all that \
-                the missing file holds would read as zeroes",
+            "monday.qcow2 names base.raw as its backing file, and nothing is not that file moved: the \
+                content of the missing file would read as zeroes",
         ),
         (
             all_moved,
@@ -689,8 +689,8 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
         (
             renamed,
             "rebase layer=monday base=golden.raw unsafe",
-            "golden.raw is not that file moved: it has another name, and nothing is left of the missing file \
-                with which it could be compared; put the missing file back, or name the file that it is now, \
+            "golden.raw is not that file moved: it has another name, and nothing of the missing file is \
+                left to compare it with; restore the missing file, or name its new path, \
                 or say drop-layers",
         ),
         (
@@ -731,7 +731,7 @@ fn layers_drop_out_of_a_chain_only_when_that_is_said() {
 }
 
 #[test]
-fn a_list_of_chains_is_read_the_same_by_the_program_and_by_the_control_file() {
+fn program_and_control_file_read_a_list_of_chains_alike() {
     let store = Store::new();
     store.create("a.qcow2", MIB, "");
     store.dir("x,y");
@@ -751,7 +751,7 @@ fn a_list_of_chains_is_read_the_same_by_the_program_and_by_the_control_file() {
 }
 
 #[test]
-fn what_is_made_in_a_store_is_said_once() {
+fn the_creation_of_the_control_directory_is_reported_once() {
     const MADE: &str = "store/.chainfs was made: it marks the store, and holds its lock and notes; keep it";
     let output =
         |store: &Store| fs::read_to_string(store.beside("mount.output")).expect("what the mount said");

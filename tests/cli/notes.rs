@@ -335,7 +335,7 @@ impl Section<'_> {
 }
 
 #[test]
-fn every_step_of_the_notes_leaves_what_the_page_draws() {
+fn every_step_of_the_notes_page_leaves_the_drawn_chains() {
     let page = document("docs/NOTES.md");
     let sections = sections(&page);
     let marks = [CONTROL, PROGRAM, UNMOUNTED, QEMU];

@@ -5,7 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use chainfs::error::{ERROR_KINDS, errno};
+use chainfs::error::ERROR_KINDS;
+use chainfs::fs::errno;
 use support::examples::{Ending, Example, blocks, document, examples, matches};
 use support::{Outcome as _, chainfs_binary, project, tool};
 

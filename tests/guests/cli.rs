@@ -246,7 +246,7 @@ fn time(text: &Value) -> (i64, i64) {
 }
 
 #[test]
-fn what_ls_lists_and_cp_copies_is_what_the_kernel_shows() {
+fn ls_and_cp_show_the_same_as_the_kernel() {
     let guest = Guest::install();
     guest.works(|dir| crate::ext::content::Content::ext4().fill(dir));
     guest.freeze("base.qcow2", None);
@@ -419,7 +419,7 @@ fn told(answer: &Value, prefix: &str) -> Vec<(PathBuf, (String, Vec<String>))> {
 }
 
 #[test]
-fn diff_tells_every_file_that_changed_and_reads_little() {
+fn diff_reports_every_changed_file_and_reads_little() {
     let guest = Guest::install();
     guest.works(before);
     guest.freeze("base.qcow2", None);
@@ -507,7 +507,7 @@ fn diff_tells_every_file_that_changed_and_reads_little() {
 }
 
 #[test]
-fn diff_of_disks_tells_the_sectors_that_differ() {
+fn diff_of_disks_reports_the_differing_sectors() {
     let store = Store::new();
     store.create("base.qcow2", 8 * MIB, "");
     store.scribble("base.qcow2", "qcow2", 1);
@@ -578,7 +578,7 @@ fn diff_of_disks_tells_the_sectors_that_differ() {
 }
 
 #[test]
-fn versions_tells_which_views_hold_which_content() {
+fn versions_reports_the_views_of_each_content() {
     let guest = Guest::install();
     let file = |text: &'static str| move |dir: &Path| fs::write(dir.join("motd"), text).expect("a file");
     guest.works(|_| {});
@@ -839,7 +839,7 @@ fn the_other_disks_of_a_volume_group_are_found_beside_the_image() {
 }
 
 #[test]
-fn what_is_damaged_is_named_and_the_rest_goes_on() {
+fn damaged_files_are_reported_and_the_rest_is_listed() {
     let guest = Guest::install();
     guest.works(|dir| {
         for name in ["sub/ring", "lost"] {

@@ -117,7 +117,7 @@ fn memory_of(daemon: u32) -> u64 {
 
 #[test]
 // X2
-fn damaged_guests_harm_nobody() {
+fn damaged_guests_cause_no_crash_or_hang() {
     let rounds = amount(20, 2000);
     let seeds = Store::new();
     let kinds = [

@@ -275,7 +275,7 @@ fn entries(name: &str, number: u32) -> Vec<u8> {
 }
 
 #[test]
-fn thousands_of_files_of_one_directory_are_found_and_listing_goes_on_where_it_was_left() {
+fn a_large_directory_is_searched_and_listed_in_parts() {
     // mtools take minutes to make so many; so they only judge that these have been made well.
     let lab = Lab::new(16 * MIB, &["-F", "16", "-r", "8192"]);
     let mut bytes = lab.bytes();
@@ -355,7 +355,7 @@ fn a_file_in_a_hundred_thousand_pieces_is_read_in_time() {
 }
 
 #[test]
-fn attributes_are_what_linux_shows() {
+fn attributes_match_those_of_linux() {
     let lab = Lab::new(4 * MIB, &["-F", "12", "-s", "4", "-n", "A LABEL", "-i", "12ab34cd"]);
     fs::create_dir_all(lab.tree().join("dir/sub1/deeper")).expect("directories");
     fs::create_dir(lab.tree().join("dir/sub2")).expect("a directory");
@@ -397,7 +397,7 @@ fn attributes_are_what_linux_shows() {
 }
 
 #[test]
-fn long_names_without_their_file_and_damaged_ones_give_way_to_the_short_name() {
+fn orphaned_and_damaged_long_names_are_ignored() {
     let lab = Lab::new(2 * MIB, &["-F", "12"]);
     for name in ["first long name", "second long name", "third long name"] {
         fs::write(lab.tree().join(name), name).expect("a file");
@@ -424,7 +424,7 @@ fn long_names_without_their_file_and_damaged_ones_give_way_to_the_short_name() {
 }
 
 #[test]
-fn a_broken_chain_hits_one_file_from_there_on() {
+fn a_broken_cluster_chain_affects_one_file_only() {
     let lab = Lab::new(4 * MIB, &["-F", "16", "-s", "1"]);
     for name in ["GOOD", "BAD"] {
         fs::write(lab.tree().join(name), vec![7; 5 * 512]).expect("a file");

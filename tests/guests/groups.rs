@@ -109,7 +109,7 @@ fn a_group_on_several_chains_is_whole_in_every_view_of_one_moment() {
 }
 
 #[test]
-fn another_guests_disk_is_never_taken_for_ones_own() {
+fn a_disk_of_another_guest_never_joins_a_group() {
     let store = Store::new();
     let (tree, _) = tree(&store);
     let [one, two] = group(&store, &tree);

@@ -221,7 +221,7 @@ fn kernel_mount(store: &Store, shown: &Path, name: &str) -> (Loop, Mounted) {
 }
 
 #[test]
-fn every_view_shows_what_the_kernel_shows_of_it_journals_included() {
+fn every_view_matches_the_kernel_including_journals() {
     let store = Store::new();
     let tree = small_tree(&store);
     chain_on(&store, &disk(&store, "disk", &tree));
@@ -269,7 +269,7 @@ fn every_view_shows_what_the_kernel_shows_of_it_journals_included() {
 
 #[test]
 // G3
-fn links_stay_inside_their_volume_and_nothing_that_would_wait_can_be_opened() {
+fn links_stay_inside_their_volume_and_special_files_do_not_open() {
     let store = small_chain();
     let mount = Mount::new(&store);
     let root = mount.path("vm/files/sn1/p1");
@@ -309,7 +309,7 @@ fn links_stay_inside_their_volume_and_nothing_that_would_wait_can_be_opened() {
 }
 
 #[test]
-fn partitions_are_disks_and_only_those_of_the_active_one_can_be_written() {
+fn partitions_are_disks_and_only_active_ones_are_writable() {
     let store = small_chain();
     let mount = Mount::new(&store);
     assert_eq!(mount.names("vm/partitions"), ["active", "base", "sn1"]);
@@ -355,7 +355,7 @@ fn partitions_are_disks_and_only_those_of_the_active_one_can_be_written() {
 
 #[test]
 // G4
-fn nothing_is_parsed_before_somebody_looks_and_nothing_stays_locked_after() {
+fn volumes_are_parsed_on_first_access_and_unlocked_later() {
     let store = small_chain();
     let mount = Mount::new(&store);
     tool("find").arg(mount.path("vm/files")).args(["-maxdepth", "1"]).succeeds();
@@ -372,7 +372,7 @@ fn nothing_is_parsed_before_somebody_looks_and_nothing_stays_locked_after() {
 
 #[test]
 // G1
-fn a_worker_has_nothing_and_its_end_is_no_end() {
+fn a_worker_has_no_rights_and_its_crash_is_survived() {
     let store = small_chain();
     // With one thread all that waits for a guest has one of its own.
     for (options, seccomp) in [("", "2"), ("noseccomp,threads=1", "0")] {
@@ -420,7 +420,7 @@ fn sleeps(process: u32) -> u64 {
 }
 
 #[test]
-fn a_worker_sleeps_until_it_is_asked_or_its_daemon_is_gone() {
+fn an_idle_worker_sleeps_and_ends_with_its_daemon() {
     let store = small_chain();
     let mount = Mount::with(&store, "");
     assert_eq!(mount.text("vm/files/sn1/p1/etc/hostname"), "web01\n");
@@ -438,7 +438,7 @@ fn a_worker_sleeps_until_it_is_asked_or_its_daemon_is_gone() {
 
 /// A file whose inode is damaged is an error by itself; its name and its neighbours stay.
 #[test]
-fn a_damaged_file_has_its_name() {
+fn a_damaged_file_keeps_its_name_and_fails_alone() {
     let store = Store::new();
     let tree = small_tree(&store);
     let disk = disk(&store, "disk", &tree);
@@ -468,7 +468,7 @@ fn a_damaged_file_has_its_name() {
 
 #[test]
 // G2
-fn an_active_disk_is_shown_as_it_was_when_it_was_opened_however_it_is_written() {
+fn an_open_active_disk_shows_one_point_in_time_despite_writes() {
     let store = small_chain();
     let mount = Mount::new(&store);
     let big = fs::read(store.beside("tree/usr/lib/big")).expect("the original");
@@ -509,7 +509,7 @@ fn memory(mount: &Mount) -> u64 {
 const NOBODY_LOOKS: Duration = Duration::from_secs(14);
 
 #[test]
-fn a_disk_that_nobody_looks_at_for_a_while_costs_nothing_and_is_let_go_of() {
+fn an_idle_disk_is_closed() {
     let (store, forced_store) = (small_chain(), small_chain());
     let mount = Mount::new(&store);
     let disk = File::options().write(true).open(mount.path("vm/active.raw")).expect("a disk");
@@ -547,7 +547,7 @@ fn a_disk_that_nobody_looks_at_for_a_while_costs_nothing_and_is_let_go_of() {
 }
 
 #[test]
-fn an_open_partition_of_a_disk_that_is_taken_away_goes_on() {
+fn an_open_partition_of_a_removed_disk_stays_readable() {
     let store = small_chain();
     let mount = Mount::new(&store);
     let open = File::open(mount.path("vm/partitions/sn1/p1.raw")).expect("a partition");
@@ -565,7 +565,7 @@ fn an_open_partition_of_a_disk_that_is_taken_away_goes_on() {
 }
 
 #[test]
-fn commands_wait_for_those_who_have_a_guests_file_open_and_for_nobody_else() {
+fn commands_wait_for_open_guest_files_only() {
     let store = small_chain();
     let mount = Mount::new(&store);
     let control = Control::of(&mount, "vm");
@@ -582,7 +582,7 @@ fn commands_wait_for_those_who_have_a_guests_file_open_and_for_nobody_else() {
 }
 
 #[test]
-fn an_ordinary_user_reads_it_all_and_others_only_what_the_image_lets_them() {
+fn the_owner_reads_all_and_others_by_the_modes_of_the_image() {
     let store = small_chain();
     tool("chown").args(["-R", "nobody"]).arg(store.root()).succeeds();
     fs::set_permissions(store.root().parent().expect("a parent"), fs::Permissions::from_mode(0o755))
@@ -644,7 +644,7 @@ fn access_list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
 }
 
 #[test]
-fn others_are_let_in_by_the_guests_access_control_lists_as_well() {
+fn access_control_lists_of_the_guest_grant_access() {
     const NO_ID: u32 = !0;
     let [owner, user, group, mask, other] = [1, 2, 4, 0x10, 0x20];
     let (store, nobody) = (Store::new(), 65_534);
@@ -697,7 +697,7 @@ fn others_are_let_in_by_the_guests_access_control_lists_as_well() {
 }
 
 #[test]
-fn without_files_there_are_none() {
+fn without_the_files_option_there_are_no_guest_files() {
     let store = small_chain();
     let mount = Mount::with(&store, "nofiles");
     assert_eq!(mount.names("vm"), ["active.raw", "control", "info", "snapshots"]);
@@ -707,7 +707,7 @@ fn without_files_there_are_none() {
 /// A journal that cannot be replayed: what is shown is not what the guest wrote last, which nobody may
 /// overlook.
 #[test]
-fn an_old_state_of_a_volume_is_said_by_every_command_and_stands_beside_it() {
+fn an_old_state_of_a_volume_is_reported_everywhere() {
     let store = Store::new();
     let tree = small_tree(&store);
     for name in ["good.raw", "old.raw"] {

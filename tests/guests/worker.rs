@@ -90,7 +90,7 @@ fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<DiskConten
 }
 
 #[test]
-fn a_volume_that_is_named_like_a_way_out_is_none() {
+fn a_volume_named_like_a_path_is_ignored() {
     let (_place, good) = inside(&layout("disk"), &system_on("disk"));
     let good = good.expect("there is nothing wrong with that");
     assert_eq!(good.operating_systems().expect("one").len(), 1);
@@ -101,7 +101,7 @@ fn a_volume_that_is_named_like_a_way_out_is_none() {
 }
 
 #[test]
-fn a_set_that_is_never_kept_is_not_opened_for_ever() {
+fn opening_a_set_that_the_worker_does_not_have_ends() {
     let no_such_set = answer(&[0]);
     let (_place, found) = inside(&layout("disk"), &format!("{no_such_set}{}", layout("disk")));
     let found = found.expect("there is nothing wrong with that");
@@ -112,7 +112,7 @@ fn a_set_that_is_never_kept_is_not_opened_for_ever() {
 /// The number of an entry says how deep it lies, which is told by its being a directory or not, and how far
 /// up a link leads depends on that.
 #[test]
-fn what_an_entry_is_and_its_number_are_of_one_answer() {
+fn type_and_inode_number_of_an_entry_come_from_one_answer() {
     let mounted = answer(&[&[3, 2, 1][..], &[0; 8]].concat());
     let root = answer(&[&[6][..], &attributes(DIRECTORY)].concat());
     let found = answer(&[&[4, 1, 12][..], &attributes(DIRECTORY)].concat());
@@ -262,7 +262,7 @@ fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
 
 #[test]
 // G6
-fn no_number_of_a_worker_is_more_than_an_error() {
+fn any_number_from_a_worker_causes_at_most_an_error() {
     let mut looked = 0;
     for seed in 0..150 {
         let mut rng = Rng::new(seed);

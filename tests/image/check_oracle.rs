@@ -341,7 +341,7 @@ fn encrypted_images_need_no_secret() {
 }
 
 #[test]
-fn what_cannot_be_read_is_corrupt_even_where_qemu_is_content() {
+fn unreadable_entries_are_corrupt_even_if_qemu_accepts_them() {
     let scratch = Scratch::new();
     let make = |options: &str, damage: &dyn Fn(&Places)| {
         scratch.create(NAME, options, "64M");

@@ -76,7 +76,7 @@ fn qemu_reads_through_to_the_backing_file_whatever_its_name() {
 }
 
 #[test]
-fn what_exists_is_not_touched_and_what_fails_leaves_nothing() {
+fn existing_files_are_kept_and_failures_leave_no_file() {
     let scratch = Scratch::new();
     let (path, options) =
         (scratch.path("there"), CreateOptions { size: Some(512), ..CreateOptions::default() });

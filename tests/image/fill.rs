@@ -321,7 +321,7 @@ fn a_crash_leaves_every_view_as_it_was() {
 /// Who has left a table in memory still refers to it on disk: what is filled meanwhile must not show there.
 #[test]
 // M1
-fn a_crash_between_leaving_a_table_and_filling_it_loses_nothing() {
+fn a_crash_between_dropping_a_table_and_filling_it_loses_nothing() {
     for options in ["cluster_size=4k", "extended_l2=on,cluster_size=16k"] {
         let start = Start::over(MIB, options, 512 * KIB).then(by_qemu);
         Workload::new("leaving", start).states(500).survives(|guest| {
@@ -344,7 +344,7 @@ fn a_crash_between_leaving_a_table_and_filling_it_loses_nothing() {
 
 /// Whatever a crash has left, leaks and all: opened again, it is filled, and needs the layers no more.
 #[test]
-fn filling_goes_on_where_a_crash_has_ended_it() {
+fn filling_continues_after_a_crash() {
     for (name, start, longest) in kinds() {
         let image = start.load();
         let backing = image.backing.clone().unwrap();
@@ -396,7 +396,7 @@ fn filling_goes_on_where_a_crash_has_ended_it() {
 
 /// While one fills and one takes snapshots, others write what is theirs alone.
 #[test]
-fn writes_of_others_win() {
+fn concurrent_writes_win() {
     const WRITERS: u64 = 3;
     for options in ["cluster_size=64k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {
         let size = 768 * KIB;

@@ -22,9 +22,9 @@ const MAX_MEMORY: u64 = 256 << 20;
 const LARGE: usize = 1 << 20;
 
 #[test]
-fn damaged_images_are_read_to_their_end_and_in_one_way_only() {
+fn damaged_images_read_the_same_by_every_path() {
     // Its memory is measured.
-    if !is_alone(module_path!(), "damaged_images_are_read_to_their_end_and_in_one_way_only") {
+    if !is_alone(module_path!(), "damaged_images_read_the_same_by_every_path") {
         return;
     }
     let scratch = Scratch::new();

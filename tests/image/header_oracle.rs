@@ -138,7 +138,7 @@ fn images(scratch: &Scratch) -> Vec<(String, Pages)> {
 
 #[test]
 // M10
-fn qemu_is_content_with_every_header_on_the_way() {
+fn qemu_accepts_every_intermediate_header() {
     let scratch = Scratch::new();
     let long = format!("{}base.raw", "./".repeat(507));
     let middle = format!("{}base.raw", "./".repeat(100));
@@ -182,7 +182,7 @@ fn qemu_is_content_with_every_header_on_the_way() {
 }
 
 #[test]
-fn a_writer_changes_its_header_and_what_lies_below_while_it_is_used() {
+fn a_writer_changes_its_header_and_backing_while_in_use() {
     let scratch = Scratch::new();
     scratch.img(&format!("create -q -f raw base.raw {DISK}"));
     scratch.create(IMAGE, "backing_file=base.raw,backing_fmt=raw,cluster_size=4k", DISK);

@@ -72,7 +72,7 @@ fn a_crash_leaves_the_whole_snapshot_or_none() {
 }
 
 #[test]
-fn tables_that_do_not_fit_into_memory_are_shared_all_the_same() {
+fn tables_larger_than_the_cache_are_shared() {
     let start = Start::scribbled("cluster_size=512", 2 * MIB);
     Workload::new("little memory", start).cache(16 << 10).states(300).survives(|guest| {
         mixed(guest, &mut Random::new(seed()), 2, 10, 60 * KIB);
@@ -82,7 +82,7 @@ fn tables_that_do_not_fit_into_memory_are_shared_all_the_same() {
 /// QEMU lists, reads, applies and deletes what was taken here.
 #[test]
 // M2
-fn qemu_takes_them_for_its_own() {
+fn qemu_accepts_internal_snapshots_of_chainfs() {
     for (name, start, longest) in kinds() {
         let image = start.load();
         let guest = Guest::new(&Machine::forgetful(), &image, WriterOptions::default());
@@ -148,7 +148,7 @@ fn same(have: &Pages, want: &Pages, what: &str) {
 /// what was acknowledged before it is in it, and nothing that was begun after it.
 #[test]
 // M8
-fn a_snapshot_is_of_one_moment_while_others_write() {
+fn a_snapshot_shows_one_moment_during_writes() {
     const WRITERS: u64 = 3;
     for options in ["cluster_size=64k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {
         let size = 512 * KIB;
@@ -233,7 +233,7 @@ fn number_at(view: &chainfs::chain::View, at: u64) -> u64 {
 }
 
 #[test]
-fn what_cannot_be_counted_is_refused_before_anything_changes() {
+fn a_refcount_overflow_is_refused_before_any_change() {
     for (options, fits) in [("refcount_bits=1", 0), ("refcount_bits=2", 2)] {
         let image = Start::scribbled(options, MIB).load();
         let machine = Machine::honest();
@@ -253,7 +253,7 @@ fn what_cannot_be_counted_is_refused_before_anything_changes() {
 }
 
 #[test]
-fn where_there_can_be_none_the_refusal_says_so() {
+fn images_without_internal_snapshots_are_refused_with_a_reason() {
     let image = Start::scribbled("data_file=data.raw", MIB).load();
     let guest = Guest::new(&Machine::honest(), &image, WriterOptions::default());
     let error = guest.try_snapshot("one").unwrap_err();

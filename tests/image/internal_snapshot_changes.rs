@@ -121,7 +121,7 @@ fn judge_end(name: &str, image: &StartImage, ledger: &Ledger) {
 }
 
 #[test]
-fn what_is_deleted_leaves_all_else_and_takes_nothing_along() {
+fn deleting_a_snapshot_changes_no_other_view() {
     for (number, (name, image, longest)) in kinds().into_iter().enumerate() {
         for round in rounds(number) {
             let mut random = Random::new(mix(seed() ^ round << 8 ^ longest));
@@ -156,7 +156,7 @@ fn what_is_deleted_leaves_all_else_and_takes_nothing_along() {
 /// QEMU's own deletions and applications of a twin leave the same views, as many clusters in use, and the
 /// same snapshots.
 #[test]
-fn qemu_would_have_left_the_same() {
+fn qemu_leaves_the_same_image() {
     for (name, image, _) in kinds() {
         let names: Vec<String> = Opened::new(&image.files)
             .unwrap()
@@ -195,7 +195,7 @@ fn qemu_would_have_left_the_same() {
 }
 
 #[test]
-fn what_is_applied_is_what_the_snapshot_shows_and_can_be_written() {
+fn an_applied_snapshot_is_shown_and_writable() {
     for (number, (name, image, longest)) in kinds().into_iter().enumerate() {
         for round in rounds(number) {
             let mut random = Random::new(mix(seed() ^ round << 8 ^ longest));
@@ -277,7 +277,7 @@ fn a_crash_leaves_the_snapshot_or_none() {
 }
 
 #[test]
-fn a_crash_while_the_last_one_goes_leaves_it_or_none() {
+fn a_crash_while_deleting_the_last_snapshot_leaves_it_or_none() {
     let (mut states, mut old) = (0, 0);
     for (name, image, longest) in kinds() {
         let change = Change {
@@ -302,17 +302,17 @@ fn a_crash_while_the_last_one_goes_leaves_it_or_none() {
 }
 
 #[test]
-fn a_crash_leaves_the_disk_or_what_was_applied() {
+fn a_crash_leaves_the_disk_or_the_applied_snapshot() {
     cut_everywhere(&Ledger::apply, true, false, STATES);
 }
 
 #[test]
-fn a_crash_leaves_the_disk_or_what_was_applied_and_what_was_saved() {
+fn a_crash_leaves_the_disk_or_the_applied_and_the_saved_snapshot() {
     cut_everywhere(&|ledger, index| ledger.apply_and_save(index, "then"), false, false, STATES / 2);
 }
 
 #[test]
-fn what_is_saved_is_a_snapshot_like_any_other() {
+fn a_saved_disk_is_an_ordinary_snapshot() {
     for (name, image, longest) in kinds() {
         let mut random = Random::new(mix(seed() ^ longest));
         let mut ledger = Ledger::new(&image, &Machine::forgetful(), LITTLE);
@@ -334,7 +334,7 @@ fn what_is_saved_is_a_snapshot_like_any_other() {
 }
 
 #[test]
-fn a_failing_call_leaves_one_or_the_other() {
+fn a_failing_call_leaves_the_old_or_the_new_state() {
     let start = |options| with_snapshots(Start::scribbled(options, 512 * KIB), true);
     for (name, start) in
         [("4k", start("cluster_size=4k")), ("extended", start("extended_l2=on,cluster_size=16k"))]
@@ -367,7 +367,7 @@ fn a_failing_call_leaves_one_or_the_other() {
 /// Threads write sectors of their own all over the disk while snapshots come and go: each reads what it
 /// wrote, and nothing is lost, shared or left behind.
 #[test]
-fn others_write_and_read_while_snapshots_come_and_go() {
+fn reads_and_writes_continue_during_snapshot_changes() {
     const WRITERS: u64 = 3;
     for (name, start) in [
         ("512", with_snapshots(Start::scribbled("cluster_size=512", 512 * KIB), false)),
@@ -448,7 +448,7 @@ fn others_write_and_read_while_snapshots_come_and_go() {
 }
 
 #[test]
-fn what_has_gone_is_stale_and_what_cannot_be_is_refused() {
+fn deleted_snapshots_are_stale_and_impossible_ones_refused() {
     let image = with_snapshots(Start::scribbled("cluster_size=4k", 512 * KIB), true).load();
     let machine = Machine::honest();
     let mut ledger = Ledger::new(&image, &machine, WriterOptions::default());
@@ -474,7 +474,7 @@ fn what_has_gone_is_stale_and_what_cannot_be_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_counted_is_not_applied() {
+fn a_snapshot_whose_refcounts_overflow_is_not_applied() {
     let start = Start::scribbled("refcount_bits=2,cluster_size=4k", 512 * KIB);
     let image = start.then(|scratch| drop(scratch.img(&format!("snapshot -c first {IMAGE}")))).load();
     let machine = Machine::honest();
@@ -509,7 +509,7 @@ fn a_disk_with_bitmaps_takes_snapshots_of_its_own_size_only() {
 
 /// Each of them is a disk that QEMU opens and checks with no rest of another left in memory.
 #[test]
-fn the_writer_goes_on_as_if_it_had_been_opened_afresh() {
+fn the_writer_continues_as_if_newly_opened() {
     for (name, image, longest) in kinds() {
         let mut ledger = Ledger::new(&image, &Machine::forgetful(), WriterOptions::default());
         ledger.apply(0).unwrap();

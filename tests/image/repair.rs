@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 
-use chainfs::image::check::{Scope, check, rebuild_dirty, repair};
+use chainfs::image::check::{Scope, check, repair, repair_dirty};
 use serde_json::Value;
 use support::oracle::{COPIED, Disk, NAME, OFFSET, Places, Random, Scratch, damaged_entry, places};
 use support::tape::{Tape, assert_unchanged, views};
@@ -177,7 +177,7 @@ fn entries_that_are_wrong() {
 
 /// A file that was cut must not grow over what it has lost.
 #[test]
-fn nothing_is_appended_where_an_entry_leads_beyond_the_end() {
+fn nothing_is_appended_while_an_entry_points_beyond_the_end() {
     let scratch = Scratch::new();
     let codes = both(&scratch, "", "cut, and no refcounts beyond", |p| {
         p.disk.set_len(0x80000);
@@ -188,7 +188,7 @@ fn nothing_is_appended_where_an_entry_leads_beyond_the_end() {
 }
 
 #[test]
-fn tables_that_two_refer_to_are_written_in_place_no_longer() {
+fn shared_tables_are_not_written_in_place() {
     let scratch = Scratch::new();
     scratch.create(NAME, "", "1G");
     scratch.io(NAME, &["write -P 7 0 256k"]);
@@ -290,7 +290,7 @@ fn counts_flags_and_tables_of_snapshots() {
 }
 
 #[test]
-fn flags_of_the_header_go_when_all_is_well() {
+fn header_flags_are_cleared_on_a_sound_image() {
     let scratch = Scratch::new();
     for flags in [1, 2, 3] {
         assert_eq!(both(&scratch, "", "flagged", |p| p.disk.poke_u64(72, flags)), same(0, 0));
@@ -307,7 +307,7 @@ fn flags_of_the_header_go_when_all_is_well() {
 }
 
 #[test]
-fn more_users_than_can_be_counted_are_left() {
+fn references_beyond_the_refcount_width_are_kept() {
     let scratch = Scratch::new();
     let codes = both(&scratch, "refcount_bits=1", "overflow", |p| p.change_l2(1, |entry| entry + 0x10000));
     assert_eq!(codes, same(2, 2));
@@ -369,7 +369,7 @@ fn compressed_clusters_and_bitmaps_are_counted_too() {
 
 /// The process dies: refcounts of lazy images are stale.
 #[test]
-fn interrupted_images_are_counted_anew_before_they_are_written() {
+fn interrupted_images_are_recounted_before_they_are_written() {
     let scratch = Scratch::new();
     for options in
         ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=4k", "lazy_refcounts=on,extended_l2=on"]
@@ -389,7 +389,7 @@ fn interrupted_images_are_counted_anew_before_they_are_written() {
         interrupted();
         let bytes = fs::read(scratch.path(NAME)).unwrap();
         let tape = Tape::new(bytes.clone());
-        assert_eq!(rebuild_dirty(&tape, NAME).unwrap().exit_code(), 0, "{options}");
+        assert_eq!(repair_dirty(&tape, NAME).unwrap().exit_code(), 0, "{options}");
         assert_unchanged(&views(&bytes), &views(&tape.bytes()), options);
         fs::write(scratch.path(NAME), tape.bytes()).unwrap();
         scratch.img(&format!("check {NAME}"));

@@ -77,7 +77,7 @@ fn too_low(file: &[u8]) -> usize {
 
 #[test]
 // R5
-fn a_crash_changes_no_disk_and_the_next_repair_comes_to_the_end() {
+fn a_crash_changes_no_disk_and_the_next_repair_completes() {
     let scratch = Scratch::new();
     let mut states = 0;
     for (case, start) in victims(&scratch) {
@@ -128,7 +128,7 @@ fn a_crash_changes_no_disk_and_the_next_repair_comes_to_the_end() {
 }
 
 #[test]
-fn an_error_of_any_call_is_told_and_the_next_repair_comes_to_the_end() {
+fn an_error_of_any_call_is_reported_and_the_next_repair_completes() {
     let scratch = Scratch::new();
     for (case, start) in victims(&scratch) {
         let before = views(&start);
@@ -151,7 +151,7 @@ fn an_error_of_any_call_is_told_and_the_next_repair_comes_to_the_end() {
 }
 
 #[test]
-fn what_is_told_may_stop_the_repair() {
+fn the_callback_may_stop_the_repair() {
     let scratch = Scratch::new();
     for (case, start) in victims(&scratch) {
         let tape = Tape::new(start.clone());

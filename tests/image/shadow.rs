@@ -275,14 +275,14 @@ fn crash_everywhere(name: &str, start: &Start, longest: u64, publish: bool) {
 
 #[test]
 // M9
-fn a_crash_leaves_all_or_nothing_of_what_is_published() {
+fn a_crash_leaves_all_or_nothing_of_the_published_data() {
     for (name, start, longest) in kinds() {
         crash_everywhere(name, &start, longest, true);
     }
 }
 
 #[test]
-fn a_crash_leaves_nothing_of_what_is_abandoned() {
+fn a_crash_leaves_nothing_of_abandoned_data() {
     for (name, start, longest) in kinds() {
         crash_everywhere(name, &start, longest, false);
     }
@@ -335,7 +335,7 @@ fn any_operations_then_published_or_abandoned() {
 }
 
 #[test]
-fn a_failing_call_leaves_the_old_content_and_what_can_be_abandoned() {
+fn after_a_failing_call_the_writer_can_be_abandoned() {
     for (name, start, longest) in [
         ("4k", Start::scribbled("cluster_size=4k", 256 * KIB), 20 * KIB),
         ("snapshots", with_snapshots("cluster_size=1k,refcount_bits=64", 512 * KIB), 20 * KIB),
@@ -392,7 +392,7 @@ fn a_failing_call_leaves_the_old_content_and_what_can_be_abandoned() {
 }
 
 #[test]
-fn others_write_and_read_while_it_is_published() {
+fn reads_and_writes_continue_during_publishing() {
     for (name, start) in [
         ("4k", Start::scribbled("cluster_size=4k", MIB)),
         ("snapshots", with_snapshots("cluster_size=1k", MIB)),

@@ -111,7 +111,7 @@ const SIZES: [u64; 12] = [
 ];
 
 #[test]
-fn a_smaller_disk_shows_what_is_left_of_it() {
+fn a_smaller_disk_keeps_its_remaining_bytes() {
     for (number, (name, start)) in kinds().into_iter().enumerate() {
         let image = start.load();
         // One of three rounds is another kind's, where there is no time for all.
@@ -138,7 +138,7 @@ fn a_smaller_disk_shows_what_is_left_of_it() {
 
 /// Whoever makes it longer finds zeroes: QEMU, too, which writes none where nothing shows through.
 #[test]
-fn nothing_of_what_was_cut_off_comes_back() {
+fn data_beyond_the_new_end_never_comes_back() {
     // Over a longer one, QEMU makes no image of version 2 longer.
     let kinds = kinds().into_iter().filter(|(name, _)| *name != "version 2 over");
     for (number, (name, start)) in kinds.enumerate() {
@@ -169,7 +169,7 @@ fn nothing_of_what_was_cut_off_comes_back() {
 
 /// As many clusters are in use as after QEMU's own shrinking, or fewer.
 #[test]
-fn as_much_is_given_back_as_by_qemu() {
+fn shrinking_frees_as_much_as_qemu() {
     for (name, start) in kinds() {
         let image = start.load();
         for size in [700 * KIB, 320 * KIB, 64 * KIB] {
@@ -195,7 +195,7 @@ fn as_much_is_given_back_as_by_qemu() {
 }
 
 #[test]
-fn the_space_of_what_is_cut_off_goes_back_to_the_file_system() {
+fn shrinking_returns_space_to_the_file_system() {
     for options in ["", "cluster_size=4k", "data_file=data.raw"] {
         let image = Start::new(options, MIB).then(full).load();
         let mut ledger = Ledger::new(&image, &Machine::forgetful(), WriterOptions::default());
@@ -260,7 +260,7 @@ fn a_failing_call_leaves_a_disk_that_can_be_shrunk_again() {
 }
 
 #[test]
-fn what_cannot_shrink_is_refused_before_anything_changes() {
+fn an_impossible_shrink_is_refused_before_any_change() {
     let refused = |start: &Start, size: u64| {
         let image = start.load();
         let machine = Machine::honest();
@@ -279,7 +279,7 @@ fn what_cannot_shrink_is_refused_before_anything_changes() {
 }
 
 #[test]
-fn a_raw_file_is_cut() {
+fn a_raw_file_is_truncated() {
     let machine = Machine::honest();
     let mut pages = Pages::default();
     pages.write(0, &[7; 9000]);

@@ -238,12 +238,12 @@ impl Pipe for Writer {}
 
 #[test]
 // M3
-fn a_write_in_place_never_lands_on_a_table() {
+fn a_write_in_place_never_hits_a_table() {
     tables_survive(COPIED, |writer| writer.write_at(CLUSTER, &[0xaa; 4096]));
 }
 
 #[test]
-fn a_write_to_a_kept_place_never_lands_on_a_table() {
+fn a_write_to_a_preallocated_cluster_never_hits_a_table() {
     tables_survive(COPIED | ZERO, |writer| writer.write_at(CLUSTER, &[0xaa; 4096]));
 }
 
@@ -254,7 +254,7 @@ fn a_discard_never_punches_a_table() {
 }
 
 #[test]
-fn what_goes_to_a_kept_place_past_the_end_of_the_file_is_not_cut_off_again() {
+fn a_write_beyond_the_file_end_is_not_truncated_again() {
     let scratch = Scratch::new();
     let (file, _) = small(&scratch);
     let host = file.len().unwrap().div_ceil(CLUSTER) + 8;
@@ -272,7 +272,7 @@ fn what_goes_to_a_kept_place_past_the_end_of_the_file_is_not_cut_off_again() {
 }
 
 #[test]
-fn space_is_not_taken_at_a_place_far_beyond_the_end_of_the_file() {
+fn no_space_is_allocated_far_beyond_the_file_end() {
     let scratch = Scratch::new();
     for flags in [COPIED, COPIED | ZERO] {
         let (file, _) = small(&scratch);
@@ -285,7 +285,7 @@ fn space_is_not_taken_at_a_place_far_beyond_the_end_of_the_file() {
 }
 
 #[test]
-fn an_l1_table_larger_than_a_refcount_block_counts_finds_its_place() {
+fn an_l1_table_larger_than_a_refcount_block_is_allocated() {
     let scratch = Scratch::new();
     // One block of 512 bytes counts 256 clusters, or 64; the table wants 512.
     for options in ["cluster_size=512", "cluster_size=512,refcount_bits=64"] {
@@ -306,7 +306,7 @@ fn an_l1_table_larger_than_a_refcount_block_counts_finds_its_place() {
 
 #[test]
 // M7
-fn after_a_failed_flush_nothing_more_is_written_by_those_under_way() {
+fn after_a_failed_flush_running_writes_stop() {
     let scratch = Scratch::new();
     for prefilled in [false, true] {
         scratch.create("a.qcow2", "", "64M");
@@ -346,7 +346,7 @@ fn after_a_failed_flush_nothing_more_is_written_by_those_under_way() {
 }
 
 #[test]
-fn the_first_flush_makes_durable_what_a_writer_that_was_killed_left_behind() {
+fn the_first_flush_syncs_writes_of_a_killed_writer() {
     let scratch = Scratch::new();
     let (file, _) = small(&scratch);
     open(&file).flush().unwrap();
@@ -379,7 +379,7 @@ fn a_version_2_image_with_snapshots_does_not_grow_as_in_qemu() {
 }
 
 #[test]
-fn nothing_is_taken_for_no_bytes() {
+fn empty_ranges_allocate_nothing() {
     let scratch = Scratch::new();
     let (file, _) = small(&scratch);
     let writer = open(&file);
@@ -388,7 +388,7 @@ fn nothing_is_taken_for_no_bytes() {
 }
 
 #[test]
-fn a_discard_gives_back_the_space_of_a_kept_place() {
+fn a_discard_frees_a_preallocated_cluster() {
     let scratch = Scratch::new();
     let (file, _) = small(&scratch);
     let host = file.u64(file.l2_entry(0)) & !COPIED;
@@ -400,7 +400,7 @@ fn a_discard_gives_back_the_space_of_a_kept_place() {
 }
 
 #[test]
-fn growing_over_a_longer_disk_below_keeps_few_tables_in_memory() {
+fn growing_over_a_larger_backing_disk_uses_little_memory() {
     let scratch = Scratch::new();
     scratch.create("a.qcow2", "", "1M");
     let file = Memory::load(&scratch, "a.qcow2");
@@ -442,7 +442,7 @@ fn regrown(options: &str, is_compressed: bool, cut: u64) {
 }
 
 #[test]
-fn what_lay_behind_the_end_of_a_disk_does_not_come_back_when_it_grows() {
+fn growing_does_not_bring_back_data_beyond_the_old_end() {
     for options in
         ["", "compat=0.10", "extended_l2=on", "cluster_size=512", "cluster_size=2M", "refcount_bits=1"]
     {
@@ -454,7 +454,7 @@ fn what_lay_behind_the_end_of_a_disk_does_not_come_back_when_it_grows() {
 }
 
 #[test]
-fn a_disk_that_grows_over_entries_of_vm_state_reads_zeroes_there() {
+fn a_disk_that_grows_over_vm_state_reads_zeroes_there() {
     let scratch = Scratch::new();
     scratch.create("a.qcow2", "", "2G");
     scratch.io("a.qcow2", &["write -P 1 0 64k", "write -P 7 600M 1M", "write -P 8 1600M 1M"]);
@@ -477,7 +477,7 @@ fn a_disk_that_grows_over_entries_of_vm_state_reads_zeroes_there() {
 
 /// A crash of QEMU while it took a snapshot leaves such flags.
 #[test]
-fn a_flag_that_says_unshared_is_not_believed_where_a_snapshot_shares() {
+fn a_wrong_copied_flag_is_ignored_where_a_snapshot_shares() {
     for (options, is_table_shared) in
         [("", true), ("", false), ("extended_l2=on", true), ("extended_l2=on", false), ("compat=0.10", false)]
     {
@@ -521,7 +521,7 @@ fn a_disk_of_no_size_grows_and_leaks_nothing() {
 }
 
 #[test]
-fn garbage_past_the_last_counted_cluster_is_not_taken_for_zeroes() {
+fn garbage_past_the_last_counted_cluster_is_overwritten() {
     let scratch = Scratch::new();
     for garbage in [1, 512, 3 * CLUSTER + 5] {
         let (file, _) = small(&scratch);
@@ -670,7 +670,7 @@ fn neighbours_in_a_cluster_do_not_lose_each_others_sectors() {
 }
 
 #[test]
-fn damaged_tables_are_an_error_and_never_a_panic_or_a_file_that_swells() {
+fn damaged_tables_are_an_error_without_panic_or_growth() {
     let scratch = Scratch::new();
     let seeds = std::env::var("CHAINFS_SEEDS").map_or(300, |seeds| seeds.parse().unwrap());
     for options in ["", "extended_l2=on", "compat=0.10", "cluster_size=512", "refcount_bits=1"] {

@@ -147,7 +147,7 @@ fn the_refcount_table_grows() {
 
 #[test]
 // M1, M4, M5
-fn clusters_given_back_are_used_again() {
+fn freed_clusters_are_used_again() {
     Workload::new("discard and reuse", Start::scribbled("cluster_size=4k", 4 * MIB)).survives(|guest| {
         for turn in 0..5 {
             guest.write(turn * 512 * KIB, 128 * KIB);
@@ -181,7 +181,7 @@ fn discard_and_reuse_where_holes_cannot_be_punched() {
 }
 
 #[test]
-fn zeroes_that_keep_their_place() {
+fn zeroes_that_stay_preallocated() {
     Workload::new("zero", Start::scribbled("", 4 * MIB)).survives(|guest| {
         guest.zero(0, 256 * KIB);
         guest.write(64 * KIB + 512, 512);
@@ -238,7 +238,7 @@ fn with_snapshots(options: &str, size: u64) -> Start {
 }
 
 #[test]
-fn internal_snapshots_stay_what_they_were() {
+fn internal_snapshots_keep_their_bytes() {
     for (name, options) in [
         ("snapshots", ""),
         ("snapshots of small clusters", "cluster_size=512"),
@@ -474,7 +474,7 @@ fn several_threads() {
 }
 
 #[test]
-fn threads_that_take_and_give_back_whole_clusters() {
+fn threads_that_allocate_and_free_whole_clusters() {
     Workload::new("threads discarding", Start::over(MIB, "cluster_size=1k", 2 * MIB)).threaded().survives(
         |guest| {
             thread::scope(|scope| {

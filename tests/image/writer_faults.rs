@@ -3,7 +3,8 @@
 //!
 //! Each workload runs once to count its calls, then once for each of them with that call failing.
 
-use chainfs::error::{ErrorKind, Result, errno};
+use chainfs::error::{ErrorKind, Result};
+use chainfs::fs::errno;
 use chainfs::image::check::check;
 use chainfs::image::write::{self, WriterOptions, Zeroing};
 use chainfs::units::{BlockStatus, Run};
@@ -456,7 +457,7 @@ fn an_image_that_cannot_be_read_is_not_opened() {
 
 /// A file system that is full, at each degree of fullness.
 #[test]
-fn a_full_file_system_costs_nothing_but_the_write() {
+fn a_full_file_system_fails_only_the_write() {
     for options in ["", "cluster_size=4k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {
         let image = Start::over(MIB, options, 4 * MIB).load();
         for free in (0..60).chain([90, 130, 200, 300]) {

@@ -247,11 +247,11 @@ fn a_guest_is_content(cache: &str, options: &str, seconds: u64) {
 }
 
 #[test]
-fn a_guest_past_the_page_cache_never_notices_what_is_done_to_its_chain() {
+fn a_guest_with_direct_io_never_notices_commands_on_its_chain() {
     a_guest_is_content("none", "", amount(5, 300));
 }
 
 #[test]
-fn a_guest_that_is_cached_by_the_host_never_notices_either() {
+fn a_guest_with_host_cache_never_notices_commands_on_its_chain() {
     a_guest_is_content("writeback", "cluster_size=4k", amount(5, 300));
 }

@@ -29,7 +29,7 @@ fn assert_sound(lab: &Lab, name: &str, context: &str) {
 }
 
 #[test]
-fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
+fn a_command_of_a_killed_daemon_resumes_at_the_next_mount() {
     let commands: [(&str, Option<(&str, &str)>); 13] = [
         ("commit top=sn2 base=base", Some(("sn2", "base"))),
         ("commit top=sn3 base=sn1", Some(("sn3", "sn1"))),
@@ -116,7 +116,7 @@ fn a_daemon_that_is_killed_at_any_moment_goes_on_at_the_next_mount() {
 
 /// Those for which the disk is closed.
 #[test]
-fn a_daemon_that_is_killed_while_a_disk_becomes_another_leaves_the_old_one_or_the_new() {
+fn a_daemon_killed_during_a_revert_leaves_the_old_disk_or_the_new() {
     let commands = [
         "revert to=sn1",
         "revert to=sn2 save=kept",
@@ -177,7 +177,7 @@ fn a_daemon_that_is_killed_while_a_disk_becomes_another_leaves_the_old_one_or_th
 }
 
 #[test]
-fn what_was_half_made_when_its_maker_was_killed_goes_at_the_next_mount() {
+fn unfinished_files_of_a_killed_daemon_are_removed_at_the_next_mount() {
     let lab = Lab::new(Kind::PLAIN);
     let mount = Mount::new(&lab.store);
     Control::of(&mount, "web").done("snapshot monday");
@@ -211,7 +211,7 @@ fn what_was_half_made_when_its_maker_was_killed_goes_at_the_next_mount() {
 }
 
 #[test]
-fn a_mount_that_ends_in_the_midst_of_a_job_leaves_it_to_the_next() {
+fn an_unmount_during_a_job_leaves_it_to_the_next_mount() {
     for (command, merged) in [("commit top=sn3 base=base", Some(("sn3", "base"))), ("pull", None)] {
         // Each of them in one of the ways, or in both.
         let ways = [merged.is_none(), merged.is_some()];
@@ -247,7 +247,7 @@ fn a_mount_that_ends_in_the_midst_of_a_job_leaves_it_to_the_next() {
 }
 
 #[test]
-fn what_qemu_holds_is_not_committed_pulled_nor_frozen_and_the_holder_is_named() {
+fn layers_locked_by_qemu_are_refused_and_the_holder_named() {
     let lab = Lab::new(Kind::PLAIN);
     let before = contents(&lab);
     let mount = Mount::new(&lab.store);
@@ -281,7 +281,7 @@ fn what_qemu_holds_is_not_committed_pulled_nor_frozen_and_the_holder_is_named() 
 
 #[test]
 // J1
-fn two_daemons_on_one_store_never_work_on_one_chain_at_once() {
+fn two_daemons_never_change_one_chain_at_once() {
     let (lab, before) = slow(false);
     let second = lab.store.beside("second");
     fs::create_dir(&second).expect("a directory");
@@ -337,7 +337,7 @@ fn small(store: &Store, size: u64) -> (Mounted, Loop) {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_or_fails_and_leaves_nothing_behind() {
+fn lack_of_space_is_refused_or_fails_without_leftovers() {
     let store = Store::new();
     let (mounted, device) = small(&store, 64 << 20);
     store.create("base.qcow2", 48 << 20, "");
@@ -398,7 +398,7 @@ fn names_of(store: &Store) -> Vec<String> {
 
 /// Commits into raw bases cannot be called back.
 #[test]
-fn a_mount_that_only_reads_hides_what_a_commit_that_was_cut_off_has_spoilt() {
+fn a_read_only_mount_hides_views_of_an_interrupted_commit() {
     let (lab, before) = slow(true);
     let mount = at_work(&lab, "commit top=sn2 base=base");
     kill(mount);

@@ -196,7 +196,7 @@ fn round(number: u64, tally: &mut Tally) {
 }
 
 #[test]
-fn a_killed_daemon_and_others_in_between_lose_nothing() {
+fn killed_daemons_and_foreign_changes_lose_no_data() {
     let rounds = std::env::var("CHAINFS_ROUNDS")
         .map_or_else(|_| amount(20, 1000), |text| text.parse().expect("a number"));
     let mut tally = Tally::default();

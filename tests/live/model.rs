@@ -310,7 +310,7 @@ impl Run {
 }
 
 #[test]
-fn every_view_is_what_it_was_made_of_whatever_is_done_in_whatever_order() {
+fn every_view_keeps_its_bytes_under_any_sequence_of_commands() {
     for seed in 0..amount(10, 150) {
         let mut run = Run::new(seed);
         run.judge();

@@ -173,29 +173,29 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
 }
 
 #[test]
-fn fio_finds_nothing_in_a_disk_that_is_snapshotted_committed_and_pulled() {
+fn fio_finds_no_error_during_snapshot_commit_and_pull() {
     fio_never_notices("", false, amount(3, 300), &["--rw=randwrite", "--randrepeat=0"], false);
 }
 
 #[test]
-fn fio_finds_nothing_in_a_disk_that_grows_while_snapshots_go_and_layers_move() {
+fn fio_finds_no_error_while_a_disk_grows_and_layers_move() {
     fio_never_notices("", false, amount(3, 300), &["--rw=randwrite", "--randrepeat=0"], true);
 }
 
 #[test]
-fn nor_in_one_over_a_raw_base_past_the_page_cache() {
+fn fio_finds_no_error_with_direct_io_while_a_disk_over_a_raw_base_grows() {
     let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
     fio_never_notices("cluster_size=4k", true, amount(3, 300), &words, true);
 }
 
 #[test]
-fn fio_finds_nothing_past_the_page_cache_over_a_raw_base() {
+fn fio_finds_no_error_with_direct_io_over_a_raw_base() {
     let words = ["--rw=randrw", "--direct=1", "--blockalign=512"];
     fio_never_notices("cluster_size=4k", true, amount(3, 300), &words, false);
 }
 
 #[test]
-fn what_a_pull_adds_to_a_snapshot_is_read_by_disks_that_stood_on_it_before() {
+fn overlays_read_the_bytes_that_a_pull_adds_to_their_base() {
     for options in ["", "cluster_size=4k", "extended_l2=on"] {
         let store = Store::new();
         store.raw("base.raw", 8 * MIB, 1);
@@ -289,7 +289,7 @@ impl Reader {
 }
 
 #[test]
-fn an_internal_snapshot_shows_its_moment_while_the_disk_goes_on_being_written() {
+fn an_internal_snapshot_keeps_its_bytes_during_writes() {
     let store = active::chain();
     let mount = Mount::new(&store);
     let control = Control::of(&mount, "web");
@@ -315,7 +315,7 @@ fn an_internal_snapshot_shows_its_moment_while_the_disk_goes_on_being_written() 
 }
 
 #[test]
-fn a_pull_changes_no_internal_snapshot_while_the_disk_goes_on_being_written() {
+fn a_pull_changes_no_internal_snapshot_during_writes() {
     let store = active::chain();
     let mount = Mount::new(&store);
     let control = Control::of(&mount, "web");
@@ -340,7 +340,7 @@ fn a_pull_changes_no_internal_snapshot_while_the_disk_goes_on_being_written() {
 }
 
 #[test]
-fn a_disk_is_put_aside_though_its_internal_snapshots_are_being_read() {
+fn a_disk_is_replaced_while_its_internal_snapshots_are_read() {
     let store = active::chain();
     let mount = Mount::new(&store);
     let control = Control::of(&mount, "web");
@@ -372,7 +372,7 @@ fn wanted(lab: &Lab, views: &[&str]) -> Vec<PathBuf> {
 }
 
 #[test]
-fn readers_of_snapshots_see_the_same_bytes_whatever_is_done_below_and_above_them() {
+fn readers_of_snapshots_see_the_same_bytes_during_all_commands() {
     for raw_base in [false, true] {
         let lab = Lab::new(Kind { raw_base, ..Kind::PLAIN });
         let views = ["base", "sn2", "sn3", "web"];
@@ -448,7 +448,7 @@ impl Drop for Holder {
 }
 
 #[test]
-fn a_snapshot_that_a_commit_would_spoil_is_not_while_it_is_open_and_who_has_it_is_named() {
+fn an_open_snapshot_blocks_a_commit_and_its_reader_is_named() {
     let lab = Lab::new(Kind::PLAIN);
     let mount = Mount::new(&lab.store);
     let control = Control::of(&mount, "web");
@@ -484,7 +484,7 @@ fn layers(mount: &Mount) -> Vec<serde_json::Value> {
 }
 
 #[test]
-fn the_tree_shows_at_once_what_a_command_has_done_and_the_disk_stays_the_same_file() {
+fn the_tree_shows_a_command_s_result_and_the_disk_keeps_its_inode() {
     let lab = Lab::new(Kind::PLAIN);
     let mount = Mount::new(&lab.store);
     let control = Control::of(&mount, "web");
@@ -556,7 +556,7 @@ fn the_tree_shows_at_once_what_a_command_has_done_and_the_disk_stays_the_same_fi
 }
 
 #[test]
-fn progress_tells_of_a_job_until_its_end_and_whoever_stops_listening_stops_nothing() {
+fn progress_reports_a_job_to_its_end_and_readers_may_leave() {
     let lab = Lab::slow(false);
     let want = lab.content("web.qcow2");
     let mount = Mount::new(&lab.store);

@@ -80,7 +80,7 @@ fn a_job_that_waits_for_a_stopped_process_can_be_cancelled() {
 }
 
 #[test]
-fn a_mount_whose_job_waits_for_a_stopped_process_ends_and_leaves_the_job_to_the_next() {
+fn an_unmount_leaves_a_waiting_job_to_the_next_mount() {
     for (command, merged) in JOBS {
         let (lab, before) = slow(false);
         let mount = at_work(&lab, command);
@@ -130,7 +130,7 @@ fn second(lab: &Lab) -> Mount {
 }
 
 #[test]
-fn another_live_mount_goes_on_with_what_a_killed_one_has_left() {
+fn another_live_mount_resumes_the_job_of_a_killed_one() {
     for raw_base in [true, false] {
         for (number, (command, merged)) in JOBS.into_iter().enumerate() {
             if !is_in_turn(number, raw_base) {
@@ -205,7 +205,7 @@ fn remove_notes(lab: &Lab) {
 }
 
 #[test]
-fn nobody_sees_half_of_a_layer_when_the_notes_of_a_job_are_removed() {
+fn no_half_merged_layer_is_shown_when_an_intent_is_removed() {
     let (lab, before) = slow(true);
     let other = second(&lab);
     let mount = at_work(&lab, "commit top=sn3 base=base");
@@ -227,7 +227,7 @@ fn nobody_sees_half_of_a_layer_when_the_notes_of_a_job_are_removed() {
 }
 
 #[test]
-fn a_job_whose_notes_were_removed_and_that_was_killed_then_is_taken_up() {
+fn a_killed_job_with_a_removed_intent_is_resumed() {
     for pause in [0, 20, 400] {
         let context = format!("killed {pause} ms after that");
         let (lab, before) = slow(true);
@@ -279,7 +279,7 @@ impl Drop for Immutable {
 type Protected<'a> = (&'a str, &'a [&'a str], Option<(&'a str, &'a str)>);
 
 #[test]
-fn a_commit_that_may_not_clean_up_lists_no_layer_that_shows_something_else() {
+fn a_commit_without_cleanup_lists_no_invalid_layer() {
     let cases: [Protected<'_>; 7] = [
         // What lies between may not be removed, then top may not, then no name may be changed.
         ("commit top=sn3 base=base", &["sn1.qcow2"], Some(("sn3", "base"))),
@@ -353,7 +353,7 @@ fn a_commit_that_may_not_clean_up_lists_no_layer_that_shows_something_else() {
 
 /// An image that is filled has no name yet; what others put in its place gets none, and stays.
 #[test]
-fn what_others_put_in_the_place_of_a_new_image_is_neither_named_nor_removed() {
+fn a_foreign_file_in_place_of_a_new_image_is_kept() {
     for is_cancelled in [false, true] {
         let lab = Lab::slow(false);
         lab.store.img(["snapshot", "-c", "inner", "sn3.qcow2"]);

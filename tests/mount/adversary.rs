@@ -39,7 +39,7 @@ fn saved_vm_state_is_whole_whatever_its_length() {
 }
 
 #[test]
-fn tables_may_lie_on_each_other() {
+fn tables_may_overlap() {
     let store = Store::new();
     store.create("web.qcow2", 4 * MIB, "cluster_size=4k");
     let image = Damage::to(store.path("web.qcow2"));
@@ -54,7 +54,7 @@ fn tables_may_lie_on_each_other() {
 }
 
 #[test]
-fn what_a_guest_writes_into_its_raw_disk_says_nothing_of_others() {
+fn guest_data_in_a_raw_disk_claims_no_other_image() {
     let store = Store::new();
     store.create("victim.qcow2", MIB, "");
     store.scribble("victim.qcow2", "qcow2", 1);
@@ -82,7 +82,7 @@ fn what_a_guest_writes_into_its_raw_disk_says_nothing_of_others() {
 }
 
 #[test]
-fn a_header_in_a_raw_base_cannot_decide_about_its_own_child() {
+fn a_header_in_a_raw_base_does_not_affect_its_overlay() {
     let store = Store::new();
     store.raw("base.img", MIB, 3);
     store.overlay("web.qcow2", "base.img", "raw", "");
@@ -100,7 +100,7 @@ fn a_header_in_a_raw_base_cannot_decide_about_its_own_child() {
 }
 
 #[test]
-fn an_image_that_the_user_calls_qcow2_stands_on_what_its_header_says() {
+fn an_image_stated_as_qcow2_is_backed_by_the_file_in_its_header() {
     let store = Store::new();
     store.raw("base.img", MIB, 5);
     store.overlay("odd.raw", "base.img", "raw", "");
@@ -110,7 +110,7 @@ fn an_image_that_the_user_calls_qcow2_stands_on_what_its_header_says() {
 }
 
 #[test]
-fn who_still_reads_a_replaced_base_shares_no_page_with_who_reads_its_successor() {
+fn readers_of_a_replaced_base_share_no_page_with_readers_of_the_new_one() {
     let store = Store::new();
     store.raw("base.raw", MIB, 6);
     store.overlay("mid.qcow2", "base.raw", "raw", "");
@@ -135,7 +135,7 @@ fn who_still_reads_a_replaced_base_shares_no_page_with_who_reads_its_successor()
 }
 
 #[test]
-fn a_raw_image_that_was_cut_short_has_no_holes_to_skip() {
+fn a_truncated_raw_image_has_no_holes_to_skip() {
     let store = Store::new();
     store.raw("cut.raw", 4 * MIB, 7);
     store.overlay("top.qcow2", "cut.raw", "raw", "");
@@ -157,7 +157,7 @@ fn a_raw_image_that_was_cut_short_has_no_holes_to_skip() {
 }
 
 #[test]
-fn a_disk_of_countless_zeroes_holds_up_no_seek() {
+fn a_huge_sparse_disk_does_not_delay_a_seek() {
     let store = Store::new();
     let cluster = 2 * MIB;
     // 2^29 clusters, whose L1 entries all name one L2 table: by turns zero and silent.
@@ -185,7 +185,7 @@ fn a_disk_of_countless_zeroes_holds_up_no_seek() {
 
 #[test]
 // S5
-fn a_backing_file_in_our_own_mount_is_never_asked_for() {
+fn a_backing_file_in_the_own_mount_is_never_opened() {
     let store = Store::new();
     store.raw("base.raw", MIB, 8);
     store.dir("mnt");
@@ -208,7 +208,7 @@ fn a_backing_file_in_our_own_mount_is_never_asked_for() {
 }
 
 #[test]
-fn a_way_up_from_a_symbolic_link_is_refused_where_qemu_may_see_another_file() {
+fn an_ambiguous_path_through_a_symbolic_link_is_refused() {
     let store = Store::new();
     store.dir("pool/deep");
     store.create("base.qcow2", MIB, "");
@@ -225,7 +225,7 @@ fn a_way_up_from_a_symbolic_link_is_refused_where_qemu_may_see_another_file() {
 }
 
 #[test]
-fn a_backing_file_that_comes_to_lie_in_a_backing_directory_is_noticed() {
+fn a_backing_file_added_to_a_backing_directory_is_noticed() {
     let store = Store::new();
     let golden = store.beside("golden");
     fs::create_dir(&golden).expect("a directory");
@@ -264,7 +264,7 @@ fn a_renamed_directory_is_followed_even_when_descriptors_are_short() {
 }
 
 #[test]
-fn a_daemon_asked_to_end_leaves_the_mounts_of_others_alone() {
+fn a_daemon_that_ends_keeps_other_mounts() {
     let store = Store::new();
     store.create("web.qcow2", MIB, "");
     let other = Store::new();
@@ -288,7 +288,7 @@ fn a_daemon_asked_to_end_leaves_the_mounts_of_others_alone() {
 }
 
 #[test]
-fn a_mount_for_which_nobody_waits_any_more_is_taken_away_again() {
+fn an_abandoned_mount_is_removed_again() {
     let store = Store::new();
     store.create("web.qcow2", MIB, "");
     let dir = store.beside("mnt");

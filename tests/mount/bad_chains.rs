@@ -170,7 +170,7 @@ fn overlay_of_itself(store: &Store, name: &str, backing: &str) {
 
 #[test]
 // C1
-fn chains_that_bite_their_tail_are_problems() {
+fn circular_chains_are_problems() {
     let victims = Victims::new("");
     let store = &victims.store;
     for (name, backing) in
@@ -291,7 +291,7 @@ fn forget_backing_format(image: &Damage) {
 
 #[test]
 // S2
-fn an_img_with_the_magic_of_qcow2_is_a_problem_until_somebody_says_what_it_is() {
+fn an_img_with_qcow2_magic_is_a_problem_until_its_format_is_stated() {
     let store = Store::new();
     let make = |name: &str| {
         store.create(name, MIB, "");
@@ -316,7 +316,7 @@ fn an_img_with_the_magic_of_qcow2_is_a_problem_until_somebody_says_what_it_is() 
 }
 
 #[test]
-fn encrypted_images_are_listed_and_say_why_they_cannot_be_opened() {
+fn encrypted_images_are_listed_with_the_reason_why_they_do_not_open() {
     let victims = Victims::new("");
     let store = &victims.store;
     for kind in ["luks", "aes"] {

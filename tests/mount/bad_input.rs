@@ -17,7 +17,7 @@ use support::*;
 // ---- damaged headers -------------------------------------------------------------------------
 
 #[test]
-fn every_header_field_that_cannot_be_true_is_a_problem_that_names_the_image() {
+fn every_impossible_header_field_is_a_problem_of_the_image() {
     let victims = Victims::new("");
     let l1 = u64::from(Damage::to(victims.store.path("good.qcow2")).u32(header::L1_ENTRY_COUNT));
     assert!(l1 >= 3, "the victim was to have several L2 tables");
@@ -295,7 +295,7 @@ fn an_impossible_l1_entry_is_an_error_for_its_clusters_alone() {
 /// QEMU reads zeroes past the end of a file; an error is more honest. Other bytes are out of the question.
 #[test]
 // R2
-fn what_lies_past_the_end_of_the_file_is_zero_or_an_error() {
+fn references_past_the_end_of_the_file_read_as_zero_or_an_error() {
     let victims = Victims::new("");
     let good = Damage::to(victims.store.path("good.qcow2"));
     let far = good.len() + 64 * VICTIM_CLUSTER;
@@ -497,7 +497,7 @@ fn ten_thousand_internal_snapshots_are_listed_and_can_be_read() {
 /// A few MiB of L1 table that all name one L2 table make petabytes; whoever asks for the next hole or the
 /// next data must get an answer, and must not keep others from theirs.
 #[test]
-fn petabytes_of_tables_do_not_keep_a_seek_busy() {
+fn petabytes_of_tables_do_not_delay_a_seek() {
     /// Of processor time, for all answers together.
     const LIMIT: Duration = Duration::from_secs(8);
     let store = Store::new();

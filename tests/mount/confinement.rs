@@ -285,7 +285,7 @@ fn probing_and_forced_sharing_do_not_widen_what_is_opened() {
 }
 
 #[test]
-fn the_commands_that_look_at_a_hostile_store_open_nothing_outside_it() {
+fn reporting_commands_open_nothing_outside_a_hostile_store() {
     let trap = Trap::new();
     for verb in ["tree", "info", "map", "check"] {
         for path in ["", "good.qcow2", "trap000.qcow2", "data000.qcow2", "link-decoy.qcow2", "passwd.raw"] {
@@ -307,7 +307,7 @@ fn the_commands_that_look_at_a_hostile_store_open_nothing_outside_it() {
 /// A directory that is a link out of the store every other moment: the check and the opening must be
 /// one step.
 #[test]
-fn a_directory_swapped_for_a_link_at_any_moment_never_leads_out() {
+fn a_directory_swapped_for_a_link_never_leads_outside() {
     let trap = Trap::new();
     let store = &trap.store;
     store.dir("swing");

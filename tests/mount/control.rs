@@ -104,7 +104,7 @@ fn a_single_image_has_its_control_files_in_the_root() {
 }
 
 #[test]
-fn what_is_no_command_is_refused_by_its_write_and_changes_nothing() {
+fn an_invalid_command_fails_its_write_and_changes_nothing() {
     let store = chain();
     let mount = Mount::new(&store);
     let before = everything(&store.root());
@@ -169,7 +169,7 @@ fn what_is_no_command_is_refused_by_its_write_and_changes_nothing() {
 }
 
 #[test]
-fn a_command_is_one_write_wherever_in_the_file_it_is_said_to_go() {
+fn a_command_is_one_write_at_any_offset() {
     let store = chain();
     let mount = Mount::new(&store);
     let file = mount.path("web/control/commit");
@@ -204,7 +204,7 @@ fn a_command_is_one_write_wherever_in_the_file_it_is_said_to_go() {
 }
 
 #[test]
-fn a_plan_is_read_where_it_was_asked_for_and_is_the_last_one_elsewhere() {
+fn a_plan_is_read_from_its_own_handle_or_the_last_one_elsewhere() {
     let store = chain();
     let mount = Mount::new(&store);
     let file = mount.path("web/control/plan");
@@ -272,7 +272,7 @@ fn a_mount_that_is_read_only_takes_no_commands() {
 }
 
 #[test]
-fn with_nothing_at_work_progress_ends_at_once_and_programs_that_read_everything_do_not_hang() {
+fn progress_of_an_idle_chain_ends_at_once() {
     let store = chain();
     let mount = Mount::new(&store);
     assert_eq!(mount.text("web/control/progress"), "idle\n");

@@ -148,7 +148,7 @@ const CUTS: [Cut; 8] = [
 
 #[test]
 // R4
-fn what_was_cut_off_stays_an_error_until_it_is_said_to_be_lost() {
+fn truncated_data_is_an_error_until_its_loss_is_accepted() {
     for Cut { name, make } in CUTS {
         let store = Store::new();
         let at = make(&store);
@@ -200,7 +200,7 @@ fn what_was_cut_off_stays_an_error_until_it_is_said_to_be_lost() {
 }
 
 #[test]
-fn nothing_is_merged_into_what_was_cut_short_nor_copied_out_of_it_as_zeroes() {
+fn truncated_images_are_neither_merged_into_nor_copied_as_zeroes() {
     for command in
         ["commit top=s1 base=base", "commit base=base", "pull into=s1", "rebase layer=s1 base=none"]
     {
@@ -226,7 +226,7 @@ fn nothing_is_merged_into_what_was_cut_short_nor_copied_out_of_it_as_zeroes() {
 }
 
 #[test]
-fn an_external_data_file_that_was_cut_short_is_not_made_longer() {
+fn a_truncated_external_data_file_is_not_extended() {
     let store = Store::new();
     store.create("t.qcow2", DISK, "data_file=t.data");
     store.io("t.qcow2", "qcow2", ["write -q -P 5 0 3M"]);
@@ -246,7 +246,7 @@ fn an_external_data_file_that_was_cut_short_is_not_made_longer() {
 }
 
 #[test]
-fn a_bitmap_that_was_cut_off_keeps_its_image_from_growing_over_it() {
+fn a_truncated_bitmap_keeps_its_image_from_growing_over_it() {
     let store = Store::new();
     store.create("t.qcow2", DISK, "");
     store.img(["bitmap", "--add", "--disable", "t.qcow2", "b0"]);
@@ -263,7 +263,7 @@ fn a_bitmap_that_was_cut_off_keeps_its_image_from_growing_over_it() {
 }
 
 #[test]
-fn a_count_behind_the_end_that_nothing_refers_to_keeps_nobody_from_writing() {
+fn a_leak_beyond_the_end_does_not_block_writing() {
     let store = Store::new();
     scribbled(&store, "");
     let image = Damage::to(store.path("t.qcow2"));
@@ -274,7 +274,7 @@ fn a_count_behind_the_end_that_nothing_refers_to_keeps_nobody_from_writing() {
 }
 
 #[test]
-fn a_damaged_snapshot_entry_costs_that_snapshot_only() {
+fn a_damaged_snapshot_entry_affects_that_snapshot_only() {
     let store = Store::new();
     scribbled(&store, "");
     for name in ["one", "two", "three"] {
@@ -335,7 +335,7 @@ fn pull_refuses_to_leave_a_damaged_snapshot_behind() {
 }
 
 #[test]
-fn damaged_refcounts_keep_nobody_from_reading() {
+fn damaged_refcounts_do_not_block_reading() {
     let kinds: [(&str, u64, u64, bool); 5] = [
         ("no place", header::REFCOUNT_TABLE_OFFSET, 0, true),
         ("a place that is not aligned", header::REFCOUNT_TABLE_OFFSET, 0x10200, true),
@@ -396,7 +396,7 @@ fn depths(store: &Store, name: &str) -> Vec<Option<u64>> {
 }
 
 #[test]
-fn what_the_layers_above_a_lost_one_hold_can_be_salvaged() {
+fn data_of_the_layers_above_a_lost_one_can_be_salvaged() {
     let store = Store::new();
     store.create("base.qcow2", DISK, "");
     store.io("base.qcow2", "qcow2", ["write -q -P 1 0 2M"]);
@@ -470,7 +470,7 @@ fn assert_planned(store: &Store, command: &str, says: &str) {
 
 #[test]
 // R4
-fn plans_refuse_what_would_grow_over_what_was_lost() {
+fn plans_refuse_growth_over_lost_data() {
     let chain = |options: &str| {
         let store = Store::new();
         store.create("base.qcow2", DISK, options);
@@ -512,7 +512,7 @@ fn plans_refuse_what_would_grow_over_what_was_lost() {
 }
 
 #[test]
-fn plans_refuse_what_would_grow_a_data_file_that_was_cut() {
+fn plans_refuse_growth_of_a_truncated_data_file() {
     for command in ["pull", "resize 8M", "snapshot monday"] {
         let store = Store::new();
         store.create("base.qcow2", DISK, "");
@@ -529,7 +529,7 @@ fn plans_refuse_what_would_grow_a_data_file_that_was_cut() {
 }
 
 #[test]
-fn plans_refuse_where_nothing_can_be_noted() {
+fn plans_refuse_where_no_intent_can_be_written() {
     let store = Store::new();
     store.create("base.qcow2", DISK, "");
     store.overlay("t.qcow2", "base.qcow2", "qcow2", "");

@@ -102,7 +102,7 @@ fn a_disk_that_ends_within_a_sector_is_read_to_its_last_byte() {
 }
 
 #[test]
-fn one_place_may_be_taken_for_a_short_table_and_for_a_long_one() {
+fn one_offset_may_hold_a_short_and_a_long_table() {
     // The only L1 entry names the L1 table itself as the L2 table: 8 bytes and 512.
     let mut bench = Bench::new(9, 32 << 10);
     let l1 = bench.header().l1.offset.0;
@@ -113,7 +113,7 @@ fn one_place_may_be_taken_for_a_short_table_and_for_a_long_one() {
 }
 
 #[test]
-fn a_subcluster_that_was_cut_off_does_not_silence_the_layer_below() {
+fn a_truncated_subcluster_does_not_hide_the_layer_below() {
     let mut bench = Bench::new(14, 64 << 10);
     bench.bytes[79] |= EXTENDED_L2;
     let (l1, l2) = (bench.header().l1.offset.0, bench.cluster_of(0));
@@ -127,7 +127,7 @@ fn a_subcluster_that_was_cut_off_does_not_silence_the_layer_below() {
 }
 
 #[test]
-fn a_compressed_cluster_that_is_cut_short_fails_whatever_was_read_before() {
+fn a_truncated_compressed_cluster_fails_despite_the_cache() {
     let mut bench = Bench::new(12, 64 << 10);
     let (l1, l2) = (bench.header().l1.offset.0, bench.cluster_of(0));
     bench.put(l1, l2 | COPIED);

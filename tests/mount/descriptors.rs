@@ -113,7 +113,7 @@ fn walk_all(mount: &Mount, store: &Store, chain_count: usize, layer_count: usize
 }
 
 #[test]
-fn all_is_listed_and_read_by_several_at_once_with_few_descriptors() {
+fn everything_is_listed_and_read_with_few_descriptors() {
     let (chain_count, layer_count) = (24, 4);
     let store = chains(chain_count, layer_count);
     for descriptors in [128, 64] {
@@ -132,7 +132,7 @@ fn all_is_listed_and_read_by_several_at_once_with_few_descriptors() {
 }
 
 #[test]
-fn what_nobody_needs_any_more_is_not_kept() {
+fn unused_descriptors_are_closed() {
     let (chain_count, layer_count) = (12, 3);
     let store = chains(chain_count, layer_count);
     let guest = Qemu::running_on(&store, "c003-2.qcow2", &[]);
@@ -183,7 +183,7 @@ fn what_nobody_needs_any_more_is_not_kept() {
 
 #[test]
 // B2
-fn who_opens_more_disks_to_write_than_can_be_is_refused_and_nobody_else() {
+fn only_the_opener_of_too_many_writable_disks_is_refused() {
     let (chain_count, layer_count) = (30, 3);
     let store = chains(chain_count, layer_count);
     let mount = mount_with(&store, 64, "");
@@ -215,7 +215,7 @@ fn who_opens_more_disks_to_write_than_can_be_is_refused_and_nobody_else() {
 }
 
 #[test]
-fn a_limit_with_which_nothing_can_be_served_is_said_before_there_is_a_mount() {
+fn a_too_low_descriptor_limit_is_refused_before_mounting() {
     let store = chains(2, 2);
     for descriptors in [20, 32, 40] {
         let refusal = try_mount(&store, descriptors, "").err().expect("no mount");
@@ -269,7 +269,7 @@ impl Drop for Group {
 }
 
 #[test]
-fn where_there_can_be_no_more_threads_or_processes_requests_fail_and_the_mount_lives_on() {
+fn without_more_threads_requests_fail_and_the_mount_survives() {
     let store = chains(3, 3);
     store.put("plain.raw", &[5; 4096]);
     // Dropped after the mount, whose process is in it.
@@ -297,7 +297,7 @@ fn where_there_can_be_no_more_threads_or_processes_requests_fail_and_the_mount_l
 }
 
 #[test]
-fn where_there_can_be_no_threads_a_command_works_without() {
+fn a_command_works_without_threads() {
     let store = chains(3, 3);
     let group = Group::new("command");
     // The shell itself, which becomes the command.

@@ -9,7 +9,7 @@ use support::victims::*;
 use support::*;
 
 #[test]
-fn an_image_cut_while_it_is_open_gives_its_old_bytes_or_an_error() {
+fn an_image_truncated_while_open_gives_its_old_bytes_or_an_error() {
     let victims = Victims::new("");
     let _ = victims.victim("cut");
     victims.mounted(|mount| {
@@ -31,7 +31,7 @@ fn an_image_cut_while_it_is_open_gives_its_old_bytes_or_an_error() {
 }
 
 #[test]
-fn a_raw_image_cut_while_it_is_open_never_hangs_its_reader() {
+fn a_raw_image_truncated_while_open_never_hangs_its_reader() {
     let victims = Victims::new("");
     victims.store.raw("cut.raw", 4 * MIB, 14);
     victims.store.overlay("top.qcow2", "cut.raw", "raw", "");
@@ -81,7 +81,7 @@ fn an_image_replaced_while_it_is_open_is_never_mixed_with_its_successor() {
 }
 
 #[test]
-fn an_image_deleted_while_it_is_open_goes_away_and_harms_nobody() {
+fn an_image_deleted_while_open_disappears_without_harm() {
     let victims = Victims::new("");
     let _ = victims.victim("doomed");
     victims.mounted(|mount| {
@@ -147,7 +147,7 @@ fn images_that_come_go_or_change_their_backing_file_are_noticed() {
 }
 
 #[test]
-fn a_disk_grown_behind_the_mounts_back_is_shown_at_its_new_size() {
+fn a_disk_grown_by_another_process_is_shown_at_its_new_size() {
     let store = Store::new();
     store.create("web.qcow2", MIB, "");
     let mount = Mount::new(&store);
@@ -165,7 +165,7 @@ fn a_disk_grown_behind_the_mounts_back_is_shown_at_its_new_size() {
 /// from new.
 #[test]
 // X1
-fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
+fn a_new_file_under_an_old_name_shows_its_own_bytes() {
     let store = Store::new();
     let mount = Mount::new(&store);
     for round in 0..6 {
@@ -191,7 +191,7 @@ fn a_file_made_anew_under_an_old_name_shows_its_own_bytes() {
 }
 
 #[test]
-fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
+fn views_of_an_abandoned_command_are_hidden_within_a_second() {
     use chainfs::store::{CommitOperation, Operation};
     use support::intents::{leave, witness};
     let store = Store::new();
@@ -221,7 +221,7 @@ fn what_another_process_has_begun_and_left_is_hidden_within_a_second() {
 }
 
 #[test]
-fn an_image_that_is_replaced_all_the_time_is_there_in_every_scan() {
+fn an_image_replaced_continuously_is_in_every_scan() {
     use std::sync::atomic::{AtomicBool, Ordering};
     let store = Store::new();
     for name in ["a.qcow2", "web.qcow2", "z.qcow2"] {

@@ -58,7 +58,7 @@ fn a_guest_may_start_while_its_snapshots_are_being_read() {
 }
 
 #[test]
-fn another_reader_disturbs_nobody() {
+fn another_reader_does_not_disturb() {
     let store = chain();
     let oracle = store.oracle("web.qcow2", "qcow2");
     let mount = Mount::new(&store);
@@ -83,7 +83,7 @@ fn force_share_reads_under_a_running_guest() {
 }
 
 #[test]
-fn an_open_view_keeps_writers_off_each_of_its_layers_until_it_is_closed() {
+fn an_open_view_locks_each_of_its_layers_against_writers() {
     let store = chain();
     let mount = Mount::new(&store);
     for image in [("base.raw", "raw"), ("mid.qcow2", "qcow2"), ("web.qcow2", "qcow2")] {
@@ -105,7 +105,7 @@ fn an_open_view_keeps_writers_off_each_of_its_layers_until_it_is_closed() {
 }
 
 #[test]
-fn one_of_two_openers_leaving_drops_no_lock() {
+fn closing_one_of_two_handles_drops_no_lock() {
     let store = chain();
     let mount = Mount::new(&store);
     let (active, mid) = (mount.path("web/active.raw"), mount.path("web/snapshots/mid.raw"));
@@ -123,7 +123,7 @@ fn one_of_two_openers_leaving_drops_no_lock() {
 }
 
 #[test]
-fn unmounting_lets_go_of_every_lock_before_it_returns() {
+fn unmounting_releases_every_lock_before_it_returns() {
     let store = chain();
     let mount = Mount::new(&store);
     drop(open(&mount.path("web/active.raw")).expect("a view"));
@@ -178,7 +178,7 @@ fn a_layer_written_or_marked_inconsistent_makes_its_view_and_those_above_busy() 
 
 /// Cached pages of a disk are good only for as long as no file below has changed.
 #[test]
-fn what_a_guest_wrote_between_two_openings_is_read_by_the_second() {
+fn the_second_opening_reads_writes_of_a_guest_in_between() {
     let store = chain();
     let mount = Mount::new(&store);
     for round in 0..4 {
@@ -194,7 +194,7 @@ fn what_a_guest_wrote_between_two_openings_is_read_by_the_second() {
 }
 
 #[test]
-fn tools_that_look_at_an_image_respect_a_running_guest_as_qemu_img_does() {
+fn reporting_tools_respect_a_running_guest_as_qemu_img_does() {
     let store = chain();
     let guest = Qemu::running_on(&store, "web.qcow2", &[]);
     let run = |args: &[&str]| tool(chainfs_binary()).args(args).arg(store.path("web.qcow2")).outcome();
@@ -207,7 +207,7 @@ fn tools_that_look_at_an_image_respect_a_running_guest_as_qemu_img_does() {
 
 /// `losetup` and `mount -o loop` take EBUSY for a loop device that another has got first.
 #[test]
-fn a_loop_device_on_a_disk_that_a_guest_writes_is_refused_and_not_tried_for_ever() {
+fn a_loop_device_on_a_disk_that_a_guest_writes_is_refused_in_time() {
     let store = chain();
     let mount = Mount::new(&store);
     let guest = Qemu::running_on(&store, "web.qcow2", &[]);

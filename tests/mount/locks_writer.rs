@@ -155,7 +155,7 @@ fn below_the_disk_that_the_mount_writes_layers_are_read_by_all_and_written_by_no
 
 #[test]
 // M6
-fn whoever_has_an_image_open_keeps_the_mount_out_as_he_would_keep_qemu_out() {
+fn an_open_image_keeps_the_mount_out_as_it_keeps_qemu_out() {
     let store = chain();
     let mount = Mount::new(&store);
     let active = mount.path("web/active.raw");
@@ -217,7 +217,7 @@ fn the_refusal_names_process_and_program() {
 
 #[test]
 // W2
-fn the_last_writer_takes_the_locks_along_and_a_reader_keeps_his() {
+fn closing_the_last_writer_drops_its_locks_and_keeps_a_reader_s() {
     let store = chain();
     let mount = Mount::new(&store);
     for (chain, image, format) in LEAVES {
@@ -281,7 +281,7 @@ fn an_internal_snapshot_is_read_before_while_and_after_the_disk_is_written() {
 }
 
 #[test]
-fn umount_lets_go_of_a_writers_locks_before_it_returns() {
+fn umount_releases_a_writers_locks_before_it_returns() {
     let store = chain();
     for _ in 0..5 {
         let mount = Mount::new(&store);
@@ -394,7 +394,7 @@ fn the_external_data_file_is_locked_with_its_image() {
 }
 
 #[test]
-fn qemu_nbd_serves_nothing_that_the_mount_writes_and_the_other_way_round() {
+fn qemu_nbd_and_the_mount_never_write_the_same_disk() {
     let store = chain();
     let mount = Mount::new(&store);
     let active = mount.path("web/active.raw");
@@ -425,7 +425,7 @@ fn qemu_nbd_serves_nothing_that_the_mount_writes_and_the_other_way_round() {
 
 /// The descriptor that carries a writer's locks is not one that is closed to make room.
 #[test]
-fn a_shortage_of_descriptors_costs_no_writer_his_locks() {
+fn a_shortage_of_descriptors_drops_no_writer_s_locks() {
     let store = Store::new();
     let growth = Growth { depth: 40, size: MIB, cluster_size: 4096, seed: 5 };
     deep_chain(&store, "deep", &growth);

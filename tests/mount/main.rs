@@ -14,6 +14,7 @@ mod locks_writer;
 mod mounting;
 mod repair;
 mod rights;
+mod service;
 mod sweep;
 mod switches;
 mod tree;

@@ -174,7 +174,7 @@ fn a_store_may_be_mounted_twice_elsewhere() {
 }
 
 #[test]
-fn a_busy_mount_says_who_uses_it_and_goes_on_until_it_is_lazy() {
+fn a_busy_mount_names_its_users_and_stays_unless_lazy() {
     let store = chain();
     let mount = Mount::new(&store);
     let view = File::open(mount.path("web/active.raw")).expect("a view");
@@ -315,7 +315,7 @@ fn exit_codes_are_mount_8s() {
 }
 
 #[test]
-fn what_mount_8_passes_on_is_understood() {
+fn options_that_mount_8_passes_on_are_accepted() {
     let store = chain();
     for options in [
         "rw",
@@ -350,7 +350,7 @@ fn options_come_from_the_configuration_and_the_command_line_wins() {
 }
 
 #[test]
-fn looking_commands_exit_as_qemu_imgs_do() {
+fn reporting_commands_exit_as_qemu_imgs_do() {
     let store = chain();
     let code = |args: &[&str]| tool(chainfs_binary()).args(args).current_dir(store.root()).outcome();
     store.img(["convert", "-f", "qcow2", "-O", "qcow2", "web.qcow2", "same.qcow2"]);
@@ -418,7 +418,7 @@ fn commands_understand_places_inside_a_mount() {
 }
 
 #[test]
-fn info_in_json_speaks_qemus_words() {
+fn info_in_json_uses_qemus_keys() {
     let store = chain();
     let theirs = store.info("web.qcow2", "qcow2");
     let text = chainfs(&["info", "--output", "json"]).arg(store.path("web.qcow2")).succeeds();

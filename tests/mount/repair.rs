@@ -43,7 +43,7 @@ fn repair(store: &Store) -> (i32, String) {
 }
 
 #[test]
-fn whatever_a_mount_has_open_of_an_image_it_is_not_repaired_and_not_changed() {
+fn an_image_that_a_mount_has_open_is_not_repaired() {
     let store = leaking();
     let mount = Mount::new(&store);
     let snapshot = "web/snapshots/active@monday.raw";
@@ -62,7 +62,7 @@ fn whatever_a_mount_has_open_of_an_image_it_is_not_repaired_and_not_changed() {
 }
 
 #[test]
-fn a_mount_shows_the_same_bytes_after_a_repair_and_writes_on() {
+fn a_mount_shows_the_same_bytes_after_a_repair_and_stays_writable() {
     let store = leaking();
     let mount = Mount::new(&store);
     let disks = ["web/active.raw", "web/snapshots/active@monday.raw"].map(|name| mount.path(name));

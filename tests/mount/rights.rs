@@ -146,7 +146,7 @@ fn a_private_disk_is_not_reached_by_naming_it() {
 }
 
 #[test]
-fn a_name_that_does_not_count_is_still_not_cut_off() {
+fn an_uncounted_name_is_still_not_truncated() {
     let store = two_users();
     store.overlay("b/top.qcow2", "secret.qcow2", "qcow2", "");
     own(&store.path("b/top.qcow2"), B, 0o600);
@@ -160,7 +160,7 @@ fn a_name_that_does_not_count_is_still_not_cut_off() {
 }
 
 #[test]
-fn a_description_that_does_not_count_is_still_not_cut_off() {
+fn an_uncounted_description_is_still_not_truncated() {
     let store = two_users();
     store.overlay("b/top.qcow2", "secret.qcow2", "qcow2", "");
     own(&store.path("b/top.qcow2"), B, 0o600);
@@ -282,7 +282,7 @@ fn commands_need_the_right_to_change_the_directory() {
 }
 
 #[test]
-fn a_command_is_judged_by_who_has_opened_the_file() {
+fn a_command_is_judged_by_the_opener_of_the_file() {
     let store = open_store();
     store.raw("base.raw", MIB, 5);
     store.overlay("vm.qcow2", "base.raw", "raw", "");
@@ -299,7 +299,7 @@ fn a_command_is_judged_by_who_has_opened_the_file() {
 }
 
 #[test]
-fn whom_the_administrator_names_is_judged_as_the_administrator() {
+fn the_user_of_the_uid_option_has_the_administrators_rights() {
     let store = open_store();
     store.raw("base.raw", MIB, 5);
     store.overlay("vm.qcow2", "base.raw", "raw", "");
@@ -321,7 +321,7 @@ fn whom_the_administrator_names_is_judged_as_the_administrator() {
 }
 
 #[test]
-fn a_directory_above_the_store_shuts_out_as_well() {
+fn a_directory_above_the_store_restricts_access() {
     let store = open_store();
     store.create("vm.qcow2", MIB, "");
     mode(&store.path("vm.qcow2"), 0o644);
@@ -361,7 +361,7 @@ fn assert_done(opened: &Opened) {
 }
 
 #[test]
-fn a_command_that_was_cut_off_goes_on_whoever_gives_it_again() {
+fn an_interrupted_command_continues_for_any_user() {
     let mut left = 0;
     for changes in (6..40).step_by(2) {
         let store = open_store();
@@ -383,7 +383,7 @@ fn a_command_that_was_cut_off_goes_on_whoever_gives_it_again() {
 }
 
 #[test]
-fn a_name_that_does_not_count_keeps_no_snapshot_from_going_on() {
+fn an_uncounted_name_does_not_block_a_snapshot() {
     let mut left = 0;
     for changes in 6..36 {
         let store = two_users();
@@ -396,7 +396,7 @@ fn a_name_that_does_not_count_keeps_no_snapshot_from_going_on() {
 }
 
 #[test]
-fn no_command_puts_an_image_on_what_its_owner_may_not_read() {
+fn no_command_backs_an_image_by_a_file_its_owner_may_not_read() {
     let store = open_store();
     store.create("base.qcow2", MIB, "");
     store.overlay("mid.qcow2", "base.qcow2", "qcow2", "");
@@ -420,7 +420,7 @@ fn no_command_puts_an_image_on_what_its_owner_may_not_read() {
         assert_eq!(give(verb, words), Some(Errno::ACCESS), "{verb} {words}");
         let status = mount.text("vm/control/status");
         assert!(
-            status.contains("would stand on base.qcow2, which does not count"),
+            status.contains("would be backed by base.qcow2, which does not count"),
             "{verb} {words}: {status}"
         );
     }
@@ -430,7 +430,7 @@ fn no_command_puts_an_image_on_what_its_owner_may_not_read() {
 }
 
 #[test]
-fn reports_name_nothing_that_a_user_may_not_read() {
+fn reports_name_no_file_that_a_user_may_not_read() {
     let store = open_store();
     for (name, bits) in [("open.qcow2", 0o644), ("hidden.qcow2", 0o600)] {
         store.create(name, MIB, "");
@@ -462,7 +462,7 @@ fn readable(uid: u32, groups: &[u32], paths: &[std::path::PathBuf]) -> Vec<bool>
 
 #[test]
 // A1
-fn who_reads_a_view_can_read_all_its_layers() {
+fn a_reader_of_a_view_can_read_all_its_layers() {
     let (mut granted, mut denied) = (0, 0);
     for seed in 0..12 {
         let mut rng = Rng::new(seed);
@@ -560,7 +560,7 @@ fn who_reads_a_view_can_read_all_its_layers() {
 
 #[test]
 // A3
-fn intents_of_others_are_not_carried_out() {
+fn intents_of_other_users_are_not_resumed() {
     let store = open_store();
     store.create("base.qcow2", MIB, "");
     store.overlay("vm.qcow2", "base.qcow2", "qcow2", "");
@@ -580,7 +580,7 @@ fn intents_of_others_are_not_carried_out() {
 }
 
 #[test]
-fn configuration_that_others_could_write_is_refused() {
+fn configuration_writable_by_others_is_refused() {
     let store = open_store();
     let (config, dir) = (store.beside("c.toml"), store.beside("at"));
     fs::write(&config, "nofiles = true\n").expect("a file");
@@ -687,7 +687,7 @@ fn reports_of_very_many_snapshots_stay_small() {
 }
 
 #[test]
-fn a_long_report_is_the_same_wherever_one_begins_to_read() {
+fn a_long_report_is_the_same_from_any_offset() {
     let store = Store::new();
     store.create("base.qcow2", MIB, "");
     for number in 0..8 {
@@ -716,7 +716,7 @@ fn a_long_report_is_the_same_wherever_one_begins_to_read() {
 }
 
 #[test]
-fn directories_around_an_image_keep_its_owner_from_nothing() {
+fn directories_above_an_image_do_not_restrict_its_owner() {
     let store = open_store();
     fs::create_dir(store.path("d")).expect("a directory");
     store.create("d/base.qcow2", MIB, "");
@@ -733,7 +733,7 @@ fn directories_around_an_image_keep_its_owner_from_nothing() {
 }
 
 #[test]
-fn what_may_not_be_read_is_not_told_to_be_missing() {
+fn unreadable_files_are_not_reported_as_missing() {
     let store = two_users();
     store.overlay_unchecked("a/y.qcow2", "../b/gone.qcow2", "qcow2");
     store.overlay_unchecked("a/z.qcow2", "gone.qcow2", "qcow2");
@@ -752,7 +752,7 @@ fn what_may_not_be_read_is_not_told_to_be_missing() {
 }
 
 #[test]
-fn a_file_that_is_named_to_a_command_is_not_told_of() {
+fn a_refusal_does_not_disclose_whether_a_file_exists() {
     let store = two_users();
     store.create("a/mine.qcow2", MIB, "");
     own(&store.path("a/mine.qcow2"), A, 0o600);

@@ -127,7 +127,7 @@ fn extended_l2_entries_read_as_qemu_reads_them() {
 }
 
 #[test]
-fn zeroed_and_discarded_clusters_hide_what_lies_below() {
+fn zeroed_and_discarded_clusters_hide_the_backing_file() {
     let store = Store::new();
     let mut leaves = Vec::new();
     for (dir, options) in [("v3", "compat=1.1"), ("v2", "compat=0.10"), ("x", "extended_l2=on")] {
@@ -335,7 +335,7 @@ fn sizes_that_end_inside_a_cluster_or_a_sector_are_qemus() {
 
 #[test]
 // C4
-fn overlays_may_be_longer_or_shorter_than_what_they_lie_on() {
+fn overlays_may_be_longer_or_shorter_than_their_backing_file() {
     let store = Store::new();
     let mut leaves = Vec::new();
     for (dir, base, middle, leaf) in [
@@ -359,7 +359,7 @@ fn overlays_may_be_longer_or_shorter_than_what_they_lie_on() {
 }
 
 #[test]
-fn raw_bases_of_any_length_lie_below_qcow2() {
+fn raw_bases_of_any_length_back_qcow2() {
     let store = Store::new();
     let mut leaves = Vec::new();
     for len in [0, 100, 512, MIB, 2 * MIB + 1, 3 * MIB - 1] {
@@ -515,7 +515,7 @@ fn external_data_files_hold_the_bytes_and_are_no_chains_themselves() {
 }
 
 #[test]
-fn what_a_reader_need_not_know_does_not_stop_it() {
+fn compatible_features_do_not_block_reading() {
     let store = Store::new();
     for name in ["compatible", "autoclear", "extension", "short", "long"] {
         store.create(&format!("{name}.qcow2"), MIB, "");
@@ -654,7 +654,7 @@ fn any_chain(store: &Store, dir: &str, seed: u64) -> String {
 }
 
 #[test]
-fn chains_of_any_making_read_as_qemu_reads_them() {
+fn random_chains_read_as_qemu_reads_them() {
     let count = if std::env::var_os("CHAINFS_LONG").is_some() { 150 } else { 4 };
     for first in (0..count).step_by(8) {
         let store = Store::new();

@@ -49,7 +49,7 @@ fn maps(disk: &std::path::Path) -> i32 {
 }
 
 #[test]
-fn without_shared_mappings_they_are_refused_and_nothing_else() {
+fn without_kernel_support_only_shared_mappings_are_refused() {
     let store = Store::new();
     store.create("web.qcow2", MIB, "");
     for (options, code) in [("nosharedmapping", 1), ("", 0)] {
@@ -61,7 +61,7 @@ fn without_shared_mappings_they_are_refused_and_nothing_else() {
 }
 
 #[test]
-fn without_inotify_changes_are_noticed_by_looking_again() {
+fn without_inotify_changes_are_noticed_by_polling() {
     let store = Store::new();
     store.create("one.qcow2", MIB, "");
     let mount = Mount::with(&store, "noinotify,rescan=1");

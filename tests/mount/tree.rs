@@ -159,7 +159,7 @@ fn uid_gid_and_umask_override_what_the_files_say() {
 }
 
 #[test]
-fn others_see_a_mount_only_if_allowed_and_then_by_its_modes() {
+fn other_users_see_a_mount_only_if_allowed_and_by_its_modes() {
     let store = chain();
     fs::set_permissions(store.beside(""), fs::Permissions::from_mode(0o755)).expect("permissions");
     for (image, mode) in [("base.raw", 0o644), ("mid.qcow2", 0o600), ("web.qcow2", 0o644)] {
@@ -240,7 +240,7 @@ fn a_leaf_that_is_frozen_shows_snapshots_only() {
 }
 
 #[test]
-fn the_stores_own_files_speak_of_every_chain() {
+fn the_stores_own_files_list_every_chain() {
     let store = chain();
     store.dir("a/b");
     store.create("a/b/deep.qcow2", MIB, "");
@@ -295,7 +295,7 @@ fn the_stores_own_files_speak_of_every_chain() {
 // ---- reading hard -------------------------------------------------------------------------------
 
 #[test]
-fn many_readers_at_once_read_what_one_reads() {
+fn many_concurrent_readers_read_the_same_as_one() {
     let store = chain();
     let oracles = [
         ("web/active.raw", store.oracle("web.qcow2", "qcow2")),

@@ -14,7 +14,7 @@ use support::compare::runs_by_seek;
 use support::*;
 
 #[test]
-fn bytes_of_any_place_and_length_are_written_and_read_and_stay() {
+fn writes_of_any_offset_and_length_are_read_back_and_persist() {
     let store = chain();
     let mount = Mount::new(&store);
     for (chain, image, format) in LEAVES {
@@ -46,7 +46,7 @@ fn bytes_of_any_place_and_length_are_written_and_read_and_stay() {
 
 #[test]
 // W3
-fn processes_that_write_at_once_each_find_their_own_bytes() {
+fn concurrent_writers_each_read_back_their_own_bytes() {
     let store = chain();
     let mount = Mount::new(&store);
     for (chain, image, format) in LEAVES {
@@ -158,7 +158,7 @@ fn a_disk_grows_by_truncate_and_never_shrinks_by_it() {
 }
 
 #[test]
-fn direct_and_synchronous_writers_get_what_they_ask_for() {
+fn direct_and_synchronous_writes_work() {
     let store = chain();
     let mount = Mount::new(&store);
     let flushes = || {
@@ -202,7 +202,7 @@ fn direct_and_synchronous_writers_get_what_they_ask_for() {
 
 /// Five seconds: whoever never calls fsync loses no more.
 #[test]
-fn what_nobody_syncs_is_written_back_by_the_clock() {
+fn unsynced_writes_are_written_back_by_the_timer() {
     let store = chain();
     let mount = Mount::new(&store);
     let disk = rw(&mount.path("web/active.raw"));
@@ -218,7 +218,7 @@ fn what_nobody_syncs_is_written_back_by_the_clock() {
 }
 
 #[test]
-fn a_shared_mapping_is_a_way_to_write() {
+fn a_shared_mapping_can_write() {
     let store = chain();
     let mount = Mount::new(&store);
     // Rust's standard library maps nothing; the interpreter does.
@@ -249,7 +249,7 @@ m.close()
 }
 
 #[test]
-fn holes_are_told_of_unless_somebody_may_hold_changed_pages() {
+fn holes_are_reported_unless_dirty_pages_may_exist() {
     let store = Store::new();
     store.create("web.qcow2", 4 * MIB, "");
     fs::File::create(store.path("plain.raw")).and_then(|f| f.set_len(4 * MIB)).expect("a raw file");
@@ -387,7 +387,7 @@ fn a_guest_file_system_is_made_written_and_checked_through_the_mount() {
 
 /// Beginning and ending to write, looking at the store anew and reading go on at once.
 #[test]
-fn openings_of_every_kind_come_and_go_while_the_store_changes() {
+fn files_are_opened_and_closed_while_the_store_changes() {
     let store = chain();
     store.img(["snapshot", "-c", "monday", "web.qcow2"]);
     let monday =

@@ -11,7 +11,7 @@ use support::mount::connection_of;
 use support::*;
 
 #[test]
-fn an_image_removed_or_replaced_goes_on_for_whoever_has_it_open() {
+fn handles_of_a_removed_or_replaced_image_keep_the_old_file() {
     let store = chain();
     let mount = Mount::new(&store);
     for (chain, image, format) in LEAVES {
@@ -74,7 +74,7 @@ fn sigterm_flushes_first_and_a_busy_mount_goes_on_serving() {
 }
 
 #[test]
-fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
+fn after_kill_nine_synced_data_is_there_with_leaks_at_most() {
     let store = chain();
     for round in 0..4_u8 {
         let mount = Mount::new(&store);
@@ -109,7 +109,7 @@ fn after_kill_nine_all_that_was_synced_is_there_and_qemu_finds_leaks_at_most() {
 /// The first flush fails, as on a disk that is dying; what was not written then is never called durable.
 #[test]
 // M7
-fn a_disk_that_could_not_be_flushed_takes_no_more_writes_is_read_and_harms_no_other() {
+fn a_disk_with_a_failed_flush_is_read_only_and_affects_no_other() {
     let store = chain();
     store.create("other.qcow2", MIB, "");
     for (chain, image, other) in [("web", "web.qcow2", "plain"), ("plain", "plain.raw", "other")] {
@@ -163,12 +163,12 @@ impl Drop for Small<'_> {
 }
 
 #[test]
-fn a_full_file_system_is_enospc_to_the_writer_and_nothing_is_lost_when_there_is_room_again() {
+fn a_full_file_system_is_enospc_and_loses_nothing() {
     fills_its_file_system(true);
 }
 
 #[test]
-fn what_was_written_until_the_file_system_was_full_can_be_synced() {
+fn writes_before_enospc_can_be_synced() {
     fills_its_file_system(false);
 }
 
@@ -218,7 +218,7 @@ fn fills_its_file_system(syncs_each: bool) {
 }
 
 #[test]
-fn a_file_larger_than_the_daemon_may_make_is_efbig_and_no_end_of_it() {
+fn a_write_beyond_the_file_size_limit_is_efbig_and_survived() {
     let store = Store::new();
     store.create("web.qcow2", 64 * MIB, "");
     let mut command = tool("sh");
@@ -241,7 +241,7 @@ fn a_file_larger_than_the_daemon_may_make_is_efbig_and_no_end_of_it() {
 }
 
 #[test]
-fn what_the_daemon_may_not_write_is_refused_and_read_all_the_same() {
+fn images_that_the_daemon_may_not_write_are_read_only() {
     let store = chain();
     let refusal = |mount: &Mount| {
         let active = mount.path("web/active.raw");

@@ -167,17 +167,17 @@ fn fsx_finds_nothing(options: &str, seed: u64) {
 }
 
 #[test]
-fn fsx_finds_nothing_with_clusters_of_64_kib() {
+fn fsx_finds_no_error_with_clusters_of_64_kib() {
     fsx_finds_nothing("", 1);
 }
 
 #[test]
-fn fsx_finds_nothing_with_subclusters() {
+fn fsx_finds_no_error_with_subclusters() {
     fsx_finds_nothing("extended_l2=on", 2);
 }
 
 #[test]
-fn fsx_finds_nothing_with_clusters_of_512_bytes() {
+fn fsx_finds_no_error_with_clusters_of_512_bytes() {
     fsx_finds_nothing("cluster_size=512", 3);
 }
 
@@ -256,7 +256,7 @@ fn ext4_on_the_disk_is_clean_after_an_archive_was_unpacked() {
 }
 
 #[test]
-fn ext4_on_the_disk_is_mended_by_its_journal_after_the_daemon_was_killed() {
+fn ext4_recovers_by_its_journal_after_the_daemon_was_killed() {
     let store = Store::new();
     store.create("disk.qcow2", 1024 * MIB, "");
     let archive = archive(&store);

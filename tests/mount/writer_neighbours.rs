@@ -27,7 +27,7 @@ fn let_go(store: &Store, image: &str, format: &str) {
 const DEAF: &str = "noinotify,rescan=3600";
 
 #[test]
-fn an_image_that_has_become_a_layer_is_not_written_even_if_nobody_has_told_the_mount() {
+fn an_image_that_has_become_a_layer_is_not_written_before_a_rescan() {
     let store = Store::new();
     store.raw("raw.raw", MIB, 1);
     store.create("cow.qcow2", MIB, "");
@@ -52,7 +52,7 @@ fn an_image_that_has_become_a_layer_is_not_written_even_if_nobody_has_told_the_m
 }
 
 #[test]
-fn a_raw_image_that_was_frozen_is_not_written_even_if_nobody_has_told_the_mount() {
+fn a_raw_image_that_was_frozen_is_not_written_before_a_rescan() {
     let store = Store::new();
     store.raw("plain.raw", MIB, 1);
     let mount = Mount::with(&store, DEAF);
@@ -105,7 +105,7 @@ fn an_external_data_file_is_as_safe_from_writing_as_an_image() {
 }
 
 #[test]
-fn what_one_name_of_an_image_protects_is_not_written_by_another() {
+fn an_image_protected_by_one_name_is_not_written_by_another() {
     let store = Store::new();
     store.dir("golden");
     store.create("golden/disk.qcow2", MIB, "");
@@ -122,7 +122,7 @@ fn what_one_name_of_an_image_protects_is_not_written_by_another() {
 }
 
 #[test]
-fn who_opens_a_snapshot_while_the_writer_leaves_does_not_bring_back_old_tables() {
+fn opening_a_snapshot_while_the_writer_closes_uses_no_old_tables() {
     const CLUSTER: u64 = 64 << 10;
     const ROUNDS: u64 = 100;
     let store = Store::new();
@@ -194,7 +194,7 @@ impl Drop for Small<'_> {
 }
 
 #[test]
-fn space_that_there_is_not_is_not_taken_and_does_not_make_the_disk_longer() {
+fn a_failed_allocation_reserves_nothing_and_does_not_grow_the_disk() {
     let store = Store::new();
     let small = Small::new(&store);
     store.raw("plain.raw", MIB, 1);

@@ -62,7 +62,7 @@ fn the_six_cases_of_a_commit_change_no_view_that_is_left() {
 }
 
 #[test]
-fn the_active_layer_falls_onto_any_base_and_keeps_its_name() {
+fn an_active_commit_into_any_base_keeps_the_disk_s_name() {
     for kind in kinds() {
         for base in ["base", "sn1", "sn3"] {
             let lab = Lab::new(kind);
@@ -83,7 +83,7 @@ fn the_active_layer_falls_onto_any_base_and_keeps_its_name() {
 
 #[test]
 // C3
-fn pulls_leave_every_view_as_it_is() {
+fn pulls_change_no_view() {
     let inner = Kind { inner: &["sn3", "web"], ..Kind::PLAIN };
     let cases = [
         ("pull", "web", None),
@@ -108,7 +108,7 @@ fn pulls_leave_every_view_as_it_is() {
 }
 
 #[test]
-fn sizes_that_differ_are_told_from_what_lies_below() {
+fn layers_of_different_sizes_merge_correctly() {
     let mib = 1 << 20;
     for sizes in
         [[2 * mib, 4 * mib, 4 * mib, 4 * mib, 4 * mib], [4 * mib, 2 * mib, 3 * mib, 3 * mib, 5 * mib]]
@@ -134,7 +134,7 @@ fn sizes_that_differ_are_told_from_what_lies_below() {
 }
 
 #[test]
-fn a_snapshot_freezes_what_was_and_the_disk_keeps_its_name() {
+fn a_snapshot_freezes_the_old_content_and_the_disk_keeps_its_name() {
     for kind in SIZES {
         let lab = Lab::new(kind);
         let before = lab.content("web.qcow2");
@@ -168,7 +168,7 @@ fn a_raw_leaf_becomes_a_snapshot_under_a_qcow2_overlay() {
 }
 
 #[test]
-fn an_internal_snapshot_is_one_for_qemu() {
+fn qemu_reads_an_internal_snapshot_of_chainfs() {
     let lab = Lab::new(Kind::PLAIN);
     let before = lab.content("web.qcow2");
     assert_done(&lab, "snapshot monday internal");
@@ -178,7 +178,7 @@ fn an_internal_snapshot_is_one_for_qemu() {
 }
 
 #[test]
-fn what_is_kept_stays_valid_step_by_step() {
+fn with_keep_the_top_stays_valid_step_by_step() {
     let lab = Lab::new(Kind::PLAIN);
     let (web, sn3) = (lab.content("web.qcow2"), lab.content("sn3.qcow2"));
     assert_done(&lab, "commit top=sn3 base=sn2");
@@ -202,7 +202,7 @@ fn what_is_kept_stays_valid_step_by_step() {
 }
 
 #[test]
-fn whatever_others_depend_on_is_not_touched() {
+fn layers_that_others_depend_on_are_not_changed() {
     let lab = Lab::new(Kind { inner: &["sn2"], ..Kind::PLAIN });
     lab.store.overlay("clone.qcow2", "sn1.qcow2", "qcow2", "");
     let hashes = |lab: &Lab| {
@@ -240,7 +240,7 @@ fn whatever_others_depend_on_is_not_touched() {
 }
 
 #[test]
-fn what_a_header_has_no_room_for_is_found_before_anything_is_done() {
+fn lack_of_room_in_a_header_is_found_before_any_change() {
     let lab = Lab::new(Kind { options: "cluster_size=512", sizes: [1 << 20; 5], ..Kind::PLAIN });
     // A directory whose name leaves no room for the way to the base in a header of 512 bytes.
     let long = "d".repeat(200);

@@ -87,7 +87,7 @@ fn a_commit_that_keeps_its_top_is_done_or_not() {
 }
 
 #[test]
-fn all_that_stood_on_a_merged_layer_stands_on_its_base_or_not() {
+fn all_overlays_of_a_merged_layer_are_rebased_or_none() {
     let clone = |lab: &Lab| {
         lab.store.overlay("clone.qcow2", "sn2.qcow2", "qcow2", "");
         lab.store.scribble("clone.qcow2", "qcow2", 77);
@@ -101,7 +101,7 @@ fn all_that_stood_on_a_merged_layer_stands_on_its_base_or_not() {
 }
 
 #[test]
-fn the_active_layer_has_fallen_or_not() {
+fn an_active_commit_is_done_or_not() {
     Scenario::new("fall", "commit").options(SMALL).survives();
     Scenario::new("fall far", "commit base=base").survives();
     Scenario::new("fall raw", "commit base=base").raw_base().becomes("web.raw").survives();
@@ -117,7 +117,7 @@ fn the_active_layer_has_fallen_or_not() {
 
 /// Larger than the pieces in which a disk is moved, so that its guest writes before, in and behind them.
 #[test]
-fn what_is_written_while_a_large_disk_moves_is_there() {
+fn writes_during_a_large_commit_are_kept() {
     let large = [20 << 20; 5];
     Scenario { states: 12, ..Scenario::new("fall large", "commit base=sn3") }.sizes(large).survives();
     Scenario { states: 12, ..Scenario::new("pull large", "pull base=sn2") }.sizes(large).survives();
@@ -140,7 +140,7 @@ fn a_pull_keeps_internal_snapshots() {
 /// A safe rebase of QEMU 10.0.2 writes the header that names the new backing file before the tables that hold
 /// what the old one held: in between, the disk has lost those bytes, and its checker finds nothing wrong.
 #[test]
-fn the_judge_sees_what_a_rebase_of_qemu_loses() {
+fn the_judge_detects_data_lost_by_a_rebase_of_qemu() {
     let scenario = Scenario { active: &["sn3.qcow2"], ..Scenario::new("qemu-img rebase", "") }
         .options("cluster_size=4k");
     let (tape, judge) =
@@ -155,7 +155,7 @@ fn the_judge_sees_what_a_rebase_of_qemu_loses() {
 
 /// Nothing hides the views that a commit of QEMU spoils.
 #[test]
-fn the_judge_sees_what_a_commit_of_qemu_spoils() {
+fn the_judge_detects_views_invalidated_by_a_qemu_commit() {
     let scenario = Scenario::new("qemu-img commit", "");
     let (tape, judge) =
         scenario.record_program(&["qemu-img", "commit", "-q", "-b", "base.qcow2", "web.qcow2"]);
@@ -165,7 +165,7 @@ fn the_judge_sees_what_a_commit_of_qemu_spoils() {
 }
 
 #[test]
-fn the_judge_objects_to_a_machine_that_swallows_syncs() {
+fn the_judge_detects_a_machine_that_ignores_syncs() {
     for scenario in [
         Scenario::new("snapshot", "snapshot monday"),
         Scenario::new("commit", "commit top=sn3 base=base"),

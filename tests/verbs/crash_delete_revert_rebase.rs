@@ -28,7 +28,7 @@ fn with_clone(name: &'static str, command: &'static str) -> Scenario {
 
 #[test]
 // C3
-fn a_snapshot_has_gone_up_or_not() {
+fn a_snapshot_is_deleted_by_pull_or_not() {
     Scenario::new("delete up", "delete sn3 method=pull").options(SMALL).survives();
     Scenario::new("delete up below", "delete sn1 method=pull").survives();
     Scenario::new("delete up raw", "delete base method=pull").raw_base().survives();
@@ -37,14 +37,14 @@ fn a_snapshot_has_gone_up_or_not() {
 }
 
 #[test]
-fn what_stands_on_a_snapshot_has_come_down_or_not() {
+fn a_snapshot_is_deleted_by_commit_or_not() {
     Scenario::new("delete down", "delete sn1 method=commit").options(SMALL).survives();
     Scenario::new("delete down below", "delete sn2 method=commit").options(EXTENDED).survives();
     Scenario::new("delete down active", "delete sn3 method=commit").survives();
 }
 
 #[test]
-fn an_internal_snapshot_has_gone_or_not() {
+fn an_internal_snapshot_is_deleted_or_not() {
     Scenario::new("delete internal", "delete active@inner").inner(&["web"]).survives();
     Scenario::new("delete internal below", "delete sn2@inner").options(SMALL).inner(&["sn2"]).survives();
 }
@@ -62,7 +62,7 @@ fn a_disk_is_reverted_or_not() {
 }
 
 #[test]
-fn a_layer_is_put_elsewhere_or_not() {
+fn a_layer_is_rebased_or_not() {
     let elsewhere = |lab: &Lab| {
         lab.store.create("elsewhere.qcow2", SIZE / 2, "");
         lab.store.scribble("elsewhere.qcow2", "qcow2", 31);
@@ -81,7 +81,7 @@ fn a_layer_is_put_elsewhere_or_not() {
 }
 
 #[test]
-fn a_layer_has_another_name_below_it_or_not() {
+fn a_layer_names_another_backing_file_or_not() {
     let renamed = |lab: &Lab| {
         std::fs::copy(lab.store.path("sn1.qcow2"), lab.store.path("same.qcow2")).expect("a copy");
         lab.store.create("other.qcow2", SIZE, "");

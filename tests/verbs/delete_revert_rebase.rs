@@ -45,7 +45,7 @@ fn branch(lab: &Lab, layer: &str) {
 }
 
 #[test]
-fn a_snapshot_goes_up_into_everything_that_stands_on_it() {
+fn a_delete_by_pull_copies_a_snapshot_into_all_overlays() {
     for (number, kind) in kinds().enumerate() {
         for (depth, name) in (1..).zip(["sn1", "sn2", "sn3"]) {
             for has_two in
@@ -82,7 +82,7 @@ fn a_snapshot_goes_up_into_everything_that_stands_on_it() {
 }
 
 #[test]
-fn what_stands_on_a_snapshot_comes_down_into_it_and_keeps_its_name() {
+fn a_delete_by_commit_merges_the_overlay_and_keeps_its_name() {
     for (number, kind) in kinds().enumerate() {
         for name in ["base", "sn1", "sn2", "sn3"] {
             let depth = LAYERS.iter().position(|layer| *layer == name).unwrap();
@@ -123,7 +123,7 @@ fn what_stands_on_a_snapshot_comes_down_into_it_and_keeps_its_name() {
 }
 
 #[test]
-fn a_raw_base_takes_the_place_of_the_active_layer_that_is_all_above_it() {
+fn a_raw_base_takes_the_place_of_its_only_overlay() {
     let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
     for name in ["sn1", "sn2", "sn3"] {
         assert_done(&lab, &format!("delete {name}"));
@@ -135,7 +135,7 @@ fn a_raw_base_takes_the_place_of_the_active_layer_that_is_all_above_it() {
 }
 
 #[test]
-fn the_cheaper_way_is_taken_and_what_is_shared_goes_up_only() {
+fn the_cheaper_method_is_used_and_shared_layers_are_pulled() {
     let lab = Lab::new(Kind::PLAIN);
     // Much above, little in it.
     lab.store.io("web.qcow2", "qcow2", ["write -P 9 0 3M"]);
@@ -158,7 +158,7 @@ fn the_cheaper_way_is_taken_and_what_is_shared_goes_up_only() {
 }
 
 #[test]
-fn internal_snapshots_go_and_nothing_else_changes() {
+fn internal_snapshots_are_deleted_without_other_changes() {
     for kind in KINDS {
         let lab = Lab::new(Kind { inner: &["sn2", "web"], ..kind });
         lab.store.img(["snapshot", "-c", "second", "web.qcow2"]);
@@ -182,7 +182,7 @@ fn internal_snapshots_go_and_nothing_else_changes() {
 }
 
 #[test]
-fn what_cannot_be_deleted_says_why_and_stays() {
+fn an_impossible_delete_is_refused_with_a_reason() {
     let lab = Lab::new(Kind { inner: &["sn2"], ..Kind::PLAIN });
     branch(&lab, "base");
     for (command, kind, word) in [
@@ -228,7 +228,7 @@ fn what_cannot_be_deleted_says_why_and_stays() {
 }
 
 #[test]
-fn the_disk_becomes_what_a_snapshot_shows() {
+fn a_revert_resets_the_disk_to_a_snapshot() {
     for kind in KINDS {
         for (to, save) in [("sn3", None), ("sn1", None), ("base", Some("kept")), ("sn3", Some("kept"))] {
             let lab = Lab::new(kind);
@@ -287,7 +287,7 @@ fn internal_snapshots_are_applied_or_copied() {
 }
 
 #[test]
-fn clones_stand_on_what_they_show() {
+fn clones_are_backed_by_their_snapshot() {
     for kind in kinds() {
         let lab = Lab::new(Kind { inner: &["sn2", "web"], ..kind });
         let inner = lab.contents(&["sn2.qcow2@inner", "web.qcow2@inner"]);
@@ -316,7 +316,7 @@ fn clones_stand_on_what_they_show() {
 }
 
 #[test]
-fn a_golden_image_that_nobody_may_write_is_cloned_into_one_that_can_be() {
+fn a_read_only_golden_image_has_a_writable_clone() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("golden.qcow2", 2 << 20, "");
     lab.store.scribble("golden.qcow2", "qcow2", 5);
@@ -337,7 +337,7 @@ fn a_golden_image_that_nobody_may_write_is_cloned_into_one_that_can_be() {
 }
 
 #[test]
-fn a_layer_is_put_on_another_file_and_shows_what_it_did() {
+fn a_rebased_layer_keeps_its_bytes() {
     for kind in KINDS {
         for raw in [false, true] {
             let lab = Lab::new(kind);
@@ -380,7 +380,7 @@ fn a_layer_is_put_on_another_file_and_shows_what_it_did() {
 }
 
 #[test]
-fn a_backing_file_that_was_moved_is_found_again() {
+fn an_unsafe_rebase_names_a_moved_backing_file() {
     let lab = Lab::new(Kind::PLAIN);
     let before = lab.contents(&["web.qcow2", "sn3.qcow2", "sn2.qcow2"]);
     lab.store.dir("moved");
@@ -410,7 +410,7 @@ fn a_backing_file_that_was_moved_is_found_again() {
 }
 
 #[test]
-fn a_disk_grows_and_shrinks_and_nothing_of_what_lies_below_comes_back() {
+fn a_disk_grows_and_shrinks_without_showing_old_data() {
     for kind in kinds() {
         let size = kind.sizes[0] as usize;
         let lab = Lab::new(kind);
@@ -475,7 +475,7 @@ fn a_raw_disk_is_resized() {
 }
 
 #[test]
-fn what_is_open_is_neither_reverted_nor_shrunk_nor_put_elsewhere_by_name() {
+fn open_disks_are_neither_reverted_shrunk_nor_rebased_unsafely() {
     let lab = Lab::new(Kind { inner: &["sn2", "web"], ..Kind::PLAIN });
     let store = lab.open();
     let engine = Engine::new(&store);
@@ -595,7 +595,7 @@ fn commands_that_change_no_byte_of_a_disk_leave_its_bitmaps_in_force() {
 }
 
 #[test]
-fn what_is_so_already_is_done() {
+fn a_repeated_command_has_nothing_to_do() {
     let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
     let before = fs::read(lab.store.path("web.qcow2")).expect("the image");
     let absolute = format!("rebase base={}", lab.store.path("sn3.qcow2").display());
@@ -621,11 +621,7 @@ fn what_is_so_already_is_done() {
         let request = chainfs::ops::Request::parse_command(command.as_bytes()).expect("a command");
         let plan = engine.plan(Path::new("web"), &request).expect("a plan");
         assert!(plan.refusals.is_empty() && plan.bytes == 0, "{command}");
-        assert!(
-            plan.notes.iter().any(|note| note.contains("nothing is left to do")),
-            "{command}: {:?}",
-            plan.notes
-        );
+        assert!(plan.notes.iter().any(|note| note.contains("nothing to do")), "{command}: {:?}", plan.notes);
     }
     drop(disk);
     assert!(fs::read(lab.store.path("web.qcow2")).expect("the image") == before, "nothing was written");
@@ -636,7 +632,7 @@ fn what_is_so_already_is_done() {
 }
 
 #[test]
-fn holes_of_what_lies_below_take_no_space_and_no_time() {
+fn holes_of_lower_layers_cost_no_space_and_no_time() {
     const LARGE: u64 = 1 << 40;
     for (base, format) in [("thin.raw", "raw"), ("promised.qcow2", "qcow2")] {
         for command in ["pull", "rebase base=none", "clone copy from=active@inner", "delete sn1 method=pull"]
@@ -675,7 +671,7 @@ fn holes_of_what_lies_below_take_no_space_and_no_time() {
 /// A relative backing name is looked for from the directory of the name by which an image is reached: of
 /// several names only one may lead there, and by that one a header has to name it.
 #[test]
-fn what_finds_its_base_by_another_of_its_names_is_named_by_that() {
+fn an_image_that_finds_its_base_by_another_name_is_shown_by_it() {
     // The name that leads to base, the other one, and whether the former is a symbolic link to the latter.
     let cases = [
         ("b/mid.qcow2", "a/other.qcow2", false),
@@ -714,7 +710,7 @@ fn what_finds_its_base_by_another_of_its_names_is_named_by_that() {
 
 /// Whose name for a base does not count keeps it as it is, by whichever of his own names he finds it.
 #[test]
-fn what_an_uncounted_image_of_several_names_stands_on_is_not_changed() {
+fn the_base_of_an_uncounted_image_with_several_names_is_not_changed() {
     for other in ["a/other.qcow2", "z/other.qcow2"] {
         let store = support::Store::new();
         for name in ["a", "b", "base", "z"] {

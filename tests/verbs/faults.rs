@@ -159,7 +159,7 @@ fn a_snapshot_of_a_raw_leaf_that_fails_is_not_there() {
 }
 
 #[test]
-fn a_commit_that_fails_is_called_back_or_taken_up() {
+fn a_commit_that_fails_is_rolled_back_or_resumed() {
     sweep(&quiet("commit", "commit top=sn3 base=base"));
     sweep(&quiet("commit keep", "commit top=sn3 base=sn1 keep"));
     let raw = quiet("commit raw", "commit top=sn2 base=base");
@@ -167,7 +167,7 @@ fn a_commit_that_fails_is_called_back_or_taken_up() {
 }
 
 #[test]
-fn a_fall_that_fails_is_called_back_or_taken_up() {
+fn an_active_commit_that_fails_is_rolled_back_or_resumed() {
     sweep(&quiet("fall", "commit base=sn1"));
     let raw = quiet("fall raw", "commit base=base");
     sweep(&Scenario { kind: Kind { raw_base: true, ..raw.kind }, live: ("web.qcow2", "web.raw"), ..raw });
@@ -202,7 +202,7 @@ fn closed(name: &'static str, command: &'static str) -> Scenario {
 }
 
 #[test]
-fn a_revert_that_fails_leaves_the_disk_or_has_made_it_another() {
+fn a_revert_that_fails_leaves_the_old_disk_or_the_new_one() {
     sweep(&closed("revert", "revert to=sn1"));
     sweep(&closed("revert save", "revert to=sn2 save=kept"));
     sweep(&closed("revert apply", "revert to=active@inner save=then").inner(&["web"]));

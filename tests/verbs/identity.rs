@@ -191,7 +191,7 @@ fn copy(way: &str, from: &Path, to: &Path) {
 }
 
 #[test]
-fn a_copied_store_hides_what_is_spoilt_and_is_taken_up_like_the_original() {
+fn a_copied_store_hides_invalid_views_and_resumes_like_the_original() {
     for way in copies() {
         let commit = Commit::new();
         let place = commit.lab.store.beside("copy");
@@ -208,7 +208,7 @@ fn a_copied_store_hides_what_is_spoilt_and_is_taken_up_like_the_original() {
 }
 
 #[test]
-fn an_unfinished_commit_is_taken_up_where_it_was_begun() {
+fn an_unfinished_commit_is_resumed_where_it_was_begun() {
     let commit = Commit::new();
     commit.assert_hidden(&commit.root());
     assert_eq!(taken_up(&open(&commit.root())), None);
@@ -216,7 +216,7 @@ fn an_unfinished_commit_is_taken_up_where_it_was_begun() {
 }
 
 #[test]
-fn a_copy_in_which_a_file_is_another_is_not_taken_up() {
+fn a_copied_store_with_a_replaced_file_is_not_resumed() {
     let commit = Commit::new();
     let place = commit.lab.store.beside("copy");
     copy(copies()[0], &commit.root(), &place);
@@ -229,7 +229,7 @@ fn a_copy_in_which_a_file_is_another_is_not_taken_up() {
 
 #[test]
 // I1
-fn what_was_changed_in_its_place_is_not_taken_for_what_it_was() {
+fn a_file_changed_in_place_is_not_the_recorded_one() {
     // The same file, by all that the file system says of it.
     let commit = Commit::new();
     let base = fs::File::options().write(true).open(commit.lab.store.path("base.raw")).unwrap();
@@ -350,7 +350,7 @@ fn a_guest_may_have_rewritten_the_new_active_disk_before_the_crash() {
 }
 
 #[test]
-fn what_others_have_put_on_something_else_stays_there() {
+fn a_layer_rebased_by_another_process_stays_rebased() {
     for (is_copied, other) in [(true, "other.qcow2"), (true, ""), (false, "other.qcow2"), (false, "")] {
         let lab = Lab::new(Kind::PLAIN);
         lab.store.create("other.qcow2", SIZE, "");
@@ -367,7 +367,7 @@ fn what_others_have_put_on_something_else_stays_there() {
 
 #[test]
 // J5
-fn a_command_that_is_taken_up_asks_all_refusals_again() {
+fn a_resumed_command_checks_all_refusals_again() {
     // Somebody has come to stand on what is written.
     let commit = Commit::new();
     commit.lab.store.overlay("second.qcow2", "base.raw", "raw", "");
@@ -419,7 +419,7 @@ fn restore(lab: &Lab, name: &str, bytes: &[u8], written: std::time::SystemTime) 
 }
 
 #[test]
-fn a_pull_that_is_taken_up_asks_again_and_removes_no_other_file() {
+fn a_resumed_pull_checks_again_and_removes_no_other_file() {
     let lab = Lab::new(Kind::PLAIN);
     let before = lab.contents(&["sn3.qcow2", "web.qcow2"]);
     pull(&lab, &["sn2.qcow2"]);
@@ -440,7 +440,7 @@ fn a_pull_that_is_taken_up_asks_again_and_removes_no_other_file() {
 }
 
 #[test]
-fn a_snapshot_that_is_taken_up_asks_again() {
+fn a_resumed_snapshot_checks_again() {
     let lab = Lab::new(Kind::PLAIN);
     let overlay = ".chainfs-184f2a3b4c5d6e7f-1-0-0.new";
     lab.store.overlay_sized(overlay, "monday.qcow2", "qcow2", SIZE);
@@ -470,7 +470,7 @@ fn a_snapshot_that_is_taken_up_asks_again() {
 }
 
 #[test]
-fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
+fn a_name_that_has_gained_overlays_is_not_removed() {
     let lab = support::Store::new();
     let shows = |name: &str| fs::read(lab.try_oracle(Path::new(name), "qcow2", None).unwrap()).unwrap();
     lab.raw("vm.raw", SIZE, 5);
@@ -520,7 +520,7 @@ fn a_name_that_others_have_come_to_stand_on_is_not_taken_away() {
 
 #[test]
 // J4
-fn an_intent_that_nobody_understands_hides_all_it_could_have_spoilt() {
+fn an_unknown_intent_hides_all_views_it_may_have_invalidated() {
     let spoil: [Spoiling; 6] = [
         ("cut", |path| {
             let text = fs::read(path).unwrap();
@@ -584,7 +584,7 @@ fn a_directory_of_intents_that_cannot_be_listed_hides_everything() {
 }
 
 #[test]
-fn recover_shows_and_does_what_is_possible() {
+fn recover_shows_and_resumes_intents() {
     let commit = Commit::new();
     let recover =
         |args: &[&str]| tool(chainfs_binary()).arg("recover").args(args).arg(commit.root()).outcome();
@@ -681,7 +681,7 @@ fn with_trash() -> StoreOptions {
 }
 
 #[test]
-fn what_cannot_go_to_the_trash_is_not_removed() {
+fn a_file_that_cannot_go_to_the_trash_is_not_removed() {
     let lab = Lab::new(Kind::PLAIN);
     let before = lab.contents(&["sn2.qcow2", "web.qcow2"]);
     let root = lab.store.root();
@@ -697,7 +697,7 @@ fn what_cannot_go_to_the_trash_is_not_removed() {
 }
 
 #[test]
-fn what_stands_on_something_that_was_written_since_says_so() {
+fn an_overlay_of_a_changed_base_is_reported() {
     let lab = Lab::new(Kind::PLAIN);
     let store = Store::open(&lab.store.root(), with_trash()).unwrap();
     let done = |command: &str| {
@@ -733,7 +733,7 @@ fn what_stands_on_something_that_was_written_since_says_so() {
 }
 
 #[test]
-fn what_a_command_does_not_keep_is_said_before_and_after() {
+fn losses_of_a_command_are_reported_before_and_after() {
     let lab = Lab::new(Kind { inner: &["sn2"], ..Kind::PLAIN });
     let store = Store::open(&lab.store.root(), with_trash()).unwrap();
     let plan = |command: &str| {
@@ -755,7 +755,7 @@ fn what_a_command_does_not_keep_is_said_before_and_after() {
 }
 
 #[test]
-fn bitmaps_that_cannot_be_read_are_not_none() {
+fn unreadable_bitmaps_do_not_count_as_none() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.img(["bitmap", "--add", "sn3.qcow2", "b0"]);
     let info =
@@ -775,7 +775,7 @@ fn bitmaps_that_cannot_be_read_are_not_none() {
 }
 
 #[test]
-fn a_command_that_cannot_note_its_end_is_refused_before_it_writes() {
+fn a_command_that_cannot_record_its_end_is_refused() {
     for command in ["commit base=base", "delete base"] {
         let lab = Lab::new(Kind { raw_base: true, ..Kind::PLAIN });
         lab.store.dir(".chainfs");
@@ -792,7 +792,7 @@ fn a_command_that_cannot_note_its_end_is_refused_before_it_writes() {
 }
 
 #[test]
-fn what_has_another_name_or_is_only_read_is_not_marked() {
+fn hard_linked_and_read_only_layers_are_not_marked() {
     for (command, left) in
         [("pull into=sn3 base=base", "sn2"), ("rebase layer=sn3 base=base", "sn2"), ("revert to=sn1", "sn3")]
     {
@@ -818,7 +818,7 @@ fn what_has_another_name_or_is_only_read_is_not_marked() {
 }
 
 #[test]
-fn a_note_that_others_could_have_written_hides_and_is_not_carried_out() {
+fn an_untrusted_intent_hides_views_and_is_not_resumed() {
     let spoils: [Spoiling; 3] = [
         ("everybody may write the directory", |root| {
             fs::set_permissions(root.join(".chainfs"), fs::Permissions::from_mode(0o777)).unwrap();
@@ -851,7 +851,7 @@ fn a_note_that_others_could_have_written_hides_and_is_not_carried_out() {
 }
 
 #[test]
-fn a_note_of_another_hides_nobodys_images() {
+fn an_untrusted_intent_hides_no_image_of_other_users() {
     let commit = Commit::new();
     let intents = commit.lab.store.path(".chainfs/intents");
     tool("chown").args(["-R", "2001"]).arg(&intents).succeeds();

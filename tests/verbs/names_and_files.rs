@@ -40,7 +40,7 @@ fn names_with_a_colon_are_file_names() {
 }
 
 #[test]
-fn what_has_the_name_already_is_left_alone_whatever_it_is() {
+fn a_file_that_has_the_name_already_is_kept() {
     let lab = Lab::new(Kind::PLAIN);
     let before = lab.content("web.qcow2");
     std::os::unix::fs::symlink("nowhere", lab.store.path("monday.qcow2")).unwrap();
@@ -63,7 +63,7 @@ fn disks_of_one_directory_do_not_get_one_name() {
 }
 
 #[test]
-fn no_file_gets_a_name_by_which_it_is_read_otherwise() {
+fn no_file_gets_a_name_that_changes_its_format() {
     for command in ["snapshot sn file=over.raw", "snapshot sn file=over.img", "snapshot sn file=over.invalid"]
     {
         let lab = Lab::new(Kind::PLAIN);
@@ -79,7 +79,7 @@ fn no_file_gets_a_name_by_which_it_is_read_otherwise() {
 }
 
 #[test]
-fn a_raw_base_falls_to_a_name_by_which_it_is_raw() {
+fn a_raw_base_takes_a_name_by_which_it_is_raw() {
     for base in ["base.bak", "base", "base.qcow2"] {
         let lab = Lab::new(Kind::PLAIN);
         lab.store.raw(base, 2 * MIB, 5);
@@ -98,7 +98,7 @@ fn a_raw_base_falls_to_a_name_by_which_it_is_raw() {
 }
 
 #[test]
-fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
+fn a_base_that_grows_shows_nothing_of_the_layers_below() {
     for sizes in [[4 * MIB, 2 * MIB, 4 * MIB, 4 * MIB, 5 * MIB], [4 * MIB, MIB, 3 * MIB, 2 * MIB, 4 * MIB]] {
         for options in ["", "compat=0.10", "cluster_size=2M"] {
             for command in
@@ -115,7 +115,7 @@ fn a_shorter_base_that_grows_shows_nothing_of_what_is_below_it() {
 }
 
 #[test]
-fn a_data_file_on_which_others_stand_is_not_written() {
+fn a_data_file_that_backs_others_is_not_written() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("low.qcow2", 2 * MIB, "data_file=d.raw,data_file_raw=on");
     lab.store.scribble("low.qcow2", "qcow2", 3);
@@ -139,7 +139,7 @@ fn a_data_file_with_another_name_is_not_written() {
 }
 
 #[test]
-fn a_disk_that_grows_while_it_falls_loses_nothing() {
+fn a_disk_that_grows_during_an_active_commit_loses_nothing() {
     let lab = Lab::new(Kind::PLAIN);
     let store = lab.open();
     let catalog = store.catalog();
@@ -181,7 +181,7 @@ fn named(lab: &Lab, name: &str) -> FileRef {
 }
 
 #[test]
-fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
+fn a_base_that_keeps_its_name_is_hidden_while_invalid() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.raw("vm.raw", 2 * MIB, 5);
     lab.store.overlay("vm.qcow2", "vm.raw", "raw", "");
@@ -203,7 +203,7 @@ fn a_base_that_keeps_its_name_is_hidden_while_it_is_spoilt() {
 }
 
 #[test]
-fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
+fn a_commit_whose_top_was_removed_is_not_complete() {
     let lab = Lab::new(Kind::PLAIN);
     let deed = Operation::Commit(CommitOperation {
         top: named(&lab, "sn2.qcow2"),
@@ -228,7 +228,7 @@ fn a_commit_whose_top_was_taken_away_is_not_taken_for_done() {
 }
 
 #[test]
-fn a_snapshot_that_is_taken_up_replaces_no_other_file() {
+fn a_resumed_snapshot_replaces_no_other_file() {
     let lab = Lab::new(Kind::PLAIN);
     let name = ".chainfs-184f2a3b4c5d6e7f-1-0-0.new";
     lab.store.overlay_sized(name, "monday.qcow2", "qcow2", 4 * MIB);
@@ -274,7 +274,7 @@ fn a_frozen_leaf_stays_frozen_when_it_is_merged_down() {
 }
 
 #[test]
-fn a_pull_that_cannot_go_on_leaves_the_chain_free() {
+fn a_failed_pull_unlocks_the_chain() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.create("gone.qcow2", MIB, "");
     let deed = Operation::Pull(PullOperation {
@@ -323,7 +323,7 @@ fn an_internal_snapshot_is_of_one_disk() {
 }
 
 #[test]
-fn notes_that_cannot_be_read_are_not_written_over() {
+fn an_unreadable_freeze_list_is_not_overwritten() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.raw("disk.raw", MIB, 7);
     lab.store.dir(".chainfs");

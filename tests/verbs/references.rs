@@ -82,7 +82,7 @@ fn chains(mount: &Mount) -> Vec<String> {
 
 /// The overlay is damaged so, and what it stands on is known all the same.
 #[test]
-fn an_overlay_with_any_bad_field_still_stands_on_its_base() {
+fn an_overlay_with_any_bad_field_still_uses_its_base() {
     type Harm = fn(&Damage);
     let harms: [(&str, Harm); 9] = [
         ("version", |image| image.put_u32(header::VERSION, 4)),
@@ -108,7 +108,7 @@ fn an_overlay_with_any_bad_field_still_stands_on_its_base() {
 }
 
 #[test]
-fn an_extension_that_stands_twice_is_read_as_qemu_reads_it() {
+fn a_repeated_extension_is_read_as_qemu_reads_it() {
     let store = store_with_top();
     let top = Damage::to(store.path("top.qcow2"));
     let at = u64::from(top.u32(header::HEADER_LEN));
@@ -140,7 +140,7 @@ fn an_extension_that_stands_twice_is_read_as_qemu_reads_it() {
 /// written nor changed, whoever it is is named, and one option ends it.
 #[test]
 // S3
-fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherwise() {
+fn an_unreadable_image_may_use_any_layer_until_its_format_is_stated() {
     type Lay = fn(&Store);
     let cases: [(&str, &str, Lay); 9] = [
         ("lost.qcow2", "lost magic and all", |store| {
@@ -212,7 +212,7 @@ fn whoever_cannot_be_understood_may_stand_on_anything_until_the_user_says_otherw
 /// Names that are not followed to read by them, but that mean base.qcow2.
 #[test]
 // S3
-fn a_name_that_is_not_followed_counts_for_what_it_means() {
+fn an_unresolved_name_counts_for_its_target() {
     let names = |store: &Store| {
         let root = store.root().display().to_string();
         [
@@ -254,7 +254,7 @@ fn a_name_that_is_not_followed_counts_for_what_it_means() {
 }
 
 #[test]
-fn an_overlay_that_is_reached_by_an_absolute_link_keeps_its_base_from_a_commit() {
+fn an_overlay_behind_an_absolute_link_protects_its_base() {
     let store = store_with_base();
     store.overlay("s1.qcow2", "base.qcow2", "qcow2", "");
     store.io("s1.qcow2", "qcow2", ["write -q -P 3 0 1M"]);
@@ -269,7 +269,7 @@ fn an_overlay_that_is_reached_by_an_absolute_link_keeps_its_base_from_a_commit()
 
 /// What bears a header of qcow2 and is called raw may be run as either.
 #[test]
-fn a_header_in_a_raw_disk_counts_unless_it_is_known_to_be_the_guests() {
+fn a_header_in_a_raw_disk_counts_unless_the_guest_wrote_it() {
     for name in ["top.raw", "top.img"] {
         let store = store_with_top();
         fs::rename(store.path("top.qcow2"), store.path(name)).expect("a move");
@@ -299,7 +299,7 @@ fn a_header_in_a_raw_disk_counts_unless_it_is_known_to_be_the_guests() {
 
 /// Everything that stands in a header of another format is a name of somebody who must not change.
 #[test]
-fn images_of_other_programs_keep_what_they_need() {
+fn images_of_other_programs_protect_their_parents() {
     for (format, options) in [("qcow", ""), ("qed", ""), ("vmdk", "")] {
         let store = store_with_base();
         let name = format!("top.{format}");
@@ -372,7 +372,7 @@ fn an_unreadable_image_is_never_raw_and_info_fails() {
 }
 
 #[test]
-fn a_file_that_is_empty_or_shorter_than_a_header_stands_on_nothing() {
+fn a_file_shorter_than_a_header_has_no_backing_file() {
     let store = store_with_base();
     store.put("empty.qcow2", b"");
     store.put("short.qcow2", &[7; 71]);
@@ -383,7 +383,7 @@ fn a_file_that_is_empty_or_shorter_than_a_header_stands_on_nothing() {
 // ---- a mount in a mount, and a store in a store --------------------------------------------------
 
 #[test]
-fn a_store_in_a_marked_store_counts_who_uses_its_images_from_outside() {
+fn a_nested_store_counts_users_in_the_outer_store() {
     let store = Store::new();
     store.dir("sub");
     store.create("sub/base.qcow2", MIB, "");
@@ -431,7 +431,7 @@ fn a_file_system_mounted_in_the_store_is_part_of_it() {
 }
 
 #[test]
-fn names_of_an_image_that_is_named_by_a_link_are_meant_from_the_link() {
+fn names_in_an_image_behind_a_link_are_relative_to_the_link() {
     let store = store_with_base();
     store.dir("sub");
     store.create("sub/top.qcow2", MIB, "");
@@ -510,7 +510,7 @@ fn a_file_once_seen_without_the_magic_never_becomes_qcow2_by_its_content() {
 }
 
 #[test]
-fn a_running_mount_takes_no_guests_word_and_shows_overlays_that_are_made_meanwhile() {
+fn a_running_mount_ignores_guest_headers_and_shows_new_overlays() {
     let store = Store::new();
     let header = stolen_header(&store);
     store.raw("disk", MIB, 5);
@@ -547,7 +547,7 @@ fn a_store_copied_as_a_whole_still_knows_its_raw_disks() {
 }
 
 #[test]
-fn a_damaged_list_of_raw_disks_lets_no_content_decide_and_is_a_problem() {
+fn a_damaged_freeze_list_is_a_problem_and_no_content_decides() {
     let store = Store::new();
     store.create("vm", MIB, "");
     store.create("web.qcow2", MIB, "");
@@ -562,7 +562,7 @@ fn a_damaged_list_of_raw_disks_lets_no_content_decide_and_is_a_problem() {
 }
 
 #[test]
-fn only_a_mount_that_may_write_notes_anything() {
+fn a_read_only_mount_writes_no_list() {
     let store = Store::new();
     store.raw("disk", MIB, 5);
     Mount::with(&store, "ro").umount();
@@ -604,7 +604,7 @@ fn standalone_can_be_said_in_the_configuration_and_on_the_command_line() {
 }
 
 #[test]
-fn a_mount_shows_what_is_not_written_and_why() {
+fn a_mount_shows_read_only_images_with_the_reason() {
     let store = store_with_base();
     store.put("lost.qcow2", &[1; 4096]);
     let mount = Mount::new(&store);
@@ -625,7 +625,7 @@ fn a_mount_shows_what_is_not_written_and_why() {
 
 /// A file that cannot be opened, by somebody who is not root.
 #[test]
-fn what_may_not_be_opened_may_stand_on_anything() {
+fn an_image_that_may_not_be_opened_may_use_any_layer() {
     let store = store_with_top();
     fs::set_permissions(store.path("top.qcow2"), fs::Permissions::from_mode(0o000)).unwrap();
     fs::set_permissions(store.beside(""), fs::Permissions::from_mode(0o755)).unwrap();
@@ -649,7 +649,7 @@ fn what_may_not_be_opened_may_stand_on_anything() {
 }
 
 #[test]
-fn a_link_to_a_file_of_the_store_that_is_gone_claims_nothing() {
+fn a_dangling_link_uses_no_layer() {
     let store = Store::new();
     store.create("vm.qcow2", MIB, "");
     std::os::unix::fs::symlink(store.path("gone.qcow2"), store.path("link.qcow2")).unwrap();

@@ -59,7 +59,7 @@ fn a_deleted_snapshot_comes_back_with_its_bytes_and_stays_frozen() {
 }
 
 #[test]
-fn what_stands_on_trash_comes_back_after_it() {
+fn an_overlay_of_a_trashed_layer_is_restored_after_it() {
     let lab = Lab::new(Kind::PLAIN);
     let before = lab.contents(&["sn2.qcow2", "sn1.qcow2", "web.qcow2"]);
     let store = open(&lab, Some(WEEK));
@@ -75,7 +75,7 @@ fn what_stands_on_trash_comes_back_after_it() {
 }
 
 #[test]
-fn what_a_revert_replaces_comes_back_under_another_name() {
+fn a_disk_replaced_by_a_revert_is_restored_under_another_name() {
     let lab = Lab::new(Kind::PLAIN);
     let web = lab.content("web.qcow2");
     let store = open(&lab, Some(WEEK));
@@ -91,7 +91,7 @@ fn what_a_revert_replaces_comes_back_under_another_name() {
 
 #[test]
 // T1
-fn what_would_show_something_else_goes_before_it_does() {
+fn trash_that_would_become_invalid_is_removed_first() {
     let lab = Lab::new(Kind::PLAIN);
     let store = open(&lab, Some(WEEK));
     done(&store, "delete sn2 method=pull");
@@ -111,7 +111,7 @@ fn what_would_show_something_else_goes_before_it_does() {
 }
 
 #[test]
-fn without_the_option_nothing_is_kept_and_what_is_too_old_goes() {
+fn without_the_option_nothing_is_kept_and_old_items_are_removed() {
     let lab = Lab::new(Kind::PLAIN);
     done(&open(&lab, None), "delete sn2 method=pull");
     assert!(!lab.store.path(".chainfs/trash").exists());

@@ -62,7 +62,7 @@ fn inner(store: &Arc<Store>, place: usize) -> chainfs::error::Result<Arc<OpenDis
 }
 
 #[test]
-fn who_has_one_internal_snapshot_open_sees_nothing_of_another_that_goes() {
+fn readers_of_an_internal_snapshot_do_not_notice_a_deletion() {
     let lab = with_two();
     let store = open(&lab, false);
     let disk = guest(&store, "web");
@@ -77,7 +77,7 @@ fn who_has_one_internal_snapshot_open_sees_nothing_of_another_that_goes() {
 }
 
 #[test]
-fn an_internal_snapshot_in_the_place_of_one_that_is_gone_is_itself() {
+fn a_new_internal_snapshot_is_not_taken_for_a_deleted_one() {
     let lab = with_two();
     let store = open(&lab, false);
     let disk = guest(&store, "web");
@@ -91,7 +91,7 @@ fn an_internal_snapshot_in_the_place_of_one_that_is_gone_is_itself() {
 }
 
 #[test]
-fn an_internal_snapshot_that_is_gone_is_not_opened_by_old_news() {
+fn a_deleted_internal_snapshot_is_not_opened_from_a_stale_scan() {
     let lab = with_two();
     let store = open(&lab, false);
     let catalog = store.catalog();
@@ -132,7 +132,7 @@ fn while_at_work(
 }
 
 #[test]
-fn a_disk_that_grows_during_a_command_shows_zeroes_whatever_lies_below_then() {
+fn a_disk_that_grows_during_a_command_shows_zeroes() {
     let size = 8 << 20;
     for (version, command) in [
         ("compat=1.1,cluster_size=4k", "rebase base=full.qcow2"),
@@ -169,7 +169,7 @@ fn a_disk_that_grows_during_a_command_shows_zeroes_whatever_lies_below_then() {
 }
 
 #[test]
-fn what_a_guest_discards_behind_a_fill_stays_zero() {
+fn a_range_discarded_behind_a_fill_stays_zero() {
     for delay in [0, 5, 20, 60] {
         let lab = Lab::new(Kind::PLAIN);
         lab.store.create("empty.qcow2", 24 << 20, "");
@@ -233,7 +233,7 @@ fn a_disk_that_others_use_is_neither_reverted_nor_shrunk() {
 }
 
 #[test]
-fn only_the_name_is_not_changed_under_another_chain() {
+fn an_unsafe_rebase_of_a_shared_layer_is_refused() {
     let lab = Lab::new(Kind::PLAIN);
     lab.store.overlay("clone.qcow2", "sn2.qcow2", "qcow2", "");
     lab.store.create("other.qcow2", 4 << 20, "");
@@ -271,7 +271,7 @@ fn taken_up(
 }
 
 #[test]
-fn what_a_leaf_stood_on_stays_frozen_though_its_deletion_was_cut_off() {
+fn the_base_of_a_leaf_stays_frozen_after_an_interrupted_delete() {
     let lab = Lab::new(Kind::PLAIN);
     done(&open(&lab, false), "web", "revert to=sn1 save=kept");
     let store = open(&lab, false);
@@ -288,7 +288,7 @@ fn what_a_leaf_stood_on_stays_frozen_though_its_deletion_was_cut_off() {
 }
 
 #[test]
-fn what_a_revert_has_put_aside_when_it_was_killed_goes_to_the_trash() {
+fn a_disk_replaced_by_a_killed_revert_goes_to_the_trash() {
     let lab = Lab::new(Kind::PLAIN);
     let web = lab.content("web.qcow2");
     let store = open(&lab, true);
@@ -322,7 +322,7 @@ fn what_a_revert_has_put_aside_when_it_was_killed_goes_to_the_trash() {
 }
 
 #[test]
-fn the_trash_keeps_nobody_from_deleting() {
+fn the_trash_never_blocks_a_delete() {
     // On another file system.
     let lab = Lab::new(Kind::PLAIN);
     let place = lab.store.path("sub");
@@ -356,7 +356,7 @@ fn the_trash_keeps_nobody_from_deleting() {
 }
 
 #[test]
-fn nothing_comes_back_from_the_trash_as_what_it_is_not() {
+fn nothing_invalid_is_restored_from_the_trash() {
     let lab = Lab::new(Kind::PLAIN);
     let store = open(&lab, true);
     done(&store, "web", "delete sn2 method=pull");
@@ -372,7 +372,7 @@ fn nothing_comes_back_from_the_trash_as_what_it_is_not() {
 }
 
 #[test]
-fn layers_outside_of_the_store_are_stood_on_like_others() {
+fn layers_outside_of_the_store_back_images_like_others() {
     let outside = Lab::new(Kind::PLAIN);
     let far = outside.store.path("base.qcow2");
     let with_far = |trash| StoreOptions { backing_dirs: vec![outside.store.root()], ..options(trash) };
@@ -389,7 +389,7 @@ fn layers_outside_of_the_store_are_stood_on_like_others() {
 }
 
 #[test]
-fn the_one_image_of_a_mount_is_not_deleted() {
+fn the_image_of_a_single_image_mount_is_not_deleted() {
     let lab = Lab::new(Kind::PLAIN);
     fs::create_dir(lab.store.path(".chainfs")).unwrap();
     done(&open(&lab, false), "web", "revert to=sn1 save=kept");
@@ -399,7 +399,7 @@ fn the_one_image_of_a_mount_is_not_deleted() {
 }
 
 #[test]
-fn nobody_writes_a_disk_while_what_it_will_be_is_copied() {
+fn a_disk_is_not_written_while_its_replacement_is_copied() {
     let lab = Lab::slow(false);
     lab.store.img(["snapshot", "-c", "inner", "sn2.qcow2"]);
     let want = lab.content("sn2.qcow2@inner");

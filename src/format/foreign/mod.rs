@@ -1,7 +1,7 @@
-//! Images of other programs: what they are called, by what they are known, and what they stand on.
+//! Images of other programs: their formats, how they are probed, and the files that they need.
 //!
-//! Nothing of them is read but the names of the files that they need: whoever is needed by one of them must
-//! not change. Pure over a reader of bytes; every length is bounded, and nonsense is [`Parents::Unknown`],
+//! Only the names of the files that they need are read: a file that one of them needs must not change. Pure
+//! functions over a reader of bytes; every length is bounded, and malformed bytes give [`Parents::Unknown`],
 //! never a panic.
 
 mod vhd;
@@ -12,7 +12,7 @@ use std::path::Path;
 
 use super::bytes::{be_u32, be_u64, le_u32, le_u64};
 
-/// A format that chainfs knows and does not read.
+/// A format that chainfs recognises and does not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ForeignFormat {
     /// `VMware`'s.
@@ -33,19 +33,19 @@ pub enum ForeignFormat {
     Dmg,
 }
 
-/// Bytes of a file's start with which [`probe`] is content.
+/// How many bytes of a file's start [`probe`] needs.
 pub const PROBE_LEN: usize = 512;
-/// Longest name that is read; QEMU's limit for those of its own formats.
+/// Longest name that is read; QEMU's limit for its own formats.
 const MAX_NAME_LEN: u64 = 1023;
 
 /// The files that an image needs besides itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Parents {
-    /// None, or only images of a foreign format, which nobody changes here.
+    /// None, or only images of a foreign format, which chainfs never changes.
     None,
-    /// Those of these names, as they stand there.
+    /// The files of these names, as written in the image.
     Named(Vec<Vec<u8>>),
-    /// It cannot be told.
+    /// Unknown.
     Unknown,
 }
 
@@ -67,7 +67,7 @@ impl ForeignFormat {
         }
     }
 
-    /// The format that a file's name promises.
+    /// The format that a file's extension indicates.
     pub fn of_name(path: &Path) -> Option<Self> {
         let extension = path.extension()?.to_str()?.to_ascii_lowercase();
         Some(match extension.as_str() {
@@ -84,7 +84,7 @@ impl ForeignFormat {
     }
 }
 
-/// The foreign format that a file's first bytes tell of.
+/// The foreign format that a file's first bytes indicate.
 pub fn probe(head: &[u8]) -> Option<ForeignFormat> {
     let starts = |magic: &[u8]| head.starts_with(magic);
     let kind = if starts(b"KDMV") || starts(b"COWD") || vmdk::is_descriptor(head) {
@@ -107,7 +107,7 @@ pub fn probe(head: &[u8]) -> Option<ForeignFormat> {
     Some(kind)
 }
 
-/// The files that an image of that kind needs, of a file of `len` bytes.
+/// The files that an image of that format needs, of a file of `len` bytes.
 pub fn parents<E>(kind: ForeignFormat, len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
     match kind {
         ForeignFormat::Vmdk => vmdk::parents(len, read),
@@ -115,13 +115,13 @@ pub fn parents<E>(kind: ForeignFormat, len: u64, read: &mut ReadAt<'_, E>) -> Re
         ForeignFormat::Vpc => vhd::parents(len, read),
         ForeignFormat::Qed => qed(len, read),
         ForeignFormat::Qcow => qcow(len, read),
-        // Their parents are named by numbers, if at all, and are of their own format.
+        // Their parents are identified by numbers, if at all, and are of their own format.
         ForeignFormat::Vdi | ForeignFormat::Parallels | ForeignFormat::Dmg => Ok(Parents::None),
     }
 }
 
-/// What an image stands on whose header is qcow2's but for something that makes no sense: in all versions the
-/// name of the backing file is found in the same way.
+/// The backing file of an image whose header is qcow2's with an error: in all versions the name of the
+/// backing file is found in the same way.
 pub fn qcow<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
     let head = bytes(0, 20, read)?;
     if head.len() < 20 {
@@ -130,7 +130,7 @@ pub fn qcow<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
     named(be_u64(&head, 8), be_u32(&head, 16).into(), len, read)
 }
 
-/// Whether bytes without qcow2's magic are a qcow2 header otherwise.
+/// Whether bytes without qcow2's magic are otherwise a qcow2 header.
 pub fn is_qcow2_but_for_magic(head: &[u8]) -> bool {
     head.len() >= 72 && matches!(be_u32(head, 4), 1..=3) && matches!(be_u32(head, 20), 9..=21)
 }
@@ -147,7 +147,7 @@ fn qed<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
     named(le_u32(&head, 56).into(), le_u32(&head, 60).into(), len, read)
 }
 
-/// The name at that place of the file.
+/// The name at that offset of the file.
 fn named<E>(at: u64, name_len: u64, len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
     if at == 0 || name_len == 0 {
         return Ok(Parents::None);
@@ -156,7 +156,7 @@ fn named<E>(at: u64, name_len: u64, len: u64, read: &mut ReadAt<'_, E>) -> Resul
         return Ok(Parents::Unknown);
     }
     let mut name = bytes(at, name_len, read)?;
-    // QEMU takes it up to the first NUL.
+    // QEMU reads it up to the first NUL.
     name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
     Ok(if name.is_empty() { Parents::Unknown } else { Parents::Named(vec![name]) })
 }
@@ -169,7 +169,7 @@ fn bytes<E>(at: u64, len: u64, read: &mut ReadAt<'_, E>) -> Result<Vec<u8>, E> {
     Ok(found)
 }
 
-/// A name in UTF-16; what cannot be told is replaced.
+/// A name in UTF-16; invalid code units are replaced.
 fn utf16(units: impl Iterator<Item = u16>) -> Vec<u8> {
     let units = units.take_while(|unit| *unit != 0);
     char::decode_utf16(units)

@@ -123,7 +123,7 @@ fn the_files_that_a_foreign_image_needs_are_read() {
 }
 
 #[test]
-fn a_name_that_cannot_be_is_unknown() {
+fn an_impossible_name_is_unknown() {
     let mut lost = qcow1();
     put(&mut lost, 8, &5000_u64.to_be_bytes());
     assert_eq!(look(&lost).1, Parents::Unknown);
@@ -133,9 +133,9 @@ fn a_name_that_cannot_be_is_unknown() {
     assert_eq!(look(&qed()[..20]).1, Parents::Unknown);
 }
 
-/// Whatever the bytes are, an answer comes, soon, and without a panic.
+/// For any bytes there is an answer, in bounded time and without a panic.
 #[test]
-fn damaged_headers_are_read_without_harm() {
+fn damaged_headers_are_read_without_a_panic() {
     let mut state = 0x2545_F491_4F6C_DD1D_u64;
     let mut random = move || {
         state ^= state << 13;

@@ -1,13 +1,13 @@
-//! VHD: the names of the parent of a differencing disk. That is a VHD itself, so that what cannot be told
-//! harms nobody.
+//! VHD: the names of the parent of a differencing disk. The parent is a VHD itself, which chainfs never
+//! changes, so an unknown name does no harm.
 
 use super::super::bytes::{be_u32, be_u64};
 use super::{Parents, ReadAt, bytes, utf16};
 
-/// Where the copy of the footer says of what type the disk is, and of one that differs from a parent.
+/// Offset of the disk type in the copy of the footer, and the type of a differencing disk.
 const TYPE_AT: usize = 60;
 const DIFFERENCING: u32 = 4;
-/// Bytes of a locator's name, at most.
+/// Maximum length of a locator's name.
 const MAX_LOCATOR_LEN: u32 = 4096;
 
 pub(super) fn parents<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {

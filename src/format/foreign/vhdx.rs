@@ -1,5 +1,5 @@
-//! VHDX: the names in the parent locator of a differencing disk. The parent is a VHDX itself, so that what
-//! cannot be told harms nobody.
+//! VHDX: the names in the parent locator of a differencing disk. The parent is a VHDX itself, which chainfs
+//! never changes, so an unknown name does no harm.
 
 use super::super::bytes::{le_u16, le_u32, le_u64};
 use super::{Parents, ReadAt, bytes, utf16};
@@ -10,7 +10,7 @@ const METADATA_REGION: [u8; 16] =
     [0x06, 0xa2, 0x7c, 0x8b, 0x90, 0x47, 0x9a, 0x4b, 0xb8, 0xfe, 0x57, 0x5f, 0x05, 0x0f, 0x88, 0x6e];
 const PARENT_LOCATOR: [u8; 16] =
     [0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab, 0x0c];
-/// Bytes of a parent locator, at most.
+/// Maximum length of a parent locator.
 const MAX_LOCATOR_LEN: u32 = 1 << 20;
 
 pub(super) fn parents<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, E> {
@@ -29,7 +29,7 @@ pub(super) fn parents<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, 
     Ok(located(&locator))
 }
 
-/// The entry of 32 bytes that begins with `id`, of a table at `at`: its count is at `count`, entries from
+/// The entry of 32 bytes that begins with `id`, of a table at `at`: its count is at `count`, entries start at
 /// `first`.
 fn entry<E>(
     at: u64,

@@ -1,14 +1,14 @@
-//! vmdk: sparse files with a descriptor in them, ESX' older ones, and descriptors by themselves.
+//! VMDK: sparse files with an embedded descriptor, older ones of ESX, and descriptors by themselves.
 
 use super::super::bytes::{le_u32, le_u64};
 use super::{Parents, ReadAt, bytes};
 
 /// Longest descriptor that is read; QEMU's limit.
 const MAX_DESCRIPTOR_LEN: u64 = 1 << 20;
-/// Most names that are kept of one descriptor.
+/// Maximum number of names that are kept of one descriptor.
 const MAX_NAMES: usize = 4096;
 
-/// Whether a file begins as a descriptor does: comments, and then its version.
+/// Whether a file begins as a descriptor: comments, and then its version.
 pub(super) fn is_descriptor(head: &[u8]) -> bool {
     if head.starts_with(b"# Disk DescriptorFile") {
         return true;
@@ -43,7 +43,7 @@ pub(super) fn parents<E>(len: u64, read: &mut ReadAt<'_, E>) -> Result<Parents, 
     Ok(described(&text))
 }
 
-/// An older one names its parent in its header.
+/// An older file names its parent in its header.
 fn esx(head: &[u8]) -> Parents {
     const IS_ROOT: u32 = 1;
     if head.len() < 1056 {
@@ -68,7 +68,7 @@ fn described(text: &[u8]) -> Parents {
         if !is_extent && !line.starts_with(b"parentFileNameHint") {
             continue;
         }
-        // Between the first quotation mark and the last: QEMU knows no others in a name.
+        // Between the first quotation mark and the last: QEMU allows no others in a name.
         let mut quotes = (0..line.len()).filter(|at| line[*at] == b'"');
         if let (Some(first), Some(last)) = (quotes.next(), quotes.next_back())
             && first + 1 < last

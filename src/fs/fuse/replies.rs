@@ -1,35 +1,181 @@
-//! Conversions to FUSE's types: attributes, file types and TTLs.
+//! Translates the service's replies into fuser's.
 
-use std::time::{Duration, SystemTime};
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::io;
+use std::time::SystemTime;
 
-use fuser::{Errno, FileAttr, FileType, INodeNo, ReplyXattr, Request};
+use fuser::{
+    BackingId, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr,
+};
 
-use super::super::access::Caller;
-use super::super::attributes::Attributes;
+use crate::io::LocalFile;
+
 use super::super::node::NodeKind;
-use super::super::tree::MountTree;
+use super::super::service::{
+    BytesResponder, CacheMode, DirectoryEntry, EntryResponder, Errno, NameResponder, OpenResponder, Opened,
+    OpenedDirectory, Responder, STAT_BLOCK_SIZE, ServedBy, Statistics, TimedAttributes, XattrReply,
+};
 
-/// TTL of names and attributes. Changes of the store become visible within a second; this TTL is the larger
-/// part of it.
-const TTL: Duration = Duration::from_millis(500);
-/// TTL of guests' files.
-const GUEST_TTL: Duration = Duration::from_hours(1);
+thread_local! {
+    /// The read buffer of a serving thread; it grows to the largest request.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
-/// Replies with an extended attribute, or a list of names; with the size alone if `room` is 0.
-pub(super) fn reply_xattr(reply: ReplyXattr, room: u32, bytes: &[u8]) {
-    match room as usize {
-        0 => reply.size(bytes.len() as u32),
-        room if bytes.len() > room => reply.error(Errno::ERANGE),
-        _ => reply.data(bytes),
+/// A reply of bytes, read into the buffer of the serving thread.
+pub(super) struct BufferedData {
+    reply: ReplyData,
+    /// The thread's buffer, while it is in use.
+    buffer: Vec<u8>,
+}
+
+impl BufferedData {
+    pub(super) fn new(reply: ReplyData) -> Self {
+        Self { reply, buffer: Vec::new() }
     }
 }
 
-/// The client of a request.
-pub(super) fn caller(request: &Request) -> Caller {
-    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+impl BytesResponder for BufferedData {
+    fn buffer(&mut self, len: usize) -> &mut [u8] {
+        if self.buffer.is_empty() {
+            self.buffer = BUFFER.take();
+        }
+        if self.buffer.len() < len {
+            self.buffer.resize(len, 0);
+        }
+        &mut self.buffer[..len]
+    }
 }
 
-pub(super) fn file_type(kind: NodeKind) -> FileType {
+impl Responder<usize> for BufferedData {
+    fn finish(self, reply: Result<usize, Errno>) {
+        match reply {
+            Ok(len) => self.reply.data(&self.buffer[..len]),
+            Err(errno) => self.reply.error(number(errno)),
+        }
+        if !self.buffer.is_empty() {
+            BUFFER.set(self.buffer);
+        }
+    }
+}
+
+/// The reply of an opened directory; [`ReplyOpen`] itself is that of a file.
+pub(super) struct OpenDirectoryReply(pub(super) ReplyOpen);
+
+impl Responder<OpenedDirectory> for OpenDirectoryReply {
+    fn finish(self, reply: Result<OpenedDirectory, Errno>) {
+        match reply {
+            Ok(OpenedDirectory { handle, is_immutable }) => {
+                let flags = if is_immutable {
+                    FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_CACHE_DIR
+                } else {
+                    FopenFlags::empty()
+                };
+                self.0.opened(FileHandle(handle), flags);
+            }
+            Err(errno) => self.0.error(number(errno)),
+        }
+    }
+}
+
+impl OpenResponder<BackingId> for ReplyOpen {
+    fn register(&mut self, file: LocalFile) -> io::Result<BackingId> {
+        self.open_backing(file)
+    }
+}
+
+impl Responder<Opened<BackingId>> for ReplyOpen {
+    fn finish(self, reply: Result<Opened<BackingId>, Errno>) {
+        match reply {
+            Ok(Opened { handle, served_by: ServedBy::Passthrough(backing) }) => {
+                self.opened_passthrough(FileHandle(handle), FopenFlags::empty(), &backing);
+            }
+            Ok(Opened { handle, served_by: ServedBy::Daemon(mode) }) => {
+                self.opened(FileHandle(handle), flags(mode));
+            }
+            Err(errno) => self.error(number(errno)),
+        }
+    }
+}
+
+fn flags(mode: CacheMode) -> FopenFlags {
+    match mode {
+        CacheMode::Direct => FopenFlags::FOPEN_DIRECT_IO,
+        CacheMode::DirectParallel => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        CacheMode::Stream => {
+            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NONSEEKABLE | FopenFlags::FOPEN_STREAM
+        }
+        CacheMode::Cached => FopenFlags::empty(),
+        CacheMode::KeepCache => FopenFlags::FOPEN_KEEP_CACHE,
+        CacheMode::Immutable => FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH,
+    }
+}
+
+/// Sends a reply, or its errno.
+macro_rules! responder {
+    ($reply:ty, $value:ty, |$own:ident, $found:pat_param| $send:expr) => {
+        impl Responder<$value> for $reply {
+            fn finish(self, reply: Result<$value, Errno>) {
+                let $own = self;
+                match reply {
+                    Ok($found) => $send,
+                    Err(errno) => $own.error(number(errno)),
+                }
+            }
+        }
+    };
+}
+
+responder!(ReplyEntry, TimedAttributes, |reply, found| {
+    reply.entry(&found.ttl, &attributes(&found), Generation(0));
+});
+responder!(ReplyAttr, TimedAttributes, |reply, found| reply.attr(&found.ttl, &attributes(&found)));
+responder!(ReplyData, Vec<u8>, |reply, bytes| reply.data(&bytes));
+responder!(ReplyEmpty, (), |reply, ()| reply.ok());
+responder!(ReplyCreate, Infallible, |reply, never| match never {});
+responder!(ReplyWrite, usize, |reply, len| reply.written(len as u32));
+responder!(ReplyLseek, u64, |reply, at| reply.offset(at.cast_signed()));
+responder!(ReplyDirectory, (), |reply, ()| reply.ok());
+responder!(ReplyDirectoryPlus, (), |reply, ()| reply.ok());
+responder!(ReplyXattr, XattrReply, |reply, found| match found {
+    XattrReply::Size(len) => reply.size(len),
+    XattrReply::Bytes(bytes) => reply.data(&bytes),
+});
+responder!(ReplyStatfs, Statistics, |reply, found| {
+    reply.statfs(
+        found.blocks,
+        found.free_blocks,
+        found.available_blocks,
+        found.inodes,
+        found.free_inodes,
+        found.block_size,
+        found.name_len,
+        found.fragment_size,
+    );
+});
+
+impl NameResponder for ReplyDirectory {
+    fn add(&mut self, entry: &DirectoryEntry<'_>) -> bool {
+        let DirectoryEntry { name, inode, kind, next } = *entry;
+        ReplyDirectory::add(self, INodeNo(inode), next, file_type(kind), name)
+    }
+}
+
+impl EntryResponder for ReplyDirectoryPlus {
+    fn add(&mut self, entry: &DirectoryEntry<'_>, found: &TimedAttributes) -> bool {
+        let DirectoryEntry { name, inode, next, .. } = *entry;
+        let (inode, found, ttl) = (INodeNo(inode), attributes(found), found.ttl);
+        ReplyDirectoryPlus::add(self, inode, next, name, &ttl, &found, Generation(0))
+    }
+}
+
+fn number(errno: Errno) -> fuser::Errno {
+    fuser::Errno::from_i32(errno.raw_os_error())
+}
+
+fn file_type(kind: NodeKind) -> FileType {
     match kind {
         NodeKind::Directory => FileType::Directory,
         NodeKind::File => FileType::RegularFile,
@@ -41,20 +187,8 @@ pub(super) fn file_type(kind: NodeKind) -> FileType {
     }
 }
 
-/// The TTL of `found` in a reply about `by`, the parent directory or the node itself. Writable files have
-/// none, because commands change them: after a resize or revert, the client must see the new attributes.
-pub(super) fn ttl(tree: &MountTree, by: u64, found: &Attributes) -> Duration {
-    // A guest's inode never changes, nor do the entries of its directories. The entry of a volume's root can
-    // change, and has the short TTL.
-    if MountTree::is_guest(by) {
-        return GUEST_TTL;
-    }
-    let is_written = found.kind == NodeKind::File && found.permissions & 0o222 != 0;
-    // A result that depends on the caller must not be cached for other users.
-    if is_written || tree.depends_on_caller(found.inode) { Duration::ZERO } else { TTL }
-}
-
-pub(super) fn attr(found: &Attributes) -> FileAttr {
+fn attributes(found: &TimedAttributes) -> FileAttr {
+    let found = &found.attributes;
     FileAttr {
         ino: INodeNo(found.inode),
         size: found.size,
@@ -69,7 +203,7 @@ pub(super) fn attr(found: &Attributes) -> FileAttr {
         uid: found.uid,
         gid: found.gid,
         rdev: found.device,
-        blksize: 65_536,
+        blksize: STAT_BLOCK_SIZE,
         flags: 0,
     }
 }

@@ -1,6 +1,6 @@
 //! References of persistent bitmaps: the directory, each bitmap's table, and the bits.
 //!
-//! Only where the extension is in force; else QEMU drops it, and its clusters are leaks.
+//! Only if the extension is in force; else QEMU drops it, and its clusters are leaks.
 
 use super::ranges::{Weight, WeightedRange};
 use super::report::{CheckReport, FindingKind};
@@ -21,7 +21,7 @@ pub(super) fn collect(
     let header = &audited.header;
     let Some(extension) = header.bitmaps.filter(|_| header.bitmaps_consistent()) else { return Ok(()) };
     audited.add_region(places, extension.directory.0, extension.directory_len, report);
-    // At most 64 MiB, says the header; and no more than the file has.
+    // At most 64 MiB, by the header's limit, and no more than the file has.
     let have = audited.file_len.saturating_sub(extension.directory.0).min(extension.directory_len);
     let mut directory = vec![0; have as usize];
     audited.read(extension.directory.0, &mut directory)?;

@@ -1,12 +1,11 @@
 //! The audit of one qcow2 image, as `qemu-img check` does it: every reference is counted and
 //! compared with the refcounts that the image stores.
 //!
-//! Reads only, except for [`repair`]. Terminates on any bytes, in time bounded by the file's size and in
-//! bounded memory: overlapping and shared tables are read once with a weight, references are counted
-//! in windows. Exit codes, and on all but badly damaged images the numbers, are those of QEMU
-//! 10.0.2. On purpose it is stricter where an image cannot be read as it stands: a zero flag
-//! in version 2, a reserved bit of extended L2 entries, an external data cluster that is not at its
-//! guest offset.
+//! Read-only, except for [`repair`]. Terminates on any bytes, in time bounded by the file's size and in
+//! bounded memory: overlapping and shared tables are read once with a weight, references are counted in
+//! windows. Exit codes, and on all but badly damaged images the numbers, are those of QEMU 10.0.2. On purpose
+//! it is stricter where an image cannot be read: a zero flag in version 2, a reserved bit of extended L2
+//! entries, an external data cluster that is not at its guest offset.
 
 mod bitmaps;
 mod ranges;
@@ -27,7 +26,7 @@ use refcounts::Refcounts;
 use tables::L2List;
 use window::{WINDOW_CLUSTERS, Window};
 
-pub use repair::{Actions, Repaired, Scope, mend_flags, rebuild_dirty, repair};
+pub use repair::{Actions, Repaired, Scope, repair, repair_dirty, repair_flags};
 use report::FindingKind;
 pub use report::{CheckReport, MAX_FINDINGS};
 
@@ -49,7 +48,7 @@ fn check_in_windows(storage: &dyn Storage, name: &str, window_clusters: u64) -> 
     let references = References::gather(&audited, &mut report)?;
     let file_clusters = audited.file_clusters();
     let mut last_cluster = 0;
-    // One more than the file has: a region may reach over its end by less than a cluster.
+    // One more than the file has: a region may cross its end by less than a cluster.
     for first in (0..=file_clusters).step_by(window_clusters as usize) {
         let len = window_clusters.min(file_clusters + 1 - first);
         let mut window = Window::new(cluster, first, len, max_refcount(audited.header.refcount_order));
@@ -69,7 +68,7 @@ struct References {
     refcounts: Refcounts,
 }
 
-/// What is not counted, because it is about to be replaced.
+/// References that are not counted, because they are about to be replaced.
 #[derive(Clone, Copy, Default)]
 struct Without {
     refcounts: bool,
@@ -87,7 +86,7 @@ impl References {
         Ok(Self { places, l2_list, refcounts })
     }
 
-    /// Fills the pass's window: what is stored, and what refers to it.
+    /// Fills the pass's window with the stored counts and the references.
     fn count(&self, pass: &mut Pass<'_>, without: Without) -> Result<()> {
         self.refcounts.load(pass)?;
         let places = &self.places;
@@ -116,7 +115,7 @@ struct Audited<'a> {
 /// Byte ranges found before counting starts.
 #[derive(Default)]
 struct ReferencedRanges {
-    /// What is referenced as a whole, cluster by cluster.
+    /// Ranges that are referenced as a whole, cluster by cluster.
     regions: Vec<WeightedRange>,
     /// The refcount table; a repair may replace it.
     refcount_table: Vec<WeightedRange>,
@@ -128,10 +127,10 @@ struct ReferencedRanges {
     bitmap_tables: Vec<WeightedRange>,
 }
 
-/// One window's turn.
+/// The pass over one window.
 struct Pass<'a> {
     audited: &'a Audited<'a>,
-    /// Findings that do not belong to a cluster of the window are told in the first pass only.
+    /// Findings that do not belong to a cluster of the window are reported in the first pass only.
     first: bool,
     window: &'a mut Window,
     report: &'a mut CheckReport,
@@ -176,14 +175,14 @@ impl<'a> Audited<'a> {
         Error::new(reason.kind(), format!("{}: {reason}", self.name))
     }
 
-    /// Reads all of `buf`; what lies beyond the end of the file is zero.
+    /// Reads all of `buf`; bytes beyond the end of the file are zero.
     fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let have = self.storage.read_at(at, buf)?;
         buf[have..].fill(0);
         Ok(())
     }
 
-    /// The last cluster may be cut: what reaches beyond the end by less than one is fine.
+    /// The last cluster may be truncated: a region may cross the end by less than one cluster.
     fn is_beyond_end(&self, at: u64, len: u64) -> bool {
         let limit = self.file_len + self.header.cluster.size();
         at.checked_add(len).is_none_or(|end| end >= limit)
@@ -242,7 +241,7 @@ impl<'a> Audited<'a> {
             let l1 = snapshot.l1;
             match check_l1(l1, header.cluster) {
                 Ok(()) => self.add_l1(places, l1.offset.0, l1.len_bytes(), Weight::OTHER, report),
-                // No file reaches that far, so that there is nothing to look at.
+                // No file reaches that far, so there is nothing to read.
                 Err(reason @ Malformed::OutOfRange { .. }) => {
                     report.check_errors(FindingKind::Doubt, 1, || {
                         format!("snapshot table entry {index}: {}", reason.fact())
@@ -321,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_as_it_should_be_has_no_findings() {
+    fn a_sound_image_has_no_findings() {
         let report = check(&image(), "image").unwrap();
         assert_eq!((report.exit_code(), report.findings.as_slice()), (0, [].as_slice()));
         assert_eq!((report.allocated_clusters, report.total_clusters), (32, 32));
@@ -371,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_image_cannot_be_checked() {
+    fn a_file_that_is_no_image_cannot_be_checked() {
         let empty = check(&Vec::new(), "empty").unwrap_err();
         assert_eq!(empty.kind(), ErrorKind::Corrupt);
         assert!(empty.to_string().starts_with("empty: header needs 72 bytes"), "{empty}");

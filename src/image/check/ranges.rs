@@ -1,7 +1,7 @@
-//! Byte ranges that may overlap, turned into disjoint ones that know how often they were named.
+//! Byte ranges that may overlap, turned into disjoint ones with their number of references.
 //!
-//! Thousands of snapshots of a hostile image may name overlapping tables. Reading each stretch
-//! once, with a weight, bounds the work by the size of the file.
+//! Thousands of snapshots of a hostile image may name overlapping tables. Reading each range once, with a
+//! weight, bounds the work by the size of the file.
 
 /// How often something is referenced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub(super) struct WeightedRange {
 
 /// The same bytes with the same weights, in order and without overlap.
 pub(super) fn disjoint(ranges: &[WeightedRange]) -> Vec<WeightedRange> {
-    // Where the weight changes: what begins there, and what ends there.
+    // Where the weight changes: the ranges that begin there, and those that end there.
     let mut changes: Vec<(u64, Weight, Weight)> = Vec::with_capacity(ranges.len() * 2);
     for range in ranges.iter().filter(|range| range.start < range.end) {
         changes.push((range.start, range.weight, Weight::default()));
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn overlaps_become_stretches_of_their_own() {
+    fn overlaps_become_ranges_of_their_own() {
         let ranges = [range(0, 10, Weight::ACTIVE), range(5, 15, Weight::OTHER), range(5, 8, Weight::OTHER)];
         let three = Weight { active: 1, total: 3 };
         let two = Weight { active: 1, total: 2 };

@@ -26,8 +26,8 @@ impl Refcounts {
         Ok(Self { entries, cluster, order, per_block: block_entries(cluster, order) })
     }
 
-    /// The block that counts `cluster`. `Err` if its place is unaligned, so that it cannot be
-    /// read; a reserved bit alone does not hide it.
+    /// The block that counts `cluster`. `Err` if its offset is unaligned, so that it cannot be read; a
+    /// reserved bit alone does not hide it.
     pub(super) fn block(&self, cluster: u64) -> std::result::Result<Option<HostOffset>, ()> {
         let index = usize::try_from(cluster / self.per_block).unwrap_or(usize::MAX);
         let entry = self.entries.get(index).copied().unwrap_or(0);
@@ -48,7 +48,7 @@ impl Refcounts {
     pub(super) fn stored(&self, audited: &Audited<'_>, cluster: u64) -> Result<Option<u64>> {
         let Ok(block) = self.block(cluster) else { return Ok(None) };
         let Some(block) = block else { return Ok(Some(0)) };
-        // Counts of a width below a byte come eight to a byte at most.
+        // Counts narrower than a byte: at most eight of them in one.
         let index = cluster % self.per_block;
         let width = 1u64 << self.order;
         let byte = index * width / 8;
@@ -81,8 +81,8 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Counts the references to the blocks. Comes last: a block that anything else refers to,
-    /// too, is reported as such.
+    /// Counts the references to the blocks. Comes last: a block that anything else also refers to is reported
+    /// as such.
     pub(super) fn count_blocks(&self, pass: &mut Pass<'_>, file_clusters: u64) {
         for (index, &entry) in self.entries.iter().enumerate() {
             let block = match table_entry(entry, self.cluster) {

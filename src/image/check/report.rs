@@ -1,39 +1,39 @@
-//! What a check has found, in `qemu-img check`'s words.
+//! The findings of a check, in `qemu-img check`'s words.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// Findings that are kept as text; further ones are only counted.
+/// Maximum number of findings that are kept as text; further ones are only counted.
 pub const MAX_FINDINGS: usize = 1000;
 
-/// What kind of problem a finding is: what mends it, and what else may be wrong because of it.
+/// The kind of a finding: how to repair it, and what else may be wrong because of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FindingKind {
-    /// A cluster has more users than its count says.
+    /// A cluster has more references than its count.
     TooLow,
-    /// Of those, one whose count is 0: the next writer would give it away.
+    /// Of those, one whose count is 0: the next writer would allocate it.
     Uncounted,
-    /// A COPIED flag of the active tables says the wrong thing.
+    /// A COPIED flag of the active tables is wrong.
     Flag,
     /// A COPIED flag where there must be none.
     CompressedFlag,
-    /// The refcount table or a block is not where it can be used.
+    /// The refcount table or a block is at an unusable offset.
     Structure,
-    /// The place kept for a cluster of zeroes makes no sense.
+    /// The preallocated cluster of a zero entry is invalid.
     KeptPlace,
-    /// An entry of the snapshot table lacks what version 3 requires.
+    /// An entry of the snapshot table lacks a field that version 3 requires.
     Incomplete,
-    /// A reference leads beyond the end of the file.
+    /// A reference points beyond the end of the file.
     Dangling,
-    /// Anything else: what it was meant to refer to is not known.
+    /// Anything else: the intended reference is unknown.
     Doubt,
 }
 
 const FINDING_KIND_COUNT: usize = FindingKind::Doubt as usize + 1;
 
-/// The result of a check. Serializes as `qemu-img check --output=json` prints it: what is zero
-/// is left out, except for `check-errors`.
+/// The result of a check. Serializes as `qemu-img check --output=json` prints it: zero fields are left out,
+/// except for `check-errors`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct CheckReport {
@@ -52,16 +52,16 @@ pub struct CheckReport {
     /// Clusters that are counted more often than they are used.
     #[serde(skip_serializing_if = "is_zero")]
     pub leaks: u64,
-    /// Places of that kind that a repair has mended.
+    /// Corruptions that a repair has repaired.
     #[serde(skip_serializing_if = "is_zero")]
     pub corruptions_fixed: u64,
-    /// Leaked clusters that a repair has given back.
+    /// Leaked clusters that a repair has freed.
     #[serde(skip_serializing_if = "is_zero")]
     pub leaks_fixed: u64,
     /// Clusters of the guest's disk.
     #[serde(skip_serializing_if = "is_zero")]
     pub total_clusters: u64,
-    /// Clusters of the active tables that have a place in the file.
+    /// Clusters of the active tables that are allocated in the file.
     #[serde(skip_serializing_if = "is_zero")]
     pub allocated_clusters: u64,
     /// Those that do not follow the one before.
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn the_worst_decides_the_exit_code() {
+    fn the_worst_finding_decides_the_exit_code() {
         let code = |check_errors, corruptions, leaks| {
             CheckReport { check_errors, corruptions, leaks, ..CheckReport::default() }.exit_code()
         };

@@ -12,15 +12,15 @@ use crate::units::{GuestOffset, HostOffset};
 
 /// Bytes of an L1 table read at a time.
 const CHUNK: u64 = 256 << 10;
-/// Distinct L2 tables that are remembered: 512 MiB, for 16 PiB of data in 64 KiB clusters.
+/// Maximum number of distinct L2 tables: 512 MiB, for 16 PiB of data in 64 KiB clusters.
 const MAX_L2_TABLES: usize = 16 << 20;
 
-/// An L2 table, or what is taken for one.
+/// An L2 table, or a cluster that an entry names as one.
 pub(super) struct L2Table {
-    /// As the L1 entry says it, even if it is not aligned or takes the header for a table: what
-    /// such a table holds tells nothing, but QEMU counts it, too.
+    /// As in the L1 entry, even if it is not aligned or names the header: such a table's content is
+    /// meaningless, but QEMU counts it, too.
     pub(super) at: HostOffset,
-    /// Where its first cluster lies on the guest's disk, by the active L1 table.
+    /// The guest offset of its first cluster, by the active L1 table.
     guest: GuestOffset,
     pub(super) weight: Weight,
 }
@@ -40,7 +40,7 @@ impl L2List {
         let mut merge_at = 1 << 20;
         for table in l1_tables {
             let mut at = table.start;
-            // What lies beyond the end of the file reads as zero: no entries.
+            // Bytes beyond the end of the file read as zero: no entries.
             while at < table.end.min(audited.file_len) {
                 let mut bytes = vec![0; CHUNK.min(table.end - at) as usize];
                 audited.read(at, &mut bytes)?;
@@ -65,7 +65,7 @@ impl L2List {
         Ok(list)
     }
 
-    /// Takes in the L1 entry at byte `position` of the file.
+    /// Adds the L1 entry at byte `position` of the file.
     fn add(
         &mut self,
         audited: &Audited<'_>,
@@ -148,30 +148,30 @@ impl L2List {
     }
 }
 
-/// What a repair may do to an L2 entry.
+/// The possible repairs of an L2 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It makes sense and names a cluster of the image, to which a COPIED flag belongs.
+    /// It is valid and names a cluster of the image, to which a COPIED flag belongs.
     Cluster(HostOffset),
-    /// It makes sense and names a cluster of the external data file.
+    /// It is valid and names a cluster of the external data file.
     DataFile,
-    /// It makes sense and can have no COPIED flag.
+    /// It is valid and can have no COPIED flag.
     Compressed,
-    /// It makes sense and names nothing.
+    /// It is valid and names nothing.
     Nothing,
-    /// It reads as zeroes, and keeps a place that makes no sense. This stands for it without the place.
+    /// It reads as zeroes, with an invalid preallocated cluster. This is the entry without that cluster.
     KeptPlace(u64),
-    /// It makes no sense.
+    /// It is invalid.
     Nonsense,
 }
 
 impl L2Table {
-    /// Where the cluster of an entry lies on the guest's disk.
+    /// The guest offset of an entry's cluster.
     pub(super) fn guest_of(&self, index: u64, cluster_size: u64) -> u64 {
         self.guest.0.saturating_add(index.saturating_mul(cluster_size))
     }
 
-    /// What an entry of this table is, by its words and number.
+    /// The verdict on an entry of this table, by its words and number.
     pub(super) fn verdict(
         &self,
         format: EntryFormat,
@@ -186,7 +186,7 @@ impl L2Table {
             (Allocation::Cluster(at), []) => Verdict::Cluster(at),
             (Allocation::Compressed(_), []) => Verdict::Compressed,
             (Allocation::None, []) => Verdict::Nothing,
-            (_, [Malformed::Unaligned { .. }]) if walk.keeps_nothing(entry[0], entry[1]) => {
+            (_, [Malformed::Unaligned { .. }]) if walk.is_zero_entry(entry[0], entry[1]) => {
                 Verdict::KeptPlace(if format.extended { 0 } else { ZERO })
             }
             _ => Verdict::Nonsense,
@@ -194,12 +194,12 @@ impl L2Table {
     }
 }
 
-/// The way through one L2 table.
+/// A walk through one L2 table.
 struct EntryWalk<'a> {
     table: &'a L2Table,
     format: EntryFormat,
     refcounts: &'a Refcounts,
-    /// Where the next cluster lies if the file is not fragmented.
+    /// The offset of the next cluster if the file is not fragmented.
     expected_next: Option<u64>,
 }
 
@@ -210,7 +210,7 @@ impl EntryWalk<'_> {
         if pass.first {
             for problem in problems {
                 let kind = match problem {
-                    Malformed::Unaligned { .. } if self.keeps_nothing(entry, bitmap) => {
+                    Malformed::Unaligned { .. } if self.is_zero_entry(entry, bitmap) => {
                         FindingKind::KeptPlace
                     }
                     _ => FindingKind::Doubt,
@@ -250,7 +250,7 @@ impl EntryWalk<'_> {
                 if !self.format.data_file {
                     pass.count(at.0, len, weight.total);
                 }
-                // The header has no flags, even where an L1 entry takes it for a table.
+                // The header has no flags, even if an L1 entry names it as a table.
                 if weight.active > 0 && self.table.at.0 != 0 {
                     self.copied_flag(pass, entry, at)
                 } else {
@@ -260,16 +260,16 @@ impl EntryWalk<'_> {
         }
     }
 
-    /// Whether the guest sees zeroes here, so that the place which is kept for them does not matter.
-    fn keeps_nothing(&self, entry: u64, bitmap: u64) -> bool {
+    /// Whether the guest sees zeroes here, so that the preallocated cluster does not matter.
+    fn is_zero_entry(&self, entry: u64, bitmap: u64) -> bool {
         let flags = entry & !EntryFormat::raw_offset(entry);
-        let silent =
+        let unallocated =
             if self.format.extended { bitmap as u32 == 0 } else { self.format.version == Version::V3 };
         let expected = if self.format.extended { 0 } else { ZERO };
-        silent && !self.format.data_file && flags & !COPIED == expected
+        unallocated && !self.format.data_file && flags & !COPIED == expected
     }
 
-    /// What the entry refers to, and what is wrong with it.
+    /// The allocation that the entry refers to, and its errors.
     fn judge(&self, entry: u64, bitmap: u64, index: u64) -> (Allocation, Vec<Malformed>) {
         let guest = GuestOffset(self.table.guest.0.saturating_add(index * self.format.cluster.size()));
         let decoded = if self.format.extended {
@@ -290,8 +290,8 @@ impl EntryWalk<'_> {
         }
     }
 
-    /// A wrong entry refers to what it would if the wrong bits were not there, so that one flaw
-    /// does not look like many. `reason` is the first; there may be more.
+    /// A wrong entry is treated as if the wrong bits were clear, so that one error does not look like many.
+    /// `reason` is the first; there may be more.
     fn judge_wrong(&self, entry: u64, bitmap: u64, reason: Malformed) -> (Allocation, Vec<Malformed>) {
         if EntryFormat::is_compressed(entry) {
             return match reason {

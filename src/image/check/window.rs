@@ -1,4 +1,4 @@
-//! References counted against refcounts stored, for one window of the file's clusters at a time.
+//! References counted and compared with the stored refcounts, one window of the file's clusters at a time.
 //!
 //! A window bounds the memory of a check; the tables are walked once for each. Counts saturate
 //! far above what any image reaches.
@@ -41,7 +41,7 @@ impl Window {
         self.clusters().contains(&cluster).then(|| (cluster - self.first) as usize)
     }
 
-    /// Notes what the refcount block says about `cluster`; `None` if it cannot be read.
+    /// Records the count of `cluster` in the refcount block; `None` if it cannot be read.
     pub(super) fn set_stored(&mut self, cluster: u64, count: Option<u64>) {
         if let Some(index) = self.index(cluster) {
             self.stored[index] = count.map_or(UNREADABLE, |count| count.min(MANY.into()) as u32);
@@ -89,12 +89,12 @@ impl Window {
         }
     }
 
-    /// Compares, and returns the last cluster below `end` that is in use by either account.
+    /// Compares, and returns the last cluster below `end` that is in use by either count.
     pub(super) fn compare(&self, end: u64, report: &mut CheckReport) -> Option<u64> {
         let mut last = None;
         for (cluster, (&references, &stored)) in self.clusters().zip(self.references.iter().zip(&self.stored))
         {
-            // Beyond the file's end only what something refers to is looked at.
+            // Beyond the file's end only referenced clusters are compared.
             if cluster >= end && references == 0 {
                 continue;
             }

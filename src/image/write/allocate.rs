@@ -1,8 +1,8 @@
 //! Clusters of the file: finding free ones, counting them, freeing them.
 //!
-//! Counts change in memory; [`super::flush`] puts them on disk before anything that refers to the
-//! clusters, and takes references away only after nothing on disk refers to them any more. So
-//! on disk a count is never below what it counts.
+//! Counts change in memory; [`super::flush`] writes them to disk before anything that refers to the clusters,
+//! and lowers them only after nothing on disk refers to the clusters any more. So a count on disk is never
+//! below the number of references.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::EntryFormat;
@@ -14,12 +14,12 @@ use super::reservation::{ClusterRange, ClusterUse, Reservation};
 use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 
-/// Why something that allocates has not been done.
+/// Why an allocation was not done.
 #[derive(Debug)]
 pub(super) enum AllocError {
-    /// It cannot be.
+    /// It is impossible.
     Failed(Error),
-    /// The refcount table, which has so many entries, is too small: grow it, then try again.
+    /// The refcount table, which has this many entries, is too small: grow it, then try again.
     RefcountTableFull(u64),
 }
 
@@ -31,17 +31,17 @@ impl From<Error> for AllocError {
 
 pub(super) type Attempt<T> = std::result::Result<T, AllocError>;
 
-/// How many clusters are asked for, side by side.
+/// How many contiguous clusters are requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ClusterCount {
     /// All of them.
     Exactly(u64),
-    /// As many as lie together at the first free place: at least one.
+    /// As many as are contiguous at the first free cluster: at least one.
     UpTo(u64),
 }
 
 impl Tables {
-    /// Counts free clusters that lie side by side. The file reaches over them afterwards.
+    /// Counts free contiguous clusters. The file covers them afterwards.
     pub(super) fn allocate(&mut self, image: &ImageFile, wanted: ClusterCount) -> Attempt<Reservation> {
         self.free_dropped(image)?;
         let (first, count) = self.find_free(image, wanted)?;
@@ -59,7 +59,8 @@ impl Tables {
             return Err(Error::new(ErrorKind::TooLarge, fact).into());
         }
         if end > self.file_len {
-            // Others have no business here, but if they have made the file longer, it is not cut.
+            // Another process has no business here, but if it has extended the file, the file is not
+            // truncated.
             let len = image.file.len()?;
             if len < self.file_len {
                 let fact = format_args!("the file was cut short at {len:#x} by others while it was written");
@@ -84,19 +85,19 @@ impl Tables {
         Ok(self.reserved(ClusterRange { first, count }, is_fresh, ClusterUse::Any))
     }
 
-    /// Allocates clusters for a table that is written past the slices.
+    /// Allocates clusters for a table that is written without the slices.
     pub(super) fn allocate_table(&mut self, image: &ImageFile, clusters: u64) -> Attempt<Reservation> {
         let reservation = self.allocate(image, ClusterCount::Exactly(clusters))?;
         let is_fresh = reservation.is_fresh();
         let clusters = reservation.commit();
         self.roles.add(clusters.first, clusters.count);
-        // What they were before may still be in memory.
+        // Slices of their former use may still be in memory.
         let start = clusters.start(image).0;
         self.slices.forget(start, start + clusters.len(image), image.slice_len());
         Ok(self.reserved(clusters, is_fresh, ClusterUse::Table))
     }
 
-    /// Takes a reference from each cluster.
+    /// Removes a reference from each cluster.
     pub(super) fn unreference(&mut self, image: &ImageFile, freed: ClusterRange) -> Result<()> {
         for cluster in freed.first..freed.first + freed.count {
             let count = self.count(image, cluster)?;
@@ -128,7 +129,8 @@ impl Tables {
                 if found > 0 && !exact {
                     return Ok((at - found, found));
                 }
-                // A long run goes on through any number of blocks if it gives its first cluster for each.
+                // A long run may cover any number of blocks if each block takes its first cluster from the
+                // run.
                 self.add_refcount_block(image, at, (found > 0).then(|| at - found))?;
                 found = found.saturating_sub(1);
                 continue;
@@ -179,7 +181,7 @@ impl Tables {
         }
         let at = HostOffset(place * image.cluster().size());
         let entry_at = self.refcount_table.offset.0 + index * 8;
-        // What may fail comes first: a block is there as a whole or not at all.
+        // Steps that may fail come first: a block is added completely or not at all.
         self.word(image, entry_at, TableClass::RefcountTable)?;
         self.write_zeroed(image, at)?;
         self.set_word(image, entry_at, TableClass::RefcountTable, at.0)?;
@@ -191,7 +193,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Puts a cluster of zeroes into the file, so that no later write to it lacks space.
+    /// Writes a cluster of zeroes to the file, so that no later write to it lacks space.
     fn write_zeroed(&mut self, image: &ImageFile, at: HostOffset) -> Result<()> {
         let zeros = vec![0; image.cluster().size() as usize];
         image.file.write_at(at.0, &zeros)?;
@@ -208,7 +210,7 @@ impl Tables {
         self.set_word(image, at, TableClass::RefcountBlock, u64::from_be_bytes(bytes))
     }
 
-    /// Makes sure that the L2 table of a position exists and is nobody else's.
+    /// Makes sure that the L2 table of an offset exists and has no other reference.
     pub(super) fn own_l2_table(&mut self, image: &ImageFile, at: u64) -> Attempt<HostOffset> {
         let place = self.l1_place(image, at);
         let word = self.word(image, place, TableClass::L1)?;
@@ -229,7 +231,7 @@ impl Tables {
             if self.shadow.is_none() {
                 self.roles.remove(first, 1);
             }
-            // Whoever else refers to it still needs what has changed there.
+            // Other references to it still need the old cluster.
             if self.shadow.is_some() || self.count(image, first)? == 1 {
                 self.slices.forget(old.0, old.0 + image.cluster().size(), image.slice_len());
             }
@@ -238,7 +240,7 @@ impl Tables {
         Ok(table)
     }
 
-    /// Writes a new L2 table: empty, or as the one that is shared with an internal snapshot.
+    /// Writes a new L2 table: empty, or a copy of the one that is shared with an internal snapshot.
     pub(super) fn fill_l2_table(
         &mut self,
         image: &ImageFile,
@@ -250,7 +252,7 @@ impl Tables {
         for entry in bytes.chunks_exact_mut(image.format.l2_entry_len() as usize) {
             let (first, _) = entry.split_at_mut(8);
             let word = refcount(first, 0, 6);
-            // What two tables refer to is nobody's own, whatever the flag says.
+            // A cluster that two tables name is shared, whatever the flag says.
             let host = image.cluster().index(EntryFormat::raw_offset(word));
             if EntryFormat::copied(word)
                 && !EntryFormat::is_compressed(word)
@@ -266,11 +268,11 @@ impl Tables {
         Ok(())
     }
 
-    /// An L2 table as it stands in memory: one that several share may have changed there, too.
+    /// An L2 table as it is in memory: a shared one may have changed there, too.
     fn l2_table_bytes(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(image.cluster().size() as usize);
         for at in (table.0..table.0 + image.cluster().size()).step_by(image.slice_len() as usize) {
-            // The last table of a file may end with the file; what is missing of it is zero.
+            // The last table of a file may end with the file; missing bytes are zero.
             if at > table.0 && at >= self.file_len {
                 break;
             }

@@ -1,7 +1,7 @@
-//! Which clusters of the file hold tables: no cluster has two roles.
+//! The clusters of the file that hold tables: no cluster has two roles.
 //!
-//! Wrong refcounts could hand out a table's cluster as free. Whoever allocates asks here as well.
-//! A sparse set of bits: tables are few, and lie together.
+//! Wrong refcounts could mark a table's cluster as free, so the allocator checks this set as well. A sparse
+//! set of bits: tables are few, and close together.
 
 use std::collections::HashMap;
 
@@ -26,7 +26,7 @@ impl ClusterSet {
             .is_some_and(|chunk| chunk[(within / 64) as usize] >> (within % 64) & 1 == 1)
     }
 
-    /// Adds clusters; whether all of them are new.
+    /// Adds clusters; returns whether all of them are new.
     pub(super) fn add(&mut self, first: u64, count: u64) -> bool {
         let mut all_new = true;
         for cluster in first..first + count {
@@ -38,7 +38,7 @@ impl ClusterSet {
         all_new
     }
 
-    /// All of them, in order: first ones and counts.
+    /// All clusters, in order, as first ones and counts.
     pub(super) fn runs(&self) -> Vec<(u64, u64)> {
         let mut keys: Vec<u64> = self.chunks.keys().copied().collect();
         keys.sort_unstable();
@@ -53,7 +53,7 @@ impl ClusterSet {
         runs
     }
 
-    /// Takes clusters out.
+    /// Removes clusters.
     pub(super) fn remove(&mut self, first: u64, count: u64) {
         for cluster in first..first + count {
             let within = cluster % PER_CHUNK;
@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clusters_come_and_go() {
+    fn clusters_are_added_and_removed() {
         let mut roles = ClusterRoles::default();
         assert!(roles.add(500, 30) && !roles.contains(499) && roles.contains(500) && roles.contains(529));
         assert!(!roles.add(529, 2) && roles.contains(530));

@@ -1,7 +1,7 @@
-//! Copies from a file into the disk.
+//! Copies from a file to the disk.
 //!
-//! Whole clusters go from file to file, in turns as long as the free clusters lie together; what fills no
-//! cluster goes the way of any write. Order, gates and ranges are those of writes.
+//! Whole clusters are copied from file to file, in turns as long as the free clusters are contiguous; partial
+//! clusters are written like any other data. Order, gates and ranges are those of writes.
 
 use std::sync::atomic::Ordering;
 
@@ -11,14 +11,14 @@ use crate::units::Run;
 
 use super::qcow2::Qcow2Writer;
 
-/// Bytes that one turn covers, at most.
+/// Maximum bytes of one turn.
 const MAX_TURN: u64 = 16 << 20;
 
-/// What is to be written.
+/// The data of a write.
 #[derive(Clone, Copy)]
 pub(super) enum Payload<'a> {
     Bytes(&'a [u8]),
-    /// So many bytes of a file, from a position on.
+    /// This many bytes of a file, from an offset on.
     File(&'a dyn Storage, u64, u64),
 }
 
@@ -41,7 +41,7 @@ impl Qcow2Writer {
             let (position, read_at, rest) = (at + done, from + done, len - done);
             let whole = rest - rest % cluster.size();
             done += if !cluster.aligned(position) || whole == 0 {
-                // A part of a cluster: what is around it may have to move along.
+                // A part of a cluster: the rest of the cluster may have to move with it.
                 let part = rest.min(cluster.size() - cluster.within(position));
                 self.write_at(position, &read_exactly(source, read_at, part)?)?;
                 part
@@ -52,7 +52,7 @@ impl Qcow2Writer {
                     copied => copied,
                 }
             };
-            self.relieve()?;
+            self.write_back_if_pressed()?;
         }
         Ok(())
     }
@@ -63,7 +63,7 @@ impl Qcow2Writer {
         self.check_poison()?;
         let Run { value: entry, len } = self.lookup_to_write(at, len)?;
         let Some(host) = entry.own_data() else { return Ok(0) };
-        // With subclusters a run may end within a cluster; the rest of that is for the next turn.
+        // With subclusters a run may end within a cluster; the rest of the cluster is for the next turn.
         self.image.data().copy_from(host.0, source, from, len)?;
         self.data_dirty.store(true, Ordering::Release);
         Ok(len)
@@ -76,7 +76,7 @@ impl Qcow2Writer {
     }
 }
 
-/// Bytes of a source that has to have them.
+/// Reads bytes of a source that has to have them.
 pub(super) fn read_exactly(source: &dyn Storage, at: u64, len: u64) -> Result<Vec<u8>> {
     let mut bytes = vec![0; len as usize];
     if source.read_at(at, &mut bytes)? < bytes.len() {

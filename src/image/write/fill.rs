@@ -1,11 +1,11 @@
-//! Filling from below: all tables of an image, the active ones and those of its internal snapshots, get
-//! what layers hold that are going to be taken away from under it.
+//! Filling from below: all tables of an image, the active ones and those of its internal snapshots, get the
+//! data of layers that are about to be removed from its backing chain.
 //!
-//! No view changes by it: where all are silent, what shows through is written first and named then. So
-//! a table that several share is changed in place, for all of them, and one cluster of data serves
-//! all that are silent at its place: its count is the number of views that reach it.
+//! No view changes: where all are unallocated, the visible bytes are written first and named then. So a table
+//! that several views share is changed in place, for all of them, and one cluster of data serves all views
+//! that are unallocated there: its count is the number of views that reach it.
 //!
-//! The guest's writes win: what is filled is looked at, copied and named while its range is held.
+//! The guest's writes win: a range is inspected, copied and named while it is held.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,41 +20,41 @@ use super::fill_plan::{ClusterFill, FillPlan, runs_of, unit_len};
 use super::qcow2::{MAX_TURN, Qcow2Writer};
 use super::{Writer, WriterBody, Zeroing, zero_bytes};
 
-/// What is to be had in an image's own tables. Said by whoever knows what will lie below it.
+/// What to add to an image's own tables. Implemented by the caller, who knows its future backing file.
 pub trait Fill: Send + Sync {
-    /// What is to stand at `at` where the image is silent there, and for how many of `len` bytes the same
-    /// holds: what shows through now, zeroes, or nothing, for what will be below shows the same bytes. Asked
-    /// of the longest of the image's disks.
+    /// What to add at `at` where the image is unallocated, and for how many of `len` bytes the same holds:
+    /// the bytes visible now, zeroes, or nothing, since the new backing shows the same bytes. Called for the
+    /// range of the longest of the image's disks.
     fn wanted(&self, at: u64, len: u64) -> Result<Run<Option<BlockStatus>>>;
 
-    /// The file in which what shows through at `at` lies as it is, and where, so that it need not go through
-    /// memory; and for how many of `len` bytes the same holds.
+    /// The file that holds the visible bytes at `at` unchanged, and the offset, so that they need not pass
+    /// through memory; and for how many of `len` bytes the same holds.
     fn place(&self, at: u64, len: u64) -> Result<Run<Option<FilePlace>>> {
         let _ = at;
         Ok(Run::new(None, len))
     }
 }
 
-/// A file and a position in it.
+/// A file and an offset in it.
 pub type FilePlace = (Arc<dyn Storage>, u64);
 
 impl Writer {
-    /// Gives the active tables and those of all internal snapshots places of their own for what `fill`
-    /// wants in `[at, at + len)`, in whole clusters, to the end of the longest of their disks. What
-    /// each of them shows stays the same. Returns how many bytes were copied from below.
+    /// Allocates clusters, in the active tables and in those of all internal snapshots, for the ranges that
+    /// `fill` wants in `[at, at + len)`, in whole clusters, to the end of the longest of their disks. Each of
+    /// them keeps its bytes. Returns how many bytes were copied from below.
     ///
-    /// Whoever else reads internal snapshots of this file has to forget their tables afterwards: one may
-    /// have moved, or a cluster of which only a part was allocated.
+    /// Other readers of internal snapshots of this file must discard their cached tables afterwards: a table
+    /// may have moved, or a cluster of which only a part was allocated.
     pub fn fill(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         match &self.body {
-            // A raw image is never silent.
+            // A raw image is fully allocated.
             WriterBody::Raw(_) => Ok(0),
             WriterBody::Qcow2(qcow2) => qcow2.fill_from_below(at, len, fill),
         }
     }
 }
 
-/// Where bytes come from.
+/// The source of the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FillSource {
     Backing(u64),
@@ -92,60 +92,61 @@ impl Qcow2Writer {
             let held = self.hold(at, turn);
             copied += self.fill_held(at, turn, fill)?;
             drop(held);
-            self.relieve()?;
+            self.write_back_if_pressed()?;
             at = cluster.floor(at + turn - 1) + cluster.size();
         }
     }
 
-    /// One turn, within one L2 table of each, for whoever holds the range.
+    /// One turn, within one L2 table of each view; the caller holds the range.
     fn fill_held(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         let longest = self.tables.read().longest(self.size());
-        let mut spots = self.tables.write().silent_spots(&self.image, at, len, self.size())?;
+        let mut gaps = self.tables.write().find_gaps(&self.image, at, len, self.size())?;
         let mut answers = WantedAnswers { fill, end: longest, from: 0, to: 0, wanted: None };
-        for spot in &mut spots {
-            self.ask(spot, &mut answers)?;
+        for gap in &mut gaps {
+            self.ask(gap, &mut answers)?;
         }
-        spots.retain(|spot| spot.data | spot.zero != 0);
-        if spots.is_empty() {
+        gaps.retain(|gap| gap.data | gap.zero != 0);
+        if gaps.is_empty() {
             return Ok(0);
         }
-        if self.tables.write().is_being_left(&self.image, &spots, self.size())? {
-            // M8: what a view has left in memory is left on disk before it is changed.
-            // On disk, who has left still refers to what is about to be changed.
+        if self.tables.write().is_losing_references(&self.image, &gaps, self.size())? {
+            // M8: references that a view has dropped in memory are dropped on disk before the cluster
+            // changes.
+            // On disk, a view that has dropped a cluster in memory still refers to it.
             self.flush()?;
         }
         let plan = self.with_tables(|tables| {
             for group in tables.groups(&self.image, at, self.size())? {
                 tables.ready_table(&self.image, &group, at)?;
             }
-            tables.plan(&self.image, &spots, self.size())
+            tables.plan(&self.image, &gaps, self.size())
         })?;
-        self.carry_out(plan, &spots, at, longest, fill)
+        self.carry_out(plan, &gaps, at, longest, fill)
     }
 
-    fn ask(&self, spot: &mut ClusterFill, answers: &mut WantedAnswers<'_>) -> Result<()> {
+    fn ask(&self, gap: &mut ClusterFill, answers: &mut WantedAnswers<'_>) -> Result<()> {
         let unit = unit_len(&self.image);
-        for index in (0..SUBCLUSTERS).filter(|index| spot.silent >> index & 1 == 1) {
-            let start = spot.guest + u64::from(index) * unit;
+        for index in (0..SUBCLUSTERS).filter(|index| gap.unallocated >> index & 1 == 1) {
+            let start = gap.guest + u64::from(index) * unit;
             let bit = 1 << index;
             match answers.of(start, unit)? {
                 None => {}
                 Some(BlockStatus::Zero) if self.image.format.version == Version::V2 => {
-                    spot.data |= bit;
-                    spot.blank |= bit;
+                    gap.data |= bit;
+                    gap.blank |= bit;
                 }
-                Some(BlockStatus::Zero) => spot.zero |= bit,
-                Some(BlockStatus::Data) => spot.data |= bit,
+                Some(BlockStatus::Zero) => gap.zero |= bit,
+                Some(BlockStatus::Data) => gap.data |= bit,
             }
         }
         Ok(())
     }
 
-    /// Puts the data where it belongs, then lets the tables name it.
+    /// Writes the data, then lets the tables name it.
     fn carry_out(
         &self,
         mut plan: FillPlan,
-        spots: &[ClusterFill],
+        gaps: &[ClusterFill],
         at: u64,
         longest: u64,
         fill: &dyn Fill,
@@ -156,30 +157,30 @@ impl Qcow2Writer {
             && let Some(data_file) = &image.data_file
         {
             let unit = unit_len(&self.image);
-            for spot in spots {
-                for (from, to) in runs_of(spot.zero) {
-                    let (start, end) = (spot.guest + from * unit, (spot.guest + to * unit).min(self.size()));
+            for gap in gaps {
+                for (from, to) in runs_of(gap.zero) {
+                    let (start, end) = (gap.guest + from * unit, (gap.guest + to * unit).min(self.size()));
                     zero_bytes(&**data_file, start, end - start, Zeroing::Unmap)?;
                 }
             }
         }
-        let copied = self.write_segments(self.segments(&plan, spots, longest), fill)?;
+        let copied = self.write_segments(self.segments(&plan, gaps, longest), fill)?;
         self.data_dirty.store(true, Ordering::Release);
         let mut tables = self.tables.write();
         // M4: from here on the tables name the clusters, which hold their data.
         for place in plan.places.drain(..) {
             place.commit();
         }
-        tables.name_filled(image, &plan, spots, at, self.size()).map_err(|error| self.poisoned_by(error))?;
+        tables.name_filled(image, &plan, gaps, at, self.size()).map_err(|error| self.poisoned_by(error))?;
         Ok(copied)
     }
 
-    fn segments(&self, plan: &FillPlan, spots: &[ClusterFill], longest: u64) -> Vec<FillSegment> {
+    fn segments(&self, plan: &FillPlan, gaps: &[ClusterFill], longest: u64) -> Vec<FillSegment> {
         let image = &self.image;
         let (size, unit) = (image.cluster().size(), unit_len(&self.image));
         let blank = |guest: u64| {
-            let index = spots.binary_search_by_key(&guest, |spot| spot.guest).expect("a spot of the plan");
-            spots[index].blank
+            let index = gaps.binary_search_by_key(&guest, |gap| gap.guest).expect("a cluster of the plan");
+            gaps[index].blank
         };
         let mut all: Vec<FillSegment> = Vec::new();
         let mut push = |host: u64, from: FillSource, len: u64| {
@@ -238,7 +239,7 @@ impl Qcow2Writer {
         all
     }
 
-    /// Writes segments, those that lie side by side together; returns how many bytes came from below.
+    /// Writes segments, adjacent ones with one call; returns how many bytes came from below.
     fn write_segments(&self, segments: Vec<FillSegment>, fill: &dyn Fill) -> Result<u64> {
         let (mut bytes, mut copied) = (Vec::new(), 0);
         let backing = self.backing();
@@ -280,8 +281,8 @@ impl Qcow2Writer {
         Ok(copied)
     }
 
-    /// Moves what of a segment from below lies in a file as it is from there; the rest is left. Returns how
-    /// many bytes that were.
+    /// Copies the parts of a segment that a file holds unchanged directly from that file; leaves the rest.
+    /// Returns how many bytes were copied.
     fn copy_placed(
         &self,
         segment: &FillSegment,
@@ -305,10 +306,10 @@ impl Qcow2Writer {
     }
 }
 
-/// What was answered last, which may hold for more.
+/// The last answer, which may cover more clusters.
 struct WantedAnswers<'a> {
     fill: &'a dyn Fill,
-    /// Nothing is asked from here on.
+    /// There is nothing to ask beyond this offset.
     end: u64,
     from: u64,
     to: u64,
@@ -316,7 +317,7 @@ struct WantedAnswers<'a> {
 }
 
 impl WantedAnswers<'_> {
-    /// What `[start, start + len)` needs as a whole: data, unless one answer holds for all of it.
+    /// What `[start, start + len)` needs as a whole: data, unless one answer covers all of it.
     fn of(&mut self, start: u64, len: u64) -> Result<Option<BlockStatus>> {
         let (mut at, end) = (start, (start + len).min(self.end));
         let mut whole: Option<Option<BlockStatus>> = None;
@@ -330,7 +331,7 @@ impl WantedAnswers<'_> {
             whole = match whole {
                 None => Some(self.wanted),
                 Some(other) if other == self.wanted => Some(other),
-                // What shows through now is right for any mixture.
+                // The visible bytes are right for any mixture.
                 Some(_) => Some(Some(BlockStatus::Data)),
             };
             at = self.to;

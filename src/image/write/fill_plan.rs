@@ -1,9 +1,9 @@
-//! Who gets which cluster when an image is filled from below: decided, and named at last, under the
-//! tables' lock; in between [`super::fill`] puts the data there.
+//! Assigns clusters when an image is filled from below: planned and finally named under the tables' lock; in
+//! between [`super::fill`] writes the data.
 //!
-//! A cluster of data serves all views that are silent at its place; its count is their number. Where a
-//! part of a cluster is allocated already, the rest is written beside it if nobody else has anything
-//! there, else all that are known to use it get merged clusters of their own.
+//! A cluster of data serves all views that are unallocated there; its count is their number. If a part of a
+//! cluster is allocated already, the rest is written beside it if no other view has data there; else all
+//! views that are known to use it get merged clusters of their own.
 
 use std::collections::HashMap;
 
@@ -19,56 +19,56 @@ use super::reservation::Reservation;
 use super::roots::TableGroup;
 use super::tables::{ImageFile, Tables};
 
-/// A cluster of the disk at which somebody is silent. Masks have a bit for each subcluster; where there are
-/// none, the first bit stands for the cluster.
+/// A cluster of the disk at which some view is unallocated. Masks have a bit for each subcluster; without
+/// subclusters, the first bit stands for the cluster.
 pub(super) struct ClusterFill {
     pub(super) guest: u64,
-    /// Where somebody is silent.
-    pub(super) silent: u32,
-    /// What gets data.
+    /// Where some view is unallocated.
+    pub(super) unallocated: u32,
+    /// Where data is added.
     pub(super) data: u32,
-    /// What of that is zeroes, because the format has no other way to say so.
+    /// The part of that which is zeroes, because the format cannot express them otherwise.
     pub(super) blank: u32,
-    /// What becomes zero in the tables.
+    /// Where the tables will say zero.
     pub(super) zero: u32,
 }
 
 /// Views that will share one new cluster.
 pub(super) struct SharedCluster {
     pub(super) guest: u64,
-    /// What of the cluster is filled.
+    /// The part of the cluster that is filled.
     pub(super) mask: u32,
     pub(super) roots: Vec<usize>,
-    /// The cluster that they leave, and what they have there.
+    /// The cluster that they had, and their data there.
     pub(super) old: Option<(HostOffset, u32)>,
 }
 
-/// What a group has at a spot.
+/// The share of a group in a cluster.
 struct GroupShare<'a> {
     group: &'a TableGroup,
-    /// Where it is silent and gets data.
+    /// Where it is unallocated and gets data.
     data: u32,
     /// Where it has data.
     allocated: u32,
-    /// Its cluster is the active disk's alone.
+    /// Whether its cluster belongs to the active disk alone.
     is_own: bool,
 }
 
-/// Data for a cluster that they have already, which nobody else uses.
+/// Data for a cluster that they have already and that no other view uses.
 pub(super) struct InPlace {
     pub(super) host: HostOffset,
     pub(super) guest: u64,
     pub(super) mask: u32,
 }
 
-/// Everything that one turn does.
+/// All the work of one turn.
 #[derive(Default)]
 pub(super) struct FillPlan {
     pub(super) shared: Vec<SharedCluster>,
     pub(super) in_place: Vec<InPlace>,
     /// Clusters for the shared ones, in their order.
     pub(super) places: Vec<Reservation>,
-    /// Where each shared cluster is, by position and view, and how many share it.
+    /// The location of each shared cluster, by position and view, and how many share it.
     pub(super) hosts: HashMap<(u64, usize), (HostOffset, usize)>,
 }
 
@@ -92,8 +92,8 @@ pub(super) fn runs_of(mask: u32) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-/// Where an entry is silent, up to `end` of the disk, and where it has data.
-fn silent(image: &ImageFile, words: RawL2Entry, guest: u64, end: u64) -> Result<(u32, u32)> {
+/// Where an entry is unallocated, up to `end` of the disk, and where it has data.
+fn unallocated(image: &ImageFile, words: RawL2Entry, guest: u64, end: u64) -> Result<(u32, u32)> {
     let corrupt = |reason: crate::format::Malformed| {
         image.corrupt(format_args!("the L2 entry of guest offset {guest:#x}: {}", reason.fact()))
     };
@@ -110,8 +110,8 @@ fn silent(image: &ImageFile, words: RawL2Entry, guest: u64, end: u64) -> Result<
 }
 
 impl Tables {
-    /// The clusters of `[at, at + len)` at which somebody is silent.
-    pub(super) fn silent_spots(
+    /// The clusters of `[at, at + len)` at which some view is unallocated.
+    pub(super) fn find_gaps(
         &mut self,
         image: &ImageFile,
         at: u64,
@@ -119,34 +119,34 @@ impl Tables {
         size: u64,
     ) -> Result<Vec<ClusterFill>> {
         let groups = self.groups(image, at, size)?;
-        let mut spots = Vec::new();
+        let mut gaps = Vec::new();
         for guest in (at..at + len).step_by(image.cluster().size() as usize) {
             let mut all = 0;
             for group in &groups {
                 let words = self.entry_in(image, group.table, guest)?;
-                all |= silent(image, words, guest, group.end)?.0;
+                all |= unallocated(image, words, guest, group.end)?.0;
             }
             if all != 0 {
-                spots.push(ClusterFill { guest, silent: all, data: 0, blank: 0, zero: 0 });
+                gaps.push(ClusterFill { guest, unallocated: all, data: 0, blank: 0, zero: 0 });
             }
         }
-        Ok(spots)
+        Ok(gaps)
     }
 
-    /// Whether a table or a cluster of a spot waits for a flush to lose references.
-    pub(super) fn is_being_left(
+    /// Whether a table or a cluster of a position waits for a flush to lose references.
+    pub(super) fn is_losing_references(
         &mut self,
         image: &ImageFile,
-        spots: &[ClusterFill],
+        gaps: &[ClusterFill],
         size: u64,
     ) -> Result<bool> {
-        for group in self.groups(image, spots[0].guest, size)? {
+        for group in self.groups(image, gaps[0].guest, size)? {
             let Some(table) = group.table.filter(|_| !group.is_active_alone()) else { continue };
             if self.is_pending(image, image.cluster().index(table.0))? {
                 return Ok(true);
             }
-            for spot in spots.iter().filter(|_| image.format.extended) {
-                let words = self.entry_in(image, group.table, spot.guest)?;
+            for gap in gaps.iter().filter(|_| image.format.extended) {
+                let words = self.entry_in(image, group.table, gap.guest)?;
                 let host = image.cluster().index(EntryFormat::raw_offset(words.entry));
                 if host != 0 && !EntryFormat::is_compressed(words.entry) && self.is_pending(image, host)? {
                     return Ok(true);
@@ -156,13 +156,13 @@ impl Tables {
         Ok(false)
     }
 
-    /// Who gets which cluster; takes the clusters.
-    pub(super) fn plan(&mut self, image: &ImageFile, spots: &[ClusterFill], size: u64) -> Attempt<FillPlan> {
+    /// Assigns clusters, and allocates them.
+    pub(super) fn plan(&mut self, image: &ImageFile, gaps: &[ClusterFill], size: u64) -> Attempt<FillPlan> {
         let mut plan = FillPlan::default();
-        let Some(first) = spots.first() else { return Ok(plan) };
+        let Some(first) = gaps.first() else { return Ok(plan) };
         let groups = self.groups(image, first.guest, size)?;
-        for spot in spots.iter().filter(|spot| spot.data != 0) {
-            self.plan_spot(image, spot, &groups, &mut plan)?;
+        for gap in gaps.iter().filter(|gap| gap.data != 0) {
+            self.plan_gap(image, gap, &groups, &mut plan)?;
         }
         let mut left = plan.shared.len() as u64;
         while left > 0 {
@@ -178,24 +178,24 @@ impl Tables {
         Ok(plan)
     }
 
-    fn plan_spot(
+    fn plan_gap(
         &mut self,
         image: &ImageFile,
-        spot: &ClusterFill,
+        gap: &ClusterFill,
         groups: &[TableGroup],
         plan: &mut FillPlan,
     ) -> Result<()> {
         let mut by_host: Vec<(Option<HostOffset>, Vec<GroupShare<'_>>)> = Vec::new();
         for group in groups {
-            let words = self.entry_in(image, group.table, spot.guest)?;
-            let (silent, allocated) = silent(image, words, spot.guest, group.end)?;
+            let words = self.entry_in(image, group.table, gap.guest)?;
+            let (unallocated, allocated) = unallocated(image, words, gap.guest, group.end)?;
             let host = match EntryFormat::raw_offset(words.entry) {
                 _ if EntryFormat::is_compressed(words.entry) => continue,
                 0 => None,
                 host => Some(HostOffset(host)),
             };
-            let data = silent & spot.data;
-            // Without subclusters a cluster is silent as a whole.
+            let data = unallocated & gap.data;
+            // Without subclusters a cluster is unallocated as a whole.
             if data == 0 && (host.is_none() || !image.format.extended) {
                 continue;
             }
@@ -213,12 +213,12 @@ impl Tables {
                 continue;
             }
             if image.data_file.is_some() {
-                let host = HostOffset(spot.guest);
-                plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
+                let host = HostOffset(gap.guest);
+                plan.in_place.push(InPlace { host, guest: gap.guest, mask: data });
                 continue;
             }
             let Some(host) = host else {
-                plan.share(image, spot.guest, &all);
+                plan.share(image, gap.guest, &all);
                 continue;
             };
             let users: u64 = all.iter().map(|share| share.group.roots.len() as u64).sum();
@@ -227,11 +227,11 @@ impl Tables {
                 matches!(all[..], [GroupShare { is_own: true, .. }]) || self.count(image, cluster)? == users;
             self.may_be_data(image, host, image.cluster().size())?;
             if is_all && data & allocated == 0 {
-                plan.in_place.push(InPlace { host, guest: spot.guest, mask: data });
+                plan.in_place.push(InPlace { host, guest: gap.guest, mask: data });
             } else {
-                // Somebody else has bytes there: all that are known leave it.
+                // Another view has data there: all known views get a new cluster.
                 plan.shared.extend(all.iter().map(|share| SharedCluster {
-                    guest: spot.guest,
+                    guest: gap.guest,
                     mask: share.data,
                     roots: share.group.roots.clone(),
                     old: Some((host, share.allocated)),
@@ -241,29 +241,29 @@ impl Tables {
         Ok(())
     }
 
-    /// Lets all tables name what has been filled, and counts it.
+    /// Lets all tables name the filled clusters, and counts them.
     pub(super) fn name_filled(
         &mut self,
         image: &ImageFile,
         plan: &FillPlan,
-        spots: &[ClusterFill],
+        gaps: &[ClusterFill],
         at: u64,
         size: u64,
     ) -> Result<()> {
-        // Afresh: meanwhile the active table may have come to be one of its own.
+        // Read again: the active table may have been unshared meanwhile.
         let groups = self.groups(image, at, size)?;
         for (host, count) in plan.hosts.values() {
             if *count > 1 {
                 self.set_count(image, image.cluster().index(host.0), *count as u64)?;
             }
         }
-        for spot in spots {
+        for gap in gaps {
             for group in &groups {
                 let Some(table) = group.table else { continue };
-                let words = self.entry_in(image, group.table, spot.guest)?;
-                let (silent, _) = silent(image, words, spot.guest, group.end)?;
-                let (data, zero) = (silent & spot.data, silent & spot.zero);
-                let new = plan.hosts.get(&(spot.guest, group.roots[0])).copied();
+                let words = self.entry_in(image, group.table, gap.guest)?;
+                let (unallocated, _) = unallocated(image, words, gap.guest, group.end)?;
+                let (data, zero) = (unallocated & gap.data, unallocated & gap.zero);
+                let new = plan.hosts.get(&(gap.guest, group.roots[0])).copied();
                 let new = new.filter(|_| {
                     data != 0 || EntryFormat::raw_offset(words.entry) != 0 && image.format.extended
                 });
@@ -271,7 +271,7 @@ impl Tables {
                     Some((host, 1)) => EntryFormat::owned(host),
                     Some((host, _)) => EntryFormat::shared(EntryFormat::owned(host)),
                     None if data != 0 && image.data_file.is_some() => {
-                        EntryFormat::owned(HostOffset(spot.guest))
+                        EntryFormat::owned(HostOffset(gap.guest))
                     }
                     None if zero != 0 && !image.format.extended => EntryFormat::zero(None),
                     None => words.entry,
@@ -282,7 +282,7 @@ impl Tables {
                 } else {
                     words.bitmap
                 };
-                self.set_entry_in(image, table, spot.guest, RawL2Entry { entry, bitmap })?;
+                self.set_entry_in(image, table, gap.guest, RawL2Entry { entry, bitmap })?;
                 if new.is_some() {
                     group.roots.iter().try_for_each(|_| self.release(image, words))?;
                 }

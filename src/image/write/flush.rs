@@ -1,9 +1,9 @@
 //! The ordered write-back of one image.
 //!
-//! Everything else may change tables in memory; only this file puts them on disk, because the
-//! order in which they arrive there is what a crash can see: refcounts and data, barrier, the
-//! refcount table, barrier, mappings, barrier, the L1 table, barrier. Only then does
-//! what was freed lose its references, and only after a moment in which no I/O is under way.
+//! Everything else may change tables in memory; only this file writes them to disk, because the order in
+//! which they arrive there is what a crash can see: refcounts and data, barrier, the refcount table, barrier,
+//! mappings, barrier, the L1 table, barrier. Only then do freed clusters lose their references, and only
+//! after a moment in which no I/O is in flight.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,13 +20,13 @@ use super::tables::ImageFile;
 /// Bytes of adjacent slices that are written with one call, at most.
 const MAX_WRITE: usize = 1 << 20;
 
-/// Flushes, one at a time; those who ask meanwhile share the next.
+/// Flushes, one at a time; concurrent callers share the next one.
 #[derive(Default)]
 pub(super) struct Flushes {
     turn: Mutex<()>,
     /// Flushes begun.
     begun: AtomicU64,
-    /// The number of the last one that has succeeded.
+    /// The number of the last successful one.
     done: AtomicU64,
 }
 
@@ -43,14 +43,14 @@ impl Qcow2Writer {
         let asked = self.flushes.begun.load(Ordering::SeqCst);
         let _turn = self.flushes.turn();
         self.check_poison()?;
-        // One that began after we asked has taken our writes along.
+        // A flush that began after this call has included its writes.
         if self.flushes.done.load(Ordering::SeqCst) > asked {
             return Ok(());
         }
         self.flush_in_turn()
     }
 
-    /// Flushes twice where need be, so that what was freed is counted as free on disk, too.
+    /// Flushes twice if necessary, so that freed clusters are counted as free on disk, too.
     pub(super) fn close(&self) -> Result<()> {
         let _turn = self.flushes.turn();
         self.check_poison()?;
@@ -68,10 +68,10 @@ impl Qcow2Writer {
             || !tables.dropped.is_empty()
     }
 
-    /// The flush itself, for whoever has the turn.
+    /// The flush itself; the caller has the turn.
     pub(super) fn flush_in_turn(&self) -> Result<()> {
         if self.is_dirty() {
-            // Tables that were mended while they were only read are a first change, too.
+            // Tables that were repaired while they were only read are a first change, too.
             self.prepare()?;
         }
         let number = self.flushes.begun.fetch_add(1, Ordering::SeqCst) + 1;
@@ -81,15 +81,15 @@ impl Qcow2Writer {
     }
 
     fn write_back(&self) -> Result<()> {
-        // M1, M4: counts and data, then the tables that name them, then the roots; a barrier behind each.
-        // All of one moment: every mapping among them has its data written and its cluster counted.
+        // M1, M4: counts and data, then the tables that name them, then the roots; a barrier after each. All
+        // as of one moment: every mapping among them has its data written and its cluster counted.
         let (batches, freed) = {
             let mut tables = self.tables.write();
             tables.free_dropped(&self.image)?;
             (CLASSES.map(|class| tables.slices.take_dirty(class)), std::mem::take(&mut tables.pending))
         };
-        // The first time, what a writer before us has left unsynced is made durable, too: whoever
-        // has read it may build on it.
+        // The first flush also makes durable what an earlier writer has left unsynced: a program that has
+        // read it may rely on it.
         let is_first_flush = !self.has_synced.load(Ordering::Acquire);
         let is_data_dirty = self.data_dirty.swap(false, Ordering::AcqRel) || is_first_flush;
         for (class, batch) in CLASSES.iter().zip(&batches) {
@@ -104,7 +104,7 @@ impl Qcow2Writer {
             if !batch.is_empty()
                 || (is_first && (is_first_flush || is_data_dirty && self.image.data_file.is_none()))
             {
-                // The kernel may have forgotten what it could not write, and show it all the same.
+                // The kernel may have dropped pages that it could not write, and still show them.
                 self.image
                     .file
                     .sync()
@@ -116,13 +116,13 @@ impl Qcow2Writer {
         self.release(&freed)
     }
 
-    /// Takes the references of what was freed, now that nothing on disk refers to it.
+    /// Removes the references of freed clusters, now that nothing on disk refers to them.
     pub(super) fn release(&self, freed: &[ClusterRange]) -> Result<()> {
         if freed.is_empty() {
             return Ok(());
         }
-        // M5: no mapping on disk names them any more; behind the gate, no I/O of an old lookup goes on.
-        // Whoever looked a place up before it was freed is done with it when the gate has been ours.
+        // M5: no mapping on disk names them any more; after the gate, no I/O of an old lookup is in flight. A
+        // lookup from before the free is finished once the gate was held exclusively.
         drop(self.reuse_gate.write());
         let mut tables = self.tables.write();
         for freed in freed {
@@ -141,7 +141,7 @@ impl Qcow2Writer {
         }
         tables.free_dropped(&self.image).map_err(|error| self.damaged(error))?;
         let growth = tables.plan_refcount_table(&self.image).map_err(|error| self.damaged(error))?;
-        // Until the header names the new table nothing has changed: failing here is only failing.
+        // Until the header names the new table nothing has changed: a failure has no consequence.
         growth.write(&self.image)?;
         let blocks = tables.slices.take_dirty(TableClass::RefcountBlock);
         let table = tables.slices.take_dirty(TableClass::RefcountTable);
@@ -157,14 +157,13 @@ impl Qcow2Writer {
         tables.adopt(&self.image, &growth).map_err(|error| self.poisoned_by(error))
     }
 
-    /// Notes that tables or data could not be made durable: nothing is written any more.
+    /// Records that tables or data could not be made durable: nothing is written any more.
     #[expect(clippy::needless_pass_by_value, reason = "for map_err")]
     pub(super) fn poisoned_by(&self, error: Error) -> Error {
         let first = self.poison.get_or_init(|| {
             let kind =
                 if error.kind() == ErrorKind::Corrupt { ErrorKind::Corrupt } else { ErrorKind::Poisoned };
-            let sentence =
-                "nothing more is written to it until it is opened afresh; what was flushed before is safe";
+            let sentence = "nothing more is written to it until it is opened again; earlier flushes are safe";
             let poison = Error::new(kind, format!("{}: {error}; {sentence}", self.image.name));
             tracing::error!("{poison}");
             poison
@@ -174,7 +173,7 @@ impl Qcow2Writer {
 
     /// The reason why nothing is written, if there is one.
     pub(super) fn check_poison(&self) -> Result<()> {
-        // M7: asked before each write.
+        // M7: checked before each write.
         self.poison.get().map_or(Ok(()), |poison| Err(poison.clone()))
     }
 }

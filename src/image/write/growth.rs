@@ -1,7 +1,7 @@
 //! Larger tables: the refcount table when clusters outnumber it, the L1 table when the disk grows.
 //!
-//! A new table is written whole, beside the old one, and made durable; then one write within a
-//! sector of the header names it. The old one's clusters are free only after that.
+//! A new table is written completely, beside the old one, and made durable; then one write within a sector of
+//! the header names it. The old one's clusters are free only after that.
 
 use std::sync::atomic::Ordering;
 
@@ -21,13 +21,13 @@ use super::reservation::{ClusterRange, Reservation};
 use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 
-// Places of header fields, from the specification; each written at once lies in the first sector.
-/// Bytes of the disk (8), the method of encryption (4), then the L1 table as at [`L1_AT`].
+// Offsets of header fields, from the specification; fields written at once are in the first sector.
+/// Size of the disk (8), encryption method (4), then the L1 table as at [`L1_AT`].
 const SIZE_AT: u64 = 24;
 /// Entries of the L1 table (4), its offset (8).
 const L1_AT: u64 = 36;
 
-/// A refcount table to come, with the blocks that count it.
+/// A future refcount table, with the blocks that count it.
 pub(super) struct TableGrowth {
     first: u64,
     blocks: Vec<Vec<u8>>,
@@ -36,7 +36,7 @@ pub(super) struct TableGrowth {
 }
 
 impl TableGrowth {
-    /// Puts the new table and its blocks into the file, where nothing refers to them.
+    /// Writes the new table and its blocks to the file, where nothing refers to them.
     pub(super) fn write(&self, image: &ImageFile) -> Result<()> {
         let bytes = self.blocks.concat();
         image.file.write_at(self.first * image.cluster().size(), &bytes)?;
@@ -52,8 +52,8 @@ impl TableGrowth {
 }
 
 impl Tables {
-    /// A larger refcount table. It and the blocks for it lie where no cluster can be counted yet,
-    /// so that none of them is in use.
+    /// A larger refcount table. It and its blocks are at offsets where no cluster can be counted yet, so that
+    /// none of them is in use.
     pub(super) fn plan_refcount_table(&mut self, image: &ImageFile) -> Result<TableGrowth> {
         let size = image.cluster().size();
         let per_block = block_entries(image.cluster(), image.order);
@@ -94,7 +94,7 @@ impl Tables {
         Ok(TableGrowth { first, blocks: contents, table, new })
     }
 
-    /// Writes the L1 table, as it stands in memory, to reserved clusters; zeroes behind it.
+    /// Writes the L1 table, as it is in memory, to reserved clusters, followed by zeroes.
     pub(super) fn copy_l1(&mut self, image: &ImageFile, place: &Reservation) -> Result<()> {
         let (clusters, old) = (place.clusters(), self.l1);
         let mut table = self.table_bytes(image, old.offset, old.entries.into(), TableClass::L1)?;
@@ -102,7 +102,7 @@ impl Tables {
         image.file.write_at(clusters.start(image).0, &table)
     }
 
-    /// Goes over to the new table, which the header names by now.
+    /// Switches to the new table, which the header names by now.
     pub(super) fn adopt(&mut self, image: &ImageFile, growth: &TableGrowth) -> Result<()> {
         let size = image.cluster().size();
         let old = std::mem::replace(&mut self.refcount_table, growth.new);
@@ -114,20 +114,20 @@ impl Tables {
         self.slices.forget(old.offset.0, old.offset.0 + clusters * size, image.slice_len());
         let first = image.cluster().index(old.offset.0);
         self.roles.remove(first, clusters);
-        // The header no longer names it, durably: nobody but the tables' lock ever looked there.
+        // The header no longer names it, durably: only holders of the tables' lock ever read it.
         self.unreference(image, ClusterRange { first, count: clusters })
     }
 }
 
 impl Qcow2Writer {
-    /// Makes the disk `size` bytes long.
+    /// Sets the disk's size to `size` bytes, which is larger than now.
     pub(super) fn grow(&self, size: u64) -> Result<()> {
         let name = &self.image.name;
         let Some(size) = size.checked_next_multiple_of(SECTOR_SIZE) else {
             return Err(Error::new(ErrorKind::TooLarge, format!("{name}: no disk is that large")));
         };
         self.check_poison()?;
-        // Nobody changes a mapping meanwhile.
+        // No mapping changes meanwhile.
         let _all = self.ranges.hold(0, u64::MAX);
         let old_size = self.size();
         if size == old_size {
@@ -138,7 +138,7 @@ impl Qcow2Writer {
             return Err(Error::new(ErrorKind::Forbidden, format!("{name}: {sentence}")));
         }
         self.refuse_bitmaps()?;
-        self.refuse_unnoted_sizes()?;
+        self.refuse_unrecorded_sizes()?;
         let entries = self.l1_entries_for(size)?;
         self.prepare()?;
         if entries > u64::from(self.tables.read().l1.entries) {
@@ -149,16 +149,16 @@ impl Qcow2Writer {
         {
             data_file.set_len(size)?;
         }
-        // Whatever lies there, in the tables or below, has never been the disk's.
+        // Bytes there, in the tables or below, have never been the disk's.
         let mut at = old_size;
         while at < size {
             let turn = self.image.rest_of_table(at, size - at);
             self.zero_held(at, turn, Zeroing::Unmap, size)?;
-            self.relieve()?;
+            self.write_back_if_pressed()?;
             at += turn;
         }
         if self.is_undoable() {
-            // The header will say so when it names the new tables.
+            // The header will state it when it names the new tables.
             self.size.store(size, Ordering::Release);
             return Ok(());
         }
@@ -168,7 +168,7 @@ impl Qcow2Writer {
         self.name_size(size)
     }
 
-    /// Gives the disk another size, in the header and here; for whoever has the turn.
+    /// Sets the disk's size, in the header and in memory; the caller has the turn.
     pub(super) fn name_size(&self, size: u64) -> Result<()> {
         let written =
             self.image.file.write_at(SIZE_AT, &size.to_be_bytes()).and_then(|()| self.image.file.sync());
@@ -178,7 +178,7 @@ impl Qcow2Writer {
     }
 
     /// Lets the header name another size and L1 table, durable by now, with one write; and with `snapshots`
-    /// (how many, and where) another snapshot table. For whoever has the turn.
+    /// (count and offset) another snapshot table. The caller has the turn.
     pub(super) fn name_l1(&self, size: u64, l1: L1Table, snapshots: Option<(u32, HostOffset)>) -> Result<()> {
         let mut fields = size.to_be_bytes().to_vec();
         fields.extend(0u32.to_be_bytes()); // the method of encryption, between them: none
@@ -197,8 +197,8 @@ impl Qcow2Writer {
         switched.map_err(|error| self.poisoned_by(error))
     }
 
-    /// A disk of another size is refused where the internal snapshots would get it, too.
-    pub(super) fn refuse_unnoted_sizes(&self) -> Result<()> {
+    /// Refuses to resize a disk if the size of internal snapshots would change with it.
+    pub(super) fn refuse_unrecorded_sizes(&self) -> Result<()> {
         if !self.image.has_snapshots() || self.image.format.version == Version::V3 {
             return Ok(());
         }
@@ -208,7 +208,7 @@ impl Qcow2Writer {
         Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.image.name)))
     }
 
-    /// Makes sure that an L1 table may map so many bytes; returns its entries.
+    /// Checks that an L1 table can map this many bytes; returns its entries.
     pub(super) fn l1_entries_for(&self, size: u64) -> Result<u64> {
         let entries = size.div_ceil(self.image.l1_span());
         if entries * 8 <= MAX_L1_LEN {
@@ -226,13 +226,13 @@ impl Qcow2Writer {
         let place = self.with_tables(|tables| tables.allocate(image, ClusterCount::Exactly(clusters)))?;
         let _turn = self.flushes.turn();
         self.check_poison()?;
-        // All ranges are held, so that from here on the old table does not change; what it names is
-        // durable with this, and so are the counts of the new one.
+        // All ranges are held, so the old table does not change from here on; this makes durable what it
+        // names, and the counts of the new one.
         self.flush_in_turn()?;
         let mut tables = self.tables.write();
         let old = tables.l1;
         tables.copy_l1(image, &place)?;
-        // The header may name it from here on, even if it is not known to.
+        // The header may name it from here on, even if the write's outcome is unknown.
         let new = place.commit();
         let offset = new.start(image);
         let mut field = entries.to_be_bytes().to_vec();

@@ -1,12 +1,12 @@
-//! What an image refers to and its file does not have.
+//! References of an image to data that its file does not have.
 //!
-//! A file that was cut short is read as far as it goes, and the rest is an error. The first cluster that a
-//! writer takes makes the file longer, and from then on what was lost would read as zeroes, which no check
-//! could tell from data. So before anything is written all references have to lie within the file.
+//! A truncated file is readable up to its end, and the rest is an error. The first cluster that a writer
+//! allocates would extend the file, and from then on the lost data would read as zeroes, which no check could
+//! tell from data. So before anything is written all references have to be within the file.
 //!
-//! That costs a good image next to nothing: where no cluster behind the end of the file is counted, none is
-//! referred to (the allocator goes by the same counts). Only else are all tables read, for a count there may
-//! be a mere leak.
+//! A sound image costs next to nothing to check: if no cluster beyond the end of the file is counted, none is
+//! referred to (the allocator uses the same counts). Only otherwise are all tables read, since such a count
+//! may be a mere leak.
 
 use std::collections::HashSet;
 
@@ -23,18 +23,18 @@ use crate::units::HostOffset;
 use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 
-/// A state of the disk that tables of the file show.
+/// A state of the disk that tables of the file map.
 struct LossRoot {
     name: String,
     l1: L1Table,
     /// Bytes of its disk.
     size: u64,
-    /// Where VM state ends that lies behind the disk.
+    /// The end of VM state that follows the disk.
     vm_state_end: u64,
 }
 
 impl Tables {
-    /// `Corrupt` if something that the image's tables name lies behind the end of a file.
+    /// `Corrupt` if the image's tables name something beyond the end of a file.
     pub(super) fn refuse_loss(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
         if let Some(data_file) = &image.data_file {
             let len = data_file.len()?;
@@ -53,7 +53,7 @@ impl Tables {
             }
         }
         // R4: whether the tables name something beyond the end of the file.
-        if !self.may_be_cut(image)? {
+        if !self.may_be_truncated(image)? {
             return Ok(());
         }
         match self.find_loss(image, header)? {
@@ -72,8 +72,8 @@ impl Tables {
         }
     }
 
-    /// Whether any cluster is counted that does not lie in the file as a whole.
-    fn may_be_cut(&mut self, image: &ImageFile) -> Result<bool> {
+    /// Whether any counted cluster is not completely in the file.
+    fn may_be_truncated(&mut self, image: &ImageFile) -> Result<bool> {
         let size = image.cluster().size();
         let table_end = self.refcount_table.offset.0 + u64::from(self.refcount_table.clusters) * size;
         if table_end > self.file_len {
@@ -105,7 +105,7 @@ impl Tables {
         Ok(false)
     }
 
-    /// The first thing found that the file does not have, as part of a sentence.
+    /// The first missing thing, as part of a sentence.
     fn find_loss(&mut self, image: &ImageFile, header: &Header) -> Result<Option<String>> {
         let (size, len) = (image.cluster().size(), self.file_len);
         if self.refcount_table.offset.0 + u64::from(self.refcount_table.clusters) * size > len {
@@ -129,7 +129,7 @@ impl Tables {
                 )));
             }
             if let Some(at) = walk.lost_data(&root)? {
-                return Ok(Some(format!("what {} has at guest offset {at:#x}", root.name)));
+                return Ok(Some(format!("the data of {} at guest offset {at:#x}", root.name)));
             }
         }
         lost_bitmap(image, header, len)
@@ -151,7 +151,7 @@ fn inner(snapshot: &Snapshot, header: &Header) -> LossRoot {
     }
 }
 
-/// A bitmap that is believed, and of which a part is not there.
+/// A bitmap in force of which a part is missing.
 fn lost_bitmap(image: &ImageFile, header: &Header, len: u64) -> Result<Option<String>> {
     let Some((_, bitmaps)) = read_bitmaps(&image.name, &*image.file, header)? else { return Ok(None) };
     for bitmap in bitmaps.iter().filter(|bitmap| !bitmap.in_use) {
@@ -173,13 +173,13 @@ fn lost_bitmap(image: &ImageFile, header: &Header, len: u64) -> Result<Option<St
     Ok(None)
 }
 
-/// A way through all tables, past the slices: what is read here is not asked for again soon.
+/// A walk through all tables, without the slices: each table is read only once.
 struct LossWalk<'a> {
     image: &'a ImageFile,
     header: &'a Header,
-    /// Where the file with the data ends.
+    /// The end of the file with the data.
     len: u64,
-    /// L2 tables that have been looked at.
+    /// L2 tables that were checked.
     seen: HashSet<u64>,
 }
 
@@ -188,7 +188,7 @@ impl<'a> LossWalk<'a> {
         Self { image, header, len, seen: HashSet::new() }
     }
 
-    /// The first guest offset of which the data, or the table that names it, is not there.
+    /// The first guest offset whose data, or whose table, is missing.
     fn lost_data(&mut self, root: &LossRoot) -> Result<Option<u64>> {
         let (image, size) = (self.image, self.image.cluster().size());
         let mut l1 = vec![0; root.l1.len_bytes() as usize];
@@ -229,7 +229,7 @@ impl<'a> LossWalk<'a> {
             if stream.at.0.saturating_add(stream.len.into()) <= self.len {
                 return Ok(false);
             }
-            // A count of whole sectors may reach over the end of what was written last.
+            // A count of whole sectors may cross the end of the last write.
             let mut input = vec![0; self.len.saturating_sub(stream.at.0) as usize];
             let have = image.file.read_at(stream.at.0, &mut input)?;
             let mut cluster = vec![0; size as usize];

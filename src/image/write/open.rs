@@ -1,4 +1,4 @@
-//! Opening a qcow2 image for writing: what is refused, and what is done before the first write.
+//! Opening a qcow2 image for writing: the refusals, and the steps before the first write.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::feature;
 use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
 use crate::format::{EntryFormat, Header, Malformed, Snapshot, Version};
-use crate::image::check::{mend_flags, rebuild_dirty};
+use crate::image::check::{repair_dirty, repair_flags};
 use crate::image::header::{self, HeaderChange};
 use crate::image::{read_bitmaps, read_header_with, read_snapshots, unreadable};
 use crate::io::{Storage, WriteStorage};
@@ -24,7 +24,7 @@ use super::tables::{ImageFile, SnapshotRoot, Tables};
 use super::{BackingDisk, WriterOptions, where_possible};
 
 impl Qcow2Writer {
-    /// Opens an image. Nothing of a sound one is written before the first change.
+    /// Opens an image. A sound image is not written before the first change.
     pub(super) fn open(
         name: &str,
         file: Arc<dyn WriteStorage>,
@@ -35,14 +35,14 @@ impl Qcow2Writer {
         let mut header = read_header(name, &*file)?;
         refuse(name, &header)?;
         if header.dirty() {
-            // Whoever wrote it last did not come to the end.
-            rebuild_dirty(&*file, name)?;
+            // The last writer did not close it properly.
+            repair_dirty(&*file, name)?;
             header = read_header(name, &*file)?;
         } else if header.version == Version::V2 && header.data_file.is_none() {
-            // It cannot say so.
-            mend_flags(&*file, name)?;
+            // Version 2 has no dirty bit.
+            repair_flags(&*file, name)?;
         }
-        let (image, tables) = look(name, &header, file, data_file, options)?;
+        let (image, tables) = inspect(name, &header, file, data_file, options)?;
         Ok(Self {
             compression: header.compression,
             raw_data: header.data_file.as_ref().is_some_and(|data_file| data_file.raw),
@@ -65,7 +65,7 @@ impl Qcow2Writer {
         })
     }
 
-    /// Opens an image so that what is written can be undone.
+    /// Opens an image in undoable mode.
     pub(super) fn open_undoable(
         name: &str,
         file: Arc<dyn WriteStorage>,
@@ -73,7 +73,7 @@ impl Qcow2Writer {
         options: WriterOptions,
     ) -> Result<Self> {
         if read_header(name, &*file)?.data_file.is_some() {
-            let fact = "its data lies in an external file, where nothing can be undone";
+            let fact = "its data is in an external file, where writes cannot be undone";
             return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {fact}")));
         }
         let writer = Self::open(name, file, None, backing, options)?;
@@ -81,11 +81,11 @@ impl Qcow2Writer {
         Ok(writer)
     }
 
-    /// What has to be on disk before the first change of what the disk shows: bitmaps no longer hold.
-    /// Commands that leave every byte as it was do with [`Self::prepare`].
+    /// The steps that have to be on disk before the first change of the disk's content: bitmaps are marked as
+    /// stale. Commands that keep every byte use [`Self::prepare`] instead.
     pub(super) fn prepare_content(&self) -> Result<()> {
         self.prepare()?;
-        // What can be undone leaves the image as it is until it is published.
+        // In undoable mode the image does not change until it is published.
         if self.is_told.load(Ordering::Acquire) || self.is_undoable() {
             return Ok(());
         }
@@ -101,7 +101,7 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// What has to be on disk before the first change is.
+    /// The steps that have to be on disk before the first change.
     pub(super) fn prepare(&self) -> Result<()> {
         self.check_poison()?;
         if self.prepared.load(Ordering::Acquire) {
@@ -112,8 +112,8 @@ impl Qcow2Writer {
             return Ok(());
         }
         let header = read_header(&self.image.name, &*self.image.file)?;
-        // What can be undone leaves the image as it is until it is published.
-        let is_changed = !self.is_undoable() && self.drop_unknown_features(&header)?;
+        // In undoable mode the image does not change until it is published.
+        let is_changed = !self.is_undoable() && self.clear_unknown_features(&header)?;
         self.reserve_tables(&header)?;
         if is_changed {
             self.image.file.sync().map_err(|error| self.poisoned_by(error))?;
@@ -122,9 +122,9 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Takes promises of features that are not known here, which hold no longer, out of the header; whether
-    /// there were any.
-    pub(super) fn drop_unknown_features(&self, header: &Header) -> Result<bool> {
+    /// Clears the autoclear bits of unknown features, which are not kept valid here; returns whether there
+    /// were any.
+    pub(super) fn clear_unknown_features(&self, header: &Header) -> Result<bool> {
         let kept = header.autoclear & feature::KNOWN_AUTOCLEAR;
         if header.autoclear != kept {
             self.image.file.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
@@ -132,8 +132,8 @@ impl Qcow2Writer {
         Ok(header.autoclear != kept)
     }
 
-    /// Takes space for the tables there are, which may lie in holes of the file: a full file system then
-    /// refuses a write, and no flush fails for want of space.
+    /// Allocates space for the existing tables, which may be in holes of the file: a full file system then
+    /// refuses a write, and no flush fails for lack of space.
     fn reserve_tables(&self, header: &Header) -> Result<()> {
         let image = &self.image;
         let size = image.cluster().size();
@@ -153,8 +153,8 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Bitmaps that follow every write no longer do: they say so themselves, as they would after a
-    /// crash of QEMU. Those that are switched off hold.
+    /// Marks bitmaps that follow every write as stale, as a crash of QEMU would leave them. Disabled bitmaps
+    /// stay valid.
     pub(super) fn mark_bitmaps(&self, header: &Header) -> Result<bool> {
         let Some((at, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, header)? else {
             return Ok(false);
@@ -167,7 +167,7 @@ impl Qcow2Writer {
         Ok(is_changed)
     }
 
-    /// Bitmaps have the size of the disk, and nobody here gives them another.
+    /// Bitmaps have the size of the disk, and chainfs does not resize them.
     pub(super) fn refuse_bitmaps(&self) -> Result<()> {
         let header = read_header(&self.image.name, &*self.image.file)?;
         let Some((_, bitmaps)) = read_bitmaps(&self.image.name, &*self.image.file, &header)? else {
@@ -184,7 +184,7 @@ impl Qcow2Writer {
         Err(Error::new(ErrorKind::Unsupported, sentence))
     }
 
-    /// An error on the way to a write. Damage is noted in the image, and ends all writing.
+    /// An error on the way to a write. Damage is recorded in the image, and ends all writing.
     pub(super) fn damaged(&self, error: Error) -> Error {
         if error.kind() != ErrorKind::Corrupt || self.check_poison().is_err() {
             return error;
@@ -195,7 +195,7 @@ impl Qcow2Writer {
     }
 
     fn mark_corrupt(&self) {
-        // Version 2 has no place to say so.
+        // Version 2 has no corrupt bit.
         if self.image.format.version == Version::V2 {
             return;
         }
@@ -205,11 +205,11 @@ impl Qcow2Writer {
             self.image.file.sync()
         });
         if let Err(error) = marked {
-            tracing::error!("{}: cannot be marked as corrupt: {error}", self.image.name);
+            tracing::error!("{}: could not mark it as corrupt: {error}", self.image.name);
         }
     }
 
-    /// Changes the header's backing file or freeze mark, in the turn of a flush: nobody else changes a
+    /// Changes the header's backing file or freeze mark, in the turn of a flush: no other thread changes a
     /// field of the header meanwhile.
     pub(super) fn change_header(&self, change: &HeaderChange) -> Result<()> {
         let _turn = self.flushes.turn();
@@ -217,7 +217,7 @@ impl Qcow2Writer {
         self.check_poison()?;
         let steps = header::steps(&self.image.name, &*self.image.file, change)?;
         header::apply(&*self.image.file, &steps).map_err(|error| self.poisoned_by(error))?;
-        // Damage is noted there by anybody who meets it; the note must not have been overwritten.
+        // Any thread that finds damage records it in the header; the record must not have been overwritten.
         if self.poison.get().is_some_and(|poison| poison.kind() == ErrorKind::Corrupt) {
             self.mark_corrupt();
         }
@@ -225,38 +225,38 @@ impl Qcow2Writer {
     }
 }
 
-/// Reads the header as it stands in the file.
+/// Reads the header from the file.
 pub(super) fn read_header(name: &str, file: &dyn WriteStorage) -> Result<Header> {
     read_header_with(name, file, Header::parse).map(|(header, _)| header)
 }
 
-/// Why an image is not written of which the refcounts are damaged.
+/// Why an image with damaged refcounts is not written.
 pub(in crate::image) fn refcounts_damaged(name: &str, reason: &Malformed) -> Error {
     let fact = format!("its refcounts are damaged: {}", reason.fact());
     let remedy = "it can be read; to write it, unmount it and run chainfs check --repair all";
     Error::new(ErrorKind::Corrupt, format!("{name}: {fact}; {remedy}"))
 }
 
-/// Why an image cannot be opened for writing, if so: what [`super::Writer::qcow2`] would say. Nothing is
-/// written. One that was not closed properly is repaired by who opens it, and can be judged only then.
+/// Why an image cannot be opened for writing, if so: the refusal of [`super::Writer::qcow2`]. Nothing is
+/// written. An image that was not closed properly is repaired on opening, and can be checked only then.
 pub fn check_writable(
     name: &str,
     file: Arc<dyn Storage>,
     data_file: Option<Arc<dyn Storage>>,
     options: WriterOptions,
 ) -> Result<()> {
-    let file = Arc::new(OnlyRead(file));
+    let file = Arc::new(ReadOnlyFile(file));
     let header = read_header(name, &*file)?;
     refuse(name, &header)?;
     if header.dirty() {
         return Ok(());
     }
-    let data_file = data_file.map(|file| Arc::new(OnlyRead(file)) as Arc<dyn WriteStorage>);
-    look(name, &header, file, data_file, options).map(drop)
+    let data_file = data_file.map(|file| Arc::new(ReadOnlyFile(file)) as Arc<dyn WriteStorage>);
+    inspect(name, &header, file, data_file, options).map(drop)
 }
 
-/// What a writer knows of an image before it writes anything. Fails if it may not.
-fn look(
+/// The state of an image before it is written. Fails if it may not be written.
+fn inspect(
     name: &str,
     header: &Header,
     file: Arc<dyn WriteStorage>,
@@ -289,21 +289,21 @@ fn look(
         has_damaged_snapshots: false,
         shadow: None,
     };
-    tables.learn_roles(&image, header)?;
+    tables.register_tables(&image, header)?;
     tables.refuse_loss(&image, header)?;
     Ok((image, tables))
 }
 
-/// A file of which somebody who writes files is shown all, and to which he writes nothing.
-struct OnlyRead(Arc<dyn Storage>);
+/// A file for a reader that needs a writable type: all writes are refused.
+struct ReadOnlyFile(Arc<dyn Storage>);
 
-impl OnlyRead {
+impl ReadOnlyFile {
     fn refuse<T>() -> Result<T> {
-        Err(Error::new(ErrorKind::ReadOnly, "nothing is written by who only looks"))
+        Err(Error::new(ErrorKind::ReadOnly, "the file was opened to be checked only"))
     }
 }
 
-impl Storage for OnlyRead {
+impl Storage for ReadOnlyFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         self.0.read_at(at, buf)
     }
@@ -321,7 +321,7 @@ impl Storage for OnlyRead {
     }
 }
 
-impl WriteStorage for OnlyRead {
+impl WriteStorage for ReadOnlyFile {
     fn write_at(&self, _at: u64, _bytes: &[u8]) -> Result<()> {
         Self::refuse()
     }
@@ -367,32 +367,32 @@ fn refuse(name: &str, header: &Header) -> Result<()> {
 }
 
 impl Tables {
-    /// Finds out where all tables are, and that each is counted: an image whose refcounts do not
-    /// cover its own tables would have them overwritten.
-    fn learn_roles(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
+    /// Finds the locations of all tables, and checks that each is counted: an image whose refcounts do not
+    /// cover its own tables would overwrite them.
+    fn register_tables(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
         let size = image.cluster().size();
-        self.learn(image, "the header", 0, size)?;
-        self.learn(image, "the L1 table", header.l1.offset.0, header.l1.len_bytes())?;
+        self.register(image, "the header", 0, size)?;
+        self.register(image, "the L1 table", header.l1.offset.0, header.l1.len_bytes())?;
         let table_len = u64::from(header.refcount_table.clusters) * size;
-        self.learn(image, "the refcount table", header.refcount_table.offset.0, table_len)?;
+        self.register(image, "the refcount table", header.refcount_table.offset.0, table_len)?;
         for index in 0..self.refcount_table_entries(image) {
             if let Some(block) = self.block_of_entry(image, index)? {
-                self.learn(image, "a refcount block", block.0, size)?;
+                self.register(image, "a refcount block", block.0, size)?;
             }
         }
         if let Some(crypto) = header.crypto_header {
-            self.learn(image, "the encryption header", crypto.offset.0, crypto.len)?;
+            self.register(image, "the encryption header", crypto.offset.0, crypto.len)?;
         }
-        self.learn_snapshots(image, header)?;
+        self.register_snapshots(image, header)?;
         if let Some((at, bitmaps)) = read_bitmaps(&image.name, &*image.file, header)? {
-            self.learn(
+            self.register(
                 image,
                 "the bitmap directory",
                 at.0,
                 header.bitmaps.map_or(0, |found| found.directory_len),
             )?;
             for bitmap in bitmaps {
-                self.learn(image, "a bitmap", bitmap.table.0, u64::from(bitmap.table_entries) * 8)?;
+                self.register(image, "a bitmap", bitmap.table.0, u64::from(bitmap.table_entries) * 8)?;
             }
         }
         for index in 0..u64::from(self.l1.entries) {
@@ -400,7 +400,7 @@ impl Tables {
             let word = self.word(image, at, TableClass::L1)?;
             let entry = image.format.l1(word).map_err(|reason| image.corrupt(reason.fact()))?;
             let Some(table) = entry.l2 else { continue };
-            self.learn(image, "an L2 table", table.0, size)?;
+            self.register(image, "an L2 table", table.0, size)?;
             // Written in place, a shared table would change an internal snapshot.
             if entry.copied && self.count(image, image.cluster().index(table.0))? != 1 {
                 self.set_word(image, at, TableClass::L1, EntryFormat::shared(word))?;
@@ -409,13 +409,14 @@ impl Tables {
         Ok(())
     }
 
-    fn learn_snapshots(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
+    fn register_snapshots(&mut self, image: &ImageFile, header: &Header) -> Result<()> {
         let (snapshots, table_len) = read_snapshots(&image.name, &*image.file, header)?;
-        self.learn(image, "the snapshot table", header.snapshots.offset.0, table_len)?;
-        // What a damaged entry reaches is counted, and so nobody's to take; where that is cannot be told.
+        self.register(image, "the snapshot table", header.snapshots.offset.0, table_len)?;
+        // Clusters that a damaged entry reaches are counted, so they are never allocated; their location is
+        // unknown.
         let is_good = |snapshot: &&Snapshot| snapshot.damage.is_none();
         for snapshot in snapshots.iter().filter(is_good) {
-            self.learn(
+            self.register(
                 image,
                 "the L1 table of an internal snapshot",
                 snapshot.l1.offset.0,
@@ -427,7 +428,7 @@ impl Tables {
         Ok(())
     }
 
-    fn learn(&mut self, image: &ImageFile, what: &str, at: u64, len: u64) -> Result<()> {
+    fn register(&mut self, image: &ImageFile, what: &str, at: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
         }

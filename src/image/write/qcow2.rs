@@ -1,8 +1,8 @@
 //! The active disk of a qcow2 image: reading it, and writing it.
 //!
-//! A write to clusters that are this disk's alone goes straight to its place, in parallel with all
-//! others. Any other write holds its range of clusters, puts head, data and tail into
-//! clusters that nothing refers to yet, and changes the mapping only when they are there.
+//! A write to clusters that belong to this disk alone goes straight to their location, in parallel with all
+//! others. Any other write holds its range of clusters, writes head, data and tail to clusters that nothing
+//! refers to yet, and changes the mapping only after that.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -24,63 +24,63 @@ use super::ranges::{Held, Ranges};
 use super::reservation::Reservation;
 use super::tables::{ImageFile, LookupMiss, Tables, entry_run};
 
-/// Freed clusters that wait for a flush, at most.
+/// Maximum number of freed clusters that wait for a flush.
 const MAX_PENDING: usize = 1 << 16;
-/// Bytes that one turn of an allocating write covers, at most.
+/// Maximum bytes that one turn of an allocating write covers.
 pub(super) const MAX_TURN: u64 = 4 << 20;
-/// Bytes of decompressed clusters that are kept.
+/// Bytes of decompressed clusters that are cached.
 const DECOMPRESSED: usize = 4 << 20;
 
 /// A qcow2 image that is open for writing.
 pub(super) struct Qcow2Writer {
     pub(super) image: ImageFile,
-    /// Cloned and left at once: another may take its place at any time.
+    /// Cloned and released at once: another may replace it at any time.
     pub(super) backing: RwLock<Option<Arc<dyn BackingDisk>>>,
     pub(super) compression: Compression,
-    /// The data file is a raw image by itself: what reads as zero must be zero there.
+    /// The data file is a raw image by itself: zero ranges of the disk must be zero there.
     pub(super) raw_data: bool,
     pub(super) size: AtomicU64,
-    /// Ranges of clusters whose mappings are being changed. Taken before everything else here; held
-    /// across data I/O.
+    /// Ranges of clusters whose mappings are being changed. Taken before everything else here; held across
+    /// data I/O.
     pub(super) ranges: Ranges,
-    /// Held, shared, from looking up a place in the file to the end of the I/O there; exclusively,
-    /// for a moment, before freed clusters may be used again. Taken before `tables`.
+    /// Held, shared, from the lookup of a location in the file to the end of the I/O there; exclusively, for
+    /// a moment, before freed clusters may be used again. Taken before `tables`.
     pub(super) reuse_gate: RwLock<()>,
     /// One flush (or growth of a table) at a time. Taken before `tables`; held across I/O.
     pub(super) flushes: Flushes,
-    /// The tables. Nobody who holds it waits for another lock.
+    /// The tables. A holder never waits for another lock.
     pub(super) tables: RwLock<Tables>,
     /// Guest data has been written since the last flush began.
     pub(super) data_dirty: AtomicBool,
     /// There has been a barrier since the image was opened.
     pub(super) has_synced: AtomicBool,
-    /// Space is reserved up to here, behind the end of the file; 0 if there is none.
+    /// The end of the space that is reserved beyond the end of the file; 0 if there is none.
     pub(super) reserved_end: AtomicU64,
-    /// What the first change needs has been done.
+    /// The preparations of the first change are done.
     pub(super) prepared: AtomicBool,
-    /// What notes changes of the disk's content has been told that there are some.
+    /// The preparations of the first change of the disk's content are done.
     pub(super) is_told: AtomicBool,
     pub(super) preparing: Mutex<()>,
-    /// A barrier has failed: the file may read otherwise than it will after a crash.
+    /// A barrier has failed: the file may read differently after a crash.
     pub(super) has_lost_writes: AtomicBool,
     /// Why nothing is written any more.
     pub(super) poison: OnceLock<Error>,
     pub(super) decompressed: Cache<(u64, u32), Arc<[u8]>>,
 }
 
-/// A stretch of the file that a mapping is about to name, and the entries it will have.
+/// A range of the file that a mapping is about to name, and its future entries.
 struct WriteTarget {
-    /// The first cluster of the disk, as a position.
+    /// The offset of the first cluster on the disk.
     guest: u64,
-    /// Where its first byte goes.
+    /// The offset of its first byte.
     host: HostOffset,
     /// The file holds zeroes there.
     is_fresh: bool,
-    /// Where new clusters are needed: those.
+    /// The new clusters, where some are needed.
     reservation: Option<Reservation>,
     /// The entries as they were.
     old: Vec<RawL2Entry>,
-    /// From here on the disk has places that others may be writing to.
+    /// From here on other writers may be writing to the disk's own clusters.
     limit: u64,
 }
 
@@ -89,12 +89,12 @@ impl Qcow2Writer {
         Cache::new(DECOMPRESSED)
     }
 
-    /// What lies below by now.
+    /// The current backing.
     pub(super) fn backing(&self) -> Option<Arc<dyn BackingDisk>> {
         self.backing.read().clone()
     }
 
-    /// Puts another source below, which shows the same.
+    /// Replaces the backing by one that shows the same bytes.
     pub(super) fn set_backing(&self, backing: Option<Arc<dyn BackingDisk>>) {
         *self.backing.write() = backing;
     }
@@ -103,7 +103,7 @@ impl Qcow2Writer {
         self.size.load(Ordering::Acquire)
     }
 
-    /// What the tables say of a position. Who goes on to do I/O there holds the gate.
+    /// The entry of the tables for an offset. A caller that does I/O there holds the gate.
     pub(super) fn lookup(&self, at: u64, max: u64) -> Result<Run<L2Entry>> {
         loop {
             match self.tables.read().map(&self.image, at, max) {
@@ -124,20 +124,20 @@ impl Qcow2Writer {
             let Run { value: entry, len } = self.lookup(position, (buf.len() - done) as u64)?;
             let part = &mut buf[done..done + len as usize];
             if entry.mapping == Mapping::Hole {
-                // Nothing of this file is read: a slow layer below is not to keep flushes waiting.
+                // Nothing of this file is read: a slow layer below must not delay flushes.
                 drop(gate);
             }
             self.read_mapping(entry.mapping, position, part)?;
             done += len as usize;
         }
         if self.image.has_snapshots() {
-            // Reading may have mended tables. If they cannot be written, that is the writers' to hear.
-            let _ = self.relieve();
+            // Reading may have repaired tables. If they cannot be written, a writer gets the error.
+            let _ = self.write_back_if_pressed();
         }
         Ok(())
     }
 
-    /// The same, for whoever holds the range, so that nothing there is freed.
+    /// The same; the caller holds the range, so that no cluster there is freed.
     pub(super) fn read_inner(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
@@ -177,7 +177,7 @@ impl Qcow2Writer {
     }
 
     fn decompress(&self, stream: Compressed) -> Result<Arc<[u8]>> {
-        // No stream is ever written: what was at a place stays what it was, or is never asked for again.
+        // No stream is ever written: the bytes of a location stay unchanged, or are never asked for again.
         let key = (stream.at.0, stream.len);
         if let Some(cluster) = self.decompressed.get(&key) {
             return Ok(cluster);
@@ -193,7 +193,7 @@ impl Qcow2Writer {
         Ok(cluster)
     }
 
-    /// Whether the disk is known to read as zeroes there, and for how long at least that answer holds.
+    /// Whether the disk is known to read as zeroes there, and the minimum length of that answer.
     pub(super) fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
         let Run { value: entry, len } = self.lookup(at, len)?;
         match entry.mapping {
@@ -206,8 +206,8 @@ impl Qcow2Writer {
         }
     }
 
-    /// As [`Self::status_run`], for seeking: what cannot be read is no hole, for whoever copies must hear of
-    /// it.
+    /// As [`Self::status_run`], for seeking: an unreadable range is no hole, so that a copying program sees
+    /// the error.
     pub(super) fn seek_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
         match self.status_run(at, len) {
             Err(error) if error.kind() == ErrorKind::Corrupt => {
@@ -244,10 +244,11 @@ impl Qcow2Writer {
             let in_place = self.write_in_place(position, rest)?;
             done += if in_place > 0 { in_place } else { self.write_elsewhere(position, rest)? };
         }
-        self.relieve()
+        self.write_back_if_pressed()
     }
 
-    /// Overwrites what is this disk's alone; returns how much that was, from the start of `bytes` on.
+    /// Overwrites clusters that belong to this disk alone; returns how many bytes that were, from the start
+    /// of `bytes`.
     pub(super) fn write_in_place(&self, at: u64, bytes: &[u8]) -> Result<usize> {
         let _gate = self.reuse_gate.read();
         self.check_poison()?;
@@ -280,8 +281,8 @@ impl Qcow2Writer {
         }
     }
 
-    /// Writes to clusters that have no place of their own yet; returns how many bytes that were,
-    /// which may be none if another thread came first.
+    /// Writes to clusters that are not allocated to this disk alone yet; returns how many bytes that were,
+    /// which may be none if another thread was faster.
     fn write_elsewhere(&self, at: u64, bytes: &[u8]) -> Result<usize> {
         let len = self.image.rest_of_table(at, bytes.len() as u64).min(MAX_TURN);
         let _held = self.hold(at, len);
@@ -294,20 +295,20 @@ impl Qcow2Writer {
         self.ranges.hold(cluster.floor(at), cluster.floor(at + len - 1) + cluster.size())
     }
 
-    /// With the range held: gives the first of `bytes` places of their own, and writes them there.
-    /// Returns how many; none if the first has one.
+    /// With the range held: allocates clusters for the first of `bytes`, and writes them there. Returns how
+    /// many; none if the first has a cluster.
     pub(super) fn fill(&self, at: u64, bytes: &[u8]) -> Result<usize> {
         self.fill_with(at, Payload::Bytes(bytes))
     }
 
-    /// The same with bytes from anywhere.
+    /// The same with bytes of any source.
     pub(super) fn fill_with(&self, at: u64, payload: Payload<'_>) -> Result<usize> {
         let target = self.with_tables(|tables| self.find_target(tables, at, payload.len()))?;
         let Some(target) = target else { return Ok(0) };
         self.fill_target(target, at, payload)
     }
 
-    /// Where the bytes at `at` shall go; `None` where they have their place already.
+    /// The target of the bytes at `at`; `None` if they are allocated already.
     fn find_target(
         &self,
         tables: &mut Tables,
@@ -322,9 +323,9 @@ impl Qcow2Writer {
             return Ok(None);
         }
         tables.own_l2_table(image, at)?;
-        // Read again: in a table of its own, flags may have been mended.
+        // Read again: in a table of its own, flags may have been repaired.
         let first = tables.entry(image, at)?;
-        if let Some(host) = self.kept_place(first, guest) {
+        if let Some(host) = self.preallocated_cluster(first, guest) {
             tables.may_be_data(image, host, cluster.size())?;
             let limit = self.end_of_unplaced(first, at)?;
             return Ok(Some(WriteTarget {
@@ -342,7 +343,7 @@ impl Qcow2Writer {
             let position = guest + index * cluster.size();
             let words = tables.entry(image, position)?;
             let has_place = entry_run(image, words, position)?.value.own_data().is_some();
-            if has_place || self.kept_place(words, position).is_some() {
+            if has_place || self.preallocated_cluster(words, position).is_some() {
                 break;
             }
             old.push(words);
@@ -365,7 +366,7 @@ impl Qcow2Writer {
         Ok(Some(WriteTarget { guest, host, is_fresh, reservation: Some(reservation), old, limit: u64::MAX }))
     }
 
-    /// Where, in the cluster of `at`, the first subcluster after it begins that has its own place.
+    /// Where, in the cluster of `at`, the first allocated subcluster after it begins.
     fn end_of_unplaced(&self, words: RawL2Entry, at: u64) -> Result<u64> {
         let cluster_end = self.image.cluster().floor(at) + self.image.cluster().size();
         let mut end = at;
@@ -379,10 +380,11 @@ impl Qcow2Writer {
         Ok(end)
     }
 
-    /// The cluster of the file that an entry keeps for its cluster of the disk and nobody else uses.
-    pub(super) fn kept_place(&self, words: RawL2Entry, guest: u64) -> Option<HostOffset> {
+    /// The cluster of the file that an entry has preallocated for its cluster and that has no other
+    /// reference.
+    pub(super) fn preallocated_cluster(&self, words: RawL2Entry, guest: u64) -> Option<HostOffset> {
         if self.image.data_file.is_some() {
-            // With subclusters, the others of the cluster may have data in place.
+            // With subclusters, the others of the cluster may be allocated.
             return (self.image.format.extended && words.bitmap as u32 != 0).then_some(HostOffset(guest));
         }
         let host = EntryFormat::raw_offset(words.entry);
@@ -391,7 +393,7 @@ impl Qcow2Writer {
         is_kept.then_some(HostOffset(host))
     }
 
-    /// Writes what belongs into the target, then lets the tables name it.
+    /// Writes the data to the target, then lets the tables name it.
     fn fill_target(&self, mut target: WriteTarget, at: u64, payload: Payload<'_>) -> Result<usize> {
         let image = &self.image;
         let target_end = target.guest + target.old.len() as u64 * image.cluster().size();
@@ -427,7 +429,8 @@ impl Qcow2Writer {
         Ok((end - at) as usize)
     }
 
-    /// What has to be written so that `[at, end)` can be: whole clusters, or the subclusters around it.
+    /// The range that has to be written so that `[at, end)` can be: whole clusters, or the subclusters around
+    /// it.
     fn region(&self, target: &WriteTarget, at: u64, end: u64) -> Result<(u64, u64)> {
         let image = &self.image;
         let size = image.cluster().size();
@@ -436,7 +439,7 @@ impl Qcow2Writer {
         if image.format.extended {
             let unit = size / u64::from(SUBCLUSTERS);
             let is_partial = |words: &RawL2Entry, guest: u64| -> Result<bool> {
-                // What the old cluster holds besides has to move along: then as a whole.
+                // Other data of the old cluster has to move as well: then as a whole.
                 let entry = image
                     .format
                     .l2_extended(words.entry, words.bitmap, GuestOffset(guest))
@@ -455,8 +458,8 @@ impl Qcow2Writer {
         Ok((from, if image.data_file.is_some() { to.min(self.size()).max(end) } else { to }))
     }
 
-    /// Writes `[from, to)` of the disk into the target, `bytes` at `at` and what the disk shows now around
-    /// them, in one piece; zeroes at the edges are left out where the file holds them already.
+    /// Writes `[from, to)` of the disk to the target in one piece: `bytes` at `at`, and the disk's current
+    /// bytes around them; zeroes at the edges are left out where the file holds them already.
     fn write_joined(&self, target: &WriteTarget, from: u64, at: u64, bytes: &[u8], to: u64) -> Result<()> {
         let host = |guest: u64| target.host.0 + (guest - target.guest);
         let end = at + bytes.len() as u64;
@@ -475,7 +478,7 @@ impl Qcow2Writer {
         }
         let start = at - head.len() as u64;
         if head.is_empty() && tail.is_empty() {
-            // Nothing at all: a cluster that is only to have its place.
+            // Nothing at all: a cluster that is only to be allocated.
             return if bytes.is_empty() { Ok(()) } else { self.image.data().write_at(host(at), bytes) };
         }
         head.reserve_exact(bytes.len() + tail.len());
@@ -484,7 +487,7 @@ impl Qcow2Writer {
         self.image.data().write_at(host(start), &head)
     }
 
-    /// Fills `buf` with what the disk shows now, zeroes past its end; whether it is all zeroes.
+    /// Fills `buf` with the disk's current bytes, zeroes past its end; returns whether it is all zeroes.
     fn read_around(&self, at: u64, buf: &mut [u8]) -> Result<bool> {
         let size = self.size();
         let inside = size.saturating_sub(at).min(buf.len() as u64) as usize;
@@ -510,7 +513,7 @@ impl Qcow2Writer {
         RawL2Entry { entry, bitmap: SubclusterEntry::bitmap(allocated | mask, zero & !mask) }
     }
 
-    /// Does something to the tables that may allocate; grows the refcount table if it has to.
+    /// Runs a change of the tables that may allocate; grows the refcount table if necessary.
     pub(super) fn with_tables<T>(
         &self,
         mut work: impl FnMut(&mut Tables) -> std::result::Result<T, AllocError>,
@@ -518,7 +521,7 @@ impl Qcow2Writer {
         loop {
             let outcome = {
                 let mut tables = self.tables.write();
-                // Asked under the lock: after a failed flush nothing is given out any more.
+                // Checked under the lock: after a failed flush nothing is allocated any more.
                 self.check_poison()?;
                 work(&mut tables)
             };
@@ -530,8 +533,8 @@ impl Qcow2Writer {
         }
     }
 
-    /// Writes tables back if too many have changed, or too much waits to be free.
-    pub(super) fn relieve(&self) -> Result<()> {
+    /// Writes tables back if too many have changed, or too many clusters wait to be freed.
+    pub(super) fn write_back_if_pressed(&self) -> Result<()> {
         let is_pressed = {
             let tables = self.tables.read();
             tables.slices.is_pressed() || tables.pending.len() > MAX_PENDING

@@ -1,5 +1,5 @@
-//! Which clusters of the disk are being changed: whoever allocates, zeroes or frees holds its
-//! range, and others who want any of it wait.
+//! The clusters of the disk that are being changed: a thread that allocates, zeroes or frees holds its range,
+//! and others that need any of it wait.
 
 use parking_lot::{Condvar, Mutex};
 
@@ -18,8 +18,8 @@ pub struct Held<'a> {
 }
 
 impl Ranges {
-    /// Waits until nobody holds any of `[start, end)`, then holds it. A thread holds one range at
-    /// a time, so that nobody waits in a circle.
+    /// Waits until no other thread holds any of `[start, end)`, then holds it. A thread holds one range at a
+    /// time, so that no threads wait in a circle.
     pub fn hold(&self, start: u64, end: u64) -> Held<'_> {
         let mut held = self.held.lock();
         while held.iter().any(|range| range.0 < end && start < range.1) {
@@ -45,7 +45,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     #[test]
-    fn no_two_hold_what_overlaps() {
+    fn overlapping_ranges_are_held_one_at_a_time() {
         let (ranges, inside) = (Ranges::default(), AtomicU64::new(0));
         std::thread::scope(|scope| {
             for _ in 0..4 {

@@ -1,7 +1,7 @@
 //! The writer of a raw file: the disk is the file, rounded up to whole sectors.
 //!
-//! There are no tables, so that durability is the file's own: a flush is a sync. A sync that has
-//! failed is never asked for again, for the kernel may have dropped what it could not write.
+//! There are no tables, so durability is the file's own: a flush is a sync. After a failed sync there is no
+//! further one, since the kernel may have dropped pages that it could not write.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -21,15 +21,15 @@ pub(super) struct RawWriter {
     file: Arc<dyn WriteStorage>,
     /// Bytes of the disk.
     size: AtomicU64,
-    /// Whether the file holds all sectors of the disk whole. Set under `growing`.
+    /// Whether the file holds all sectors of the disk completely. Set under `growing`.
     whole: AtomicBool,
-    /// Held by whoever changes the file's length.
+    /// Held while the file's length changes.
     growing: Mutex<()>,
-    /// Set when a change has been made, before its caller hears of it.
+    /// Set when a change has been made, before its caller returns.
     dirty: AtomicBool,
     /// There has been a sync since the file was opened.
     has_synced: AtomicBool,
-    /// Held during a sync: who comes second must not return before the first has it done.
+    /// Held during a sync: a second caller must not return before the first sync is done.
     syncing: Mutex<()>,
     /// Why nothing is written any more.
     poison: OnceLock<Error>,
@@ -60,7 +60,7 @@ impl RawWriter {
         &self.name
     }
 
-    /// Why no internal snapshot of it is taken.
+    /// Why internal snapshots of it are refused.
     pub(super) fn without_snapshots(&self) -> Error {
         let sentence = "a raw image holds no internal snapshots; take an external one";
         Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.name))
@@ -73,7 +73,7 @@ impl RawWriter {
     pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.check(at, buf.len() as u64);
         let len = self.file.read_at(at, buf)?;
-        // Only the padding of the last sector may be missing; anything else somebody has cut away.
+        // Only the padding of the last sector may be missing; any other missing byte was truncated.
         if len < buf.len() && self.file.len()? <= self.size() - 512 {
             let fact = format!("{}: the file ends at {:#x}; it was cut short", self.name, at + len as u64);
             return Err(Error::new(ErrorKind::Io, fact));
@@ -121,8 +121,8 @@ impl RawWriter {
         Ok(())
     }
 
-    /// Makes the file shorter, durably. One that ends within a sector stays as it is if its size is asked
-    /// for.
+    /// Makes the file shorter, durably. One that ends within a sector stays as it is if its own size is
+    /// requested.
     pub(super) fn shrink(&self, size: u64) -> Result<()> {
         self.healthy()?;
         let size = smaller(&self.name, size, self.size())?;
@@ -140,8 +140,8 @@ impl RawWriter {
     pub(super) fn flush(&self) -> Result<()> {
         let _syncing = self.syncing.lock();
         self.healthy()?;
-        // Cleared first: what is changed from here on is for the next flush. The very first makes durable
-        // what a writer before us has left unsynced, too: whoever has read it may build on it.
+        // Cleared first: a later change is for the next flush. The very first flush also makes durable what
+        // an earlier writer has left unsynced: a program that has read it may rely on it.
         if !self.dirty.swap(false, Ordering::AcqRel) && self.has_synced.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
@@ -177,8 +177,8 @@ impl RawWriter {
         Ok(None)
     }
 
-    /// Makes a change that ends at `end`; first, so that the disk keeps its size, gives the file the
-    /// rest of its last sector, if the change reaches there.
+    /// Makes a change that ends at `end`. First it completes the last sector of the file, if the change
+    /// reaches there, so that the disk keeps its size.
     fn change(&self, end: u64, change: impl FnOnce() -> Result<()>) -> Result<()> {
         self.healthy()?;
         if !self.whole.load(Ordering::Acquire) && end > self.size() - 512 {
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_last_sector_is_padded_when_read_and_whole_once_it_is_written() {
+    fn a_partial_last_sector_is_padded_on_read_and_completed_on_write() {
         let (memory, writer) = writer(&[7; 700]);
         assert_eq!(writer.size(), 1024);
         let mut buf = [1; 1024];
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_cut_away_is_an_error_and_no_zeroes() {
+    fn a_truncated_range_is_an_error_and_not_zeroes() {
         let (memory, writer) = writer(&[7; 4096]);
         memory.set_len(1024).unwrap();
         assert_eq!(writer.read_at(0, &mut [0; 4096]).unwrap_err().kind(), ErrorKind::Io);
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroing_does_without_holes_where_there_are_none() {
+    fn zeroing_writes_zeroes_where_holes_are_not_supported() {
         let (memory, writer) = writer(&[7; 4096]);
         writer.zero(512, 512, Zeroing::Unmap).unwrap();
         writer.zero(2048, 512, Zeroing::Keep).unwrap();
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_has_changed_is_synced_and_a_failed_sync_is_the_last() {
+    fn only_changes_are_synced_and_a_failed_sync_is_final() {
         let (memory, writer) = writer(&[7; 4096]);
         writer.flush().unwrap();
         assert_eq!(memory.syncs.load(Ordering::Relaxed), 1, "what another may have left behind");

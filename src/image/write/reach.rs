@@ -1,8 +1,8 @@
-//! What an L1 table reaches: looked at before anything changes, counted once more for a new table, given
-//! back with one that has gone.
+//! The clusters that an L1 table reaches: checked before anything changes, counted once more for a new table,
+//! freed with a removed one.
 //!
-//! A cluster has one count for each L1 table that reaches it, through whichever L2 table. So what only one
-//! reaches has a count of 1, and if that one is the active table, COPIED says so.
+//! A cluster has one count for each L1 table that reaches it, through any L2 table. So a cluster that only
+//! one table reaches has a count of 1, and if that one is the active table, COPIED says so.
 
 use std::collections::HashMap;
 
@@ -18,12 +18,12 @@ use super::tables::{ImageFile, Tables, entry_run, references};
 use super::where_possible;
 
 impl Qcow2Writer {
-    /// Makes sure that what the first `entries` of an L1 table reach can be counted once more, and that it
-    /// may be. What the active table reaches by the same L2 table stays as it is, if it is not the active one
-    /// that is asked about.
+    /// Checks that the clusters that the first `entries` of an L1 table reach can be counted once more, and
+    /// that this is allowed. Clusters that the active table reaches by the same L2 table are left out, unless
+    /// this is the active table.
     pub(super) fn refuse_overflow(&self, l1: L1Table, entries: u64) -> Result<()> {
         let image = &self.image;
-        // Several compressed clusters may lie in one of the file.
+        // Several compressed clusters may be in one of the file.
         let mut more: HashMap<u64, u64> = HashMap::new();
         for index in 0..entries {
             if !self.tables.write().fits_once_more(image, l1, index, &mut more)? {
@@ -39,13 +39,13 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Punches clusters that are free; for whoever holds all ranges, so that nobody takes them.
+    /// Punches clusters that are free; the caller holds all ranges, so that no other thread allocates them.
     pub(super) fn punch(&self, freed: &[ClusterRange]) {
         let size = self.image.cluster().size();
         for run in freed {
             if let Err(error) = where_possible(self.image.file.punch_hole(run.first * size, run.count * size))
             {
-                // They are free all the same, and the next one to write there writes them whole.
+                // They are free all the same, and their next user writes them completely.
                 tracing::warn!(
                     "{}: could not punch a hole, so freed clusters keep their space: {error}",
                     self.image.name
@@ -70,7 +70,7 @@ impl Tables {
         Ok(all)
     }
 
-    /// Makes sure that what an entry of an L1 table names may be an L2 table.
+    /// Checks that an entry of an L1 table names a possible L2 table.
     fn may_be_l2(&mut self, image: &ImageFile, index: u64, table: HostOffset) -> Result<()> {
         let cluster = image.cluster().index(table.0);
         let is_active = self.table_of(image, self.l1, index)? == Some(table);
@@ -82,8 +82,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Makes sure that an entry of an L2 table makes sense, and that what it refers to has at least `least`
-    /// references.
+    /// Checks that an entry of an L2 table is valid, and that its clusters have at least `least` references.
     fn check_references(
         &mut self,
         image: &ImageFile,
@@ -141,9 +140,9 @@ impl Tables {
         Ok(fits)
     }
 
-    /// Makes sure that what an entry of an L1 table reaches can lose a reference, and that what the active
-    /// table has at the same place keeps one.
-    pub(super) fn check_leaving(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
+    /// Checks that the clusters of an L1 entry can lose a reference, and that those of the active table at
+    /// the same place keep one.
+    pub(super) fn check_unreference(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, l1, index)? else { return Ok(()) };
         self.may_be_l2(image, index, table)?;
         let active = if l1 == self.l1 { None } else { self.table_of(image, self.l1, index)? };
@@ -162,8 +161,8 @@ impl Tables {
         Ok(())
     }
 
-    /// Counts an L2 table, and everything that it refers to, once more; nothing of that is anybody's own any
-    /// more.
+    /// Counts an L2 table, and every cluster that it refers to, once more; none of them belongs to one disk
+    /// alone any more.
     pub(super) fn share_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<()> {
         for (number, words) in self.all_words(image, table)?.into_iter().enumerate() {
             let Some(clusters) = references(image, words) else { continue };
@@ -198,9 +197,13 @@ impl Tables {
         self.set_count(image, cluster, count + 1)
     }
 
-    /// Takes a reference from an L2 table and from everything that it refers to: an L1 table has gone,
-    /// durably. Returns what is free by that, in the order of the file.
-    pub(super) fn leave_table(&mut self, image: &ImageFile, table: HostOffset) -> Result<Vec<ClusterRange>> {
+    /// Removes a reference from an L2 table and from every cluster that it refers to, after an L1 table was
+    /// removed durably. Returns the clusters that became free, in the order of the file.
+    pub(super) fn unreference_table(
+        &mut self,
+        image: &ImageFile,
+        table: HostOffset,
+    ) -> Result<Vec<ClusterRange>> {
         let own = ClusterRange { first: image.cluster().index(table.0), count: 1 };
         let mut left: Vec<u64> = Vec::new();
         for words in self.all_words(image, table)? {
@@ -229,8 +232,8 @@ impl Tables {
         Ok(freed)
     }
 
-    /// Marks what has come to be the active disk's alone, in the L2 table of an L1 entry and in the entry
-    /// itself.
+    /// Marks clusters that now belong to the active disk alone, in the L2 table of an L1 entry and in the
+    /// entry itself.
     pub(super) fn flag_own(&mut self, image: &ImageFile, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
         if self.count(image, image.cluster().index(table.0))? != 1 {

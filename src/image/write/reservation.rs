@@ -1,8 +1,8 @@
 //! Clusters that are counted and that nothing refers to yet.
 //!
 //! A [`Reservation`] is committed in the moment in which a table, or the header, comes to name its clusters;
-//! dropped before that, it frees them. So what a drop frees was never named, whatever has failed, and no
-//! refcount falls below the references (M1).
+//! dropped before that, it frees them. So the clusters that a drop frees were never named, whatever has
+//! failed, and no refcount falls below the references (M1).
 //!
 //! A drop happens anywhere: under the tables' lock, in the turn of a flush, on a poisoned disk. So it takes
 //! no lock but that of a list, and does no I/O. The refcounts follow under the tables' lock, before the next
@@ -18,7 +18,7 @@ use crate::units::HostOffset;
 
 use super::tables::{ImageFile, Tables};
 
-/// Clusters of the file that lie side by side.
+/// Contiguous clusters of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ClusterRange {
     pub(super) first: u64,
@@ -42,12 +42,12 @@ impl ClusterRange {
     }
 }
 
-/// What reserved clusters are for.
+/// The use of reserved clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ClusterUse {
     /// Guest data, or a table that gets its role when it is named.
     Any,
-    /// A table that is written past the slices; it has its role already.
+    /// A table that is written without the slices; it has its role already.
     Table,
 }
 
@@ -88,7 +88,7 @@ impl Drop for Reservation {
     }
 }
 
-/// Reservations that were dropped, and whose clusters are still counted. A leaf among the locks.
+/// Reservations that were dropped, and whose clusters are still counted. Its lock is a leaf.
 #[derive(Debug, Default)]
 pub(super) struct DroppedReservations {
     list: Mutex<Vec<(ClusterRange, ClusterUse)>>,
@@ -115,7 +115,7 @@ impl Tables {
         Reservation { clusters, is_fresh, used_for, dropped: Some(Arc::clone(&self.dropped)) }
     }
 
-    /// Counts the clusters of dropped reservations as free. They may hold anything by now.
+    /// Counts the clusters of dropped reservations as free. They may hold any bytes by now.
     pub(super) fn free_dropped(&mut self, image: &ImageFile) -> Result<()> {
         while let Some((clusters, used_for)) = self.dropped.pop() {
             if used_for == ClusterUse::Table {

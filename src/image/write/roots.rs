@@ -1,5 +1,5 @@
-//! The tables of all views of an image: the active ones and those of its internal snapshots, by the L2
-//! tables that they share.
+//! The tables of all views of an image, the active ones and those of its internal snapshots, grouped by the
+//! L2 tables that they share.
 
 use std::collections::HashMap;
 
@@ -16,13 +16,13 @@ use super::tables::{ImageFile, Tables};
 /// The active view; internal snapshots follow, from 1 on.
 const ACTIVE: usize = 0;
 
-/// Views whose L1 tables name the same L2 table at one place of their disks.
+/// Views whose L1 tables name the same L2 table at one index.
 #[derive(Debug)]
 pub(super) struct TableGroup {
     /// `None`: they have none. As many of them as may share a table form a group.
     pub(super) table: Option<HostOffset>,
     pub(super) roots: Vec<usize>,
-    /// The longest of their disks ends here.
+    /// The end of the longest of their disks.
     pub(super) end: u64,
 }
 
@@ -46,8 +46,8 @@ impl Tables {
         if root == ACTIVE { self.l1 } else { self.snapshots[root - 1].l1 }
     }
 
-    /// The views whose disks reach as far as the L2 table of `at` does, by that table. VM state lies behind a
-    /// disk's last table and belongs to none.
+    /// The views whose disks reach as far as the L2 table of `at`, grouped by that table. VM state lies
+    /// beyond a disk's last table and belongs to no group.
     pub(super) fn groups(&mut self, image: &ImageFile, at: u64, size: u64) -> Result<Vec<TableGroup>> {
         let index = at / image.l1_span();
         let start = index * image.l1_span();
@@ -76,13 +76,13 @@ impl Tables {
 
     /// Whether the next flush takes references from a cluster.
     pub(super) fn is_pending(&mut self, image: &ImageFile, cluster: u64) -> Result<bool> {
-        // M1: what is about to lose a user in memory still has it on disk.
+        // M1: a cluster that is about to lose a reference in memory still has it on disk.
         let is_it = |freed: &ClusterRange| (freed.first..freed.first + freed.count).contains(&cluster);
         Ok(self.count(image, cluster)? > 1 && self.pending.iter().any(is_it))
     }
 
-    /// Makes sure that the group has an L2 table for `at` that may be changed for all of it, and for it
-    /// alone.
+    /// Makes sure that the group has an L2 table for `at` that may be changed for all of it, and that no
+    /// other view uses.
     pub(super) fn ready_table(&mut self, image: &ImageFile, group: &TableGroup, at: u64) -> Attempt<()> {
         if group.is_active_alone() {
             return self.own_l2_table(image, at).map(|_| ());
@@ -102,9 +102,9 @@ impl Tables {
             if counted == count {
                 return Ok(());
             }
-            // M1: users that are not known keep the table as it is.
-            // More than are known: a leak, somebody at another place of a disk, or somebody who has left it
-            // in memory, but not yet on disk. For none of them anything may change.
+            // M1: unknown users keep the table as it is. More users than are known: a leak, a user at another
+            // place of a disk, or one that has dropped it in memory, but not yet on disk. Nothing may change
+            // for any of them.
         }
         self.move_group(image, group, at / image.l1_span())
     }
@@ -150,7 +150,7 @@ impl Tables {
         Ok(())
     }
 
-    /// The entry of a table for a position of the disk; silent where there is no table.
+    /// The entry of a table for an offset of the disk; unallocated without a table.
     pub(super) fn entry_in(
         &mut self,
         image: &ImageFile,
@@ -162,7 +162,7 @@ impl Tables {
         Ok(RawL2Entry::new(image.format, &words[index..]))
     }
 
-    /// Sets the entry of a table for a position of the disk.
+    /// Sets the entry of a table for an offset of the disk.
     pub(super) fn set_entry_in(
         &mut self,
         image: &ImageFile,
@@ -171,7 +171,7 @@ impl Tables {
         words: RawL2Entry,
     ) -> Result<()> {
         let place = Self::l2_place(image, table, at);
-        // Both words lie in one slice: 16-byte entries are aligned.
+        // Both words are in one slice: 16-byte entries are aligned.
         self.set_word(image, place, TableClass::L2, words.entry)?;
         if image.format.extended {
             self.set_word(image, place + 8, TableClass::L2, words.bitmap)?;

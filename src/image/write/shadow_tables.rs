@@ -1,12 +1,11 @@
 //! Undoable writing: until it is published, nothing that the image shows changes on disk.
 //!
-//! The writer works on a copy of the L1 table that no header names. No entry that was there before counts as
-//! this disk's own, so that a table is copied before its first change and no old cluster is written in
-//! place; what the old tables refer to keeps its count. [`Qcow2Writer::publish`] makes
-//! everything durable, then lets one write within the header's first sector name the copy, with the
-//! disk's size; only then do old tables and clusters lose their references. [`Qcow2Writer::abandon`] gives
-//! back what was taken. A crash before that write leaves clusters that nothing refers to, a crash after it,
-//! too.
+//! The writer works on a copy of the L1 table that no header names. No existing entry counts as this disk's
+//! own, so a table is copied before its first change and no old cluster is written in place; clusters of the
+//! old tables keep their counts. [`Qcow2Writer::publish`] makes everything durable, then lets one write
+//! within the header's first sector name the copy, with the disk's size; only then do old tables and clusters
+//! lose their references. [`Qcow2Writer::abandon`] frees the allocated clusters. A crash before or after that
+//! write leaves clusters that nothing refers to.
 
 use std::sync::atomic::Ordering;
 
@@ -24,19 +23,19 @@ use super::slices::TableClass;
 use super::tables::{ImageFile, Tables};
 use super::where_possible;
 
-/// References that are kept back before they are sorted and joined.
+/// Number of held references before they are sorted and joined.
 const KEPT: usize = 1 << 16;
 
-/// What is known of the image as it was.
+/// The state of the image before the first write.
 pub(super) struct ShadowTables {
     old_l1: L1Table,
     /// Clusters that were counted since and that only the new tables refer to.
     pub(super) made: ClusterSet,
-    /// References that the image as it was still holds.
+    /// References that the old state of the image still holds.
     kept: HeldReferences,
 }
 
-/// References that are taken away later. A cluster of compressed data has several.
+/// References that are removed later. A cluster of compressed data has several.
 struct HeldReferences {
     runs: Vec<ClusterRange>,
     tidy_at: usize,
@@ -53,7 +52,7 @@ impl HeldReferences {
         }
     }
 
-    /// Joins what lies side by side.
+    /// Joins contiguous ones.
     fn tidy(&mut self) {
         self.runs.sort_unstable_by_key(|run| run.first);
         let mut joined: Vec<ClusterRange> = Vec::new();
@@ -73,14 +72,14 @@ impl ShadowTables {
         Self { old_l1, made: ClusterSet::default(), kept: HeldReferences { runs: Vec::new(), tidy_at: KEPT } }
     }
 
-    /// Part of a table without the COPIED flags of what the image as it was uses, too.
+    /// Part of a table without the COPIED flags of clusters that the old state uses, too.
     pub(super) fn mask(&self, image: &ImageFile, words: &mut [u64], class: TableClass) {
         let step = match class {
             TableClass::L1 => 1,
             TableClass::L2 => (image.format.l2_entry_len() / 8) as usize,
             TableClass::RefcountBlock | TableClass::RefcountTable => return,
         };
-        // M9: what the image uses looks shared, so it is copied before it is changed.
+        // M9: clusters of the old state look shared, so they are copied before they are changed.
         for word in words.iter_mut().step_by(step) {
             let is_plain = class == TableClass::L1 || !EntryFormat::is_compressed(*word);
             if is_plain && !self.made.contains(image.cluster().index(EntryFormat::raw_offset(*word))) {
@@ -91,8 +90,8 @@ impl ShadowTables {
 }
 
 impl Tables {
-    /// Notes that nothing refers to a cluster any more: it is free after the next flush, or, if the image as
-    /// it was has it, after publishing.
+    /// Records that nothing refers to a cluster any more: it is free after the next flush, or, if the old
+    /// state has it, after publishing.
     pub(super) fn free_later(&mut self, cluster: u64) {
         if let Some(shadow) = &mut self.shadow
             && !shadow.made.contains(cluster)
@@ -105,7 +104,8 @@ impl Tables {
         }
     }
 
-    /// The bytes of a table in the file, in which everything with a count of 1 is marked as the disk's own.
+    /// The bytes of a table in the file, in which every cluster with a count of 1 is marked as the disk's
+    /// own.
     fn with_flags(
         &mut self,
         image: &ImageFile,
@@ -134,12 +134,12 @@ impl Tables {
 }
 
 impl Qcow2Writer {
-    /// Goes over to a copy of the L1 table. Nobody else knows of the writer yet.
+    /// Switches to a copy of the L1 table. No other thread has the writer yet.
     pub(super) fn begin_undoable(&self) -> Result<()> {
         let old_l1 = {
             let mut tables = self.tables.write();
             tables.shadow = Some(ShadowTables::new(tables.l1));
-            // What was mended in memory must not reach the old tables.
+            // Repairs in memory must not reach the old tables.
             tables.slices.forget_class(TableClass::L1);
             tables.slices.forget_class(TableClass::L2);
             tables.l1
@@ -152,7 +152,7 @@ impl Qcow2Writer {
         self.tables.read().shadow.is_some()
     }
 
-    /// Makes the table that no header names `entries` long; for whoever holds all ranges.
+    /// Extends the table that no header names to `entries`; the caller holds all ranges.
     pub(super) fn extend_l1(&self, entries: u32) -> Result<()> {
         let size = self.image.cluster().size();
         {
@@ -193,23 +193,24 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Makes what was written the image's content.
+    /// Makes the written data the image's content.
     pub(super) fn publish(&self) -> Result<()> {
         let image = &self.image;
-        // Nobody changes a mapping meanwhile; who writes in place writes to clusters that were made for it.
+        // No mapping changes meanwhile; a write in place goes to clusters that were allocated for this
+        // writer.
         let _all = self.ranges.hold(0, u64::MAX);
         let _turn = self.flushes.turn();
         self.check_poison()?;
         assert!(self.is_undoable(), "there is something to be published");
         self.flush_in_turn()?;
         if self.is_dirty() {
-            // What was freed since is counted as free, too.
+            // Clusters that were freed since are counted as free, too.
             self.flush_in_turn()?;
         }
-        let l1 = self.flag_what_is_own()?;
+        let l1 = self.flag_own_clusters()?;
         let header = read_header(&image.name, &*image.file)?;
         self.mark_bitmaps(&header)?;
-        self.drop_unknown_features(&header)?;
+        self.clear_unknown_features(&header)?;
         image.file.sync().map_err(|error| self.poisoned_by(error))?;
 
         self.name_l1(self.size(), l1, None)?;
@@ -228,7 +229,7 @@ impl Qcow2Writer {
             for run in &freed {
                 tables.roles.remove(run.first, run.count);
             }
-            // On disk they say what is this disk's own.
+            // On disk the flags mark this disk's own clusters.
             tables.slices.forget_class(TableClass::L1);
             tables.slices.forget_class(TableClass::L2);
             freed
@@ -238,9 +239,9 @@ impl Qcow2Writer {
         self.release_reserve()
     }
 
-    /// Sets the COPIED flags of all new tables, in the file only: in memory, what the image as it was
-    /// uses must not be written in place before the header says that it is no more. Returns the L1 table.
-    fn flag_what_is_own(&self) -> Result<L1Table> {
+    /// Sets the COPIED flags of all new tables, in the file only: in memory, clusters of the old state must
+    /// not be written in place before the header has dropped them. Returns the L1 table.
+    fn flag_own_clusters(&self) -> Result<L1Table> {
         let image = &self.image;
         let l1 = self.tables.read().l1;
         for index in 0..u64::from(l1.entries) {
@@ -262,18 +263,18 @@ impl Qcow2Writer {
         Ok(l1)
     }
 
-    /// Frees everything that was allocated; the image is as it was.
+    /// Frees all allocated clusters; the image is as it was.
     pub(super) fn abandon(&self) -> Result<()> {
         let image = &self.image;
         let _all = self.ranges.hold(0, u64::MAX);
         let _turn = self.flushes.turn();
         self.check_poison()?;
-        // Whoever reads or writes in place is done with it.
+        // Readers and writers in place are done with it.
         drop(self.reuse_gate.write());
         let runs = {
             let mut tables = self.tables.write();
             tables.free_dropped(image).map_err(|error| self.poisoned_by(error))?;
-            let shadow = tables.shadow.as_ref().expect("there is something to be abandoned");
+            let shadow = tables.shadow.as_ref().expect("an undoable writer");
             let (runs, old_l1) = (shadow.made.runs(), shadow.old_l1);
             tables.pending.clear();
             tables.slices.forget_class(TableClass::L1);
@@ -300,7 +301,7 @@ impl Qcow2Writer {
         self.release_reserve()
     }
 
-    /// Takes space behind the end of the file.
+    /// Reserves space beyond the end of the file.
     pub(super) fn reserve(&self, bytes: u64) -> Result<()> {
         self.check_poison()?;
         let tables = self.tables.write();
@@ -310,7 +311,7 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Releases what is left of it.
+    /// Releases the rest of that space.
     pub(super) fn release_reserve(&self) -> Result<()> {
         let end = self.reserved_end.swap(0, Ordering::SeqCst);
         if end == 0 {
@@ -328,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn references_that_are_kept_back_are_joined_and_counted_as_often_as_they_were_taken() {
+    fn held_references_are_joined_and_keep_their_number() {
         let mut kept = HeldReferences { runs: Vec::new(), tidy_at: 8 };
         (0..20_000u64).step_by(2).chain((1..20_000).step_by(2)).for_each(|cluster| kept.push(cluster));
         (500..510).for_each(|cluster| kept.push(cluster));

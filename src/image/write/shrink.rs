@@ -1,8 +1,8 @@
-//! A smaller disk: the size first, durably; then what lay behind the new end is freed.
+//! A smaller disk: the size first, durably; then the clusters beyond the new end are freed.
 //!
-//! Whoever makes the disk longer again finds nothing of it: mappings behind the end go, and the
-//! last cluster, where it has bytes of its own, is zero behind the end. Cut off after the size has changed,
-//! the rest of that is left to do; shrinking to the same size once more does it.
+//! A later growth finds none of the old data: mappings beyond the end are removed, and the last cluster,
+//! where it is the disk's own, is zero beyond the end. If a crash comes after the size has changed, the rest
+//! remains to be done; shrinking to the same size again does it.
 
 use std::sync::atomic::Ordering;
 
@@ -17,17 +17,17 @@ use super::tables::{ImageFile, Tables, references};
 use super::{Writer, WriterBody, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
-    /// Makes the disk `size` bytes long, rounded up to sectors, and frees what lies behind. Nobody
-    /// else reads or writes the disk. It is durable when this returns. With the size that the disk has, it
-    /// only frees what a crash has left behind the end. Internal snapshots keep their sizes and their
-    /// content.
+    /// Sets the disk's size to `size` bytes, rounded up to sectors, and frees the clusters beyond. No other
+    /// thread reads or writes the disk. It is durable when this returns. With the disk's current size, it
+    /// only frees the clusters that a crash has left beyond the end. Internal snapshots keep their sizes and
+    /// their content.
     ///
-    /// Refused: `Usage` (larger than now), `TooLarge` (no disk is), `Unsupported` (bitmaps; version 2 with
-    /// internal snapshots). After any other failure [`Writer::size`] says how far it came: the new size, if
-    /// only space is left to be freed.
+    /// Refused: `Usage` (larger than now), `TooLarge` (an impossible size), `Unsupported` (bitmaps; version 2
+    /// with internal snapshots). After any other failure [`Writer::size`] shows the progress: the new size,
+    /// if only space remains to be freed.
     ///
     /// # Panics
-    /// If what is written can be undone.
+    /// In undoable mode.
     pub fn shrink(&self, size: u64) -> Result<()> {
         match &self.body {
             WriterBody::Raw(raw) => raw.shrink(size),
@@ -36,7 +36,7 @@ impl Writer {
     }
 }
 
-/// A size in whole sectors that a disk of `now` bytes can shrink to.
+/// A size in whole sectors to which a disk of `now` bytes can shrink.
 pub(super) fn smaller(name: &str, size: u64, now: u64) -> Result<u64> {
     let Some(rounded) = size.checked_next_multiple_of(SECTOR_SIZE) else {
         return Err(Error::new(ErrorKind::TooLarge, format!("{name}: no disk is that large")));
@@ -55,20 +55,20 @@ impl Qcow2Writer {
         self.check_poison()?;
         let size = smaller(&self.image.name, size, self.size())?;
         if size < self.size() {
-            self.refuse_unnoted_sizes()?;
+            self.refuse_unrecorded_sizes()?;
             self.refuse_bitmaps()?;
             self.prepare()?;
             let _turn = self.flushes.turn();
             self.check_poison()?;
             self.flush_in_turn()?;
-            // M11: the size is on disk before a mapping goes.
+            // M11: the size is on disk before a mapping is removed.
             self.name_size(size)?;
         }
         self.trim(size)?;
         self.close()
     }
 
-    /// Frees what lies behind the end of the disk.
+    /// Frees the clusters beyond the end of the disk.
     fn trim(&self, size: u64) -> Result<()> {
         let image = &self.image;
         self.prepare()?;
@@ -87,20 +87,20 @@ impl Qcow2Writer {
         let (first, l1) = (end / image.l1_span(), self.tables.read().l1);
         for index in first..l1.entries.into() {
             let from = end.saturating_sub(index * image.l1_span()) / image.cluster().size();
-            let own = self.with_tables(|tables| Ok(tables.own_behind(image, index, from)?))?;
-            // By now nobody reads it; afterwards it could be somebody else's.
+            let own = self.with_tables(|tables| Ok(tables.own_clusters_from(image, index, from)?))?;
+            // No reader uses it by now; afterwards it could be allocated again.
             self.punch(&own);
             if from == 0 {
                 self.with_tables(|tables| Ok(tables.drop_table(image, index)?))?;
             } else {
                 self.with_tables(|tables| tables.drop_entries(image, index, from))?;
             }
-            self.relieve()?;
+            self.write_back_if_pressed()?;
         }
         Ok(())
     }
 
-    /// Makes what the disk has of its own between its end and the end of the cluster zero.
+    /// Zeroes the disk's own data between its end and the end of the cluster.
     fn zero_tail(&self, size: u64, end: u64) -> Result<()> {
         let image = &self.image;
         let (mut at, mut is_shared) = (size, false);
@@ -108,18 +108,18 @@ impl Qcow2Writer {
             let Run { value: entry, len } = self.lookup_to_write(at, end - at)?;
             match entry.mapping {
                 Mapping::Data(host) if entry.copied => {
-                    let len = self.inside_data_file(host, len)?;
+                    let len = self.len_in_data_file(host, len)?;
                     zero_bytes(&**image.data(), host.0, len, Zeroing::Unmap)?;
                     self.data_dirty.store(true, Ordering::Release);
                 }
                 Mapping::Data(_) | Mapping::Compressed(_) => is_shared = true,
-                // Who makes the disk longer sees to what lies below.
+                // A growth of the disk covers the bytes of the layers below.
                 Mapping::Zero(_) | Mapping::Hole => {}
             }
             at += len;
         }
         if is_shared {
-            // A cluster of the disk's own: what is behind its end is zero there.
+            // A cluster of the disk's own: it becomes zero beyond the end.
             let at = size - SECTOR_SIZE;
             let mut sector = vec![0; SECTOR_SIZE as usize];
             self.read_inner(at, &mut sector)?;
@@ -128,8 +128,8 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// How much of a run the data file has; nothing else is made longer.
-    fn inside_data_file(&self, host: HostOffset, run: u64) -> Result<u64> {
+    /// How much of a run the data file has; no other file is extended.
+    fn len_in_data_file(&self, host: HostOffset, run: u64) -> Result<u64> {
         match &self.image.data_file {
             Some(data_file) => Ok(run.min(data_file.len()?.saturating_sub(host.0))),
             None => Ok(run),
@@ -138,8 +138,8 @@ impl Qcow2Writer {
 }
 
 impl Tables {
-    /// What only the active disk refers to, by the entries from `from` on of one of its L2 tables.
-    fn own_behind(&mut self, image: &ImageFile, index: u64, from: u64) -> Result<Vec<ClusterRange>> {
+    /// Clusters that only the active disk refers to, by the entries from `from` on of one of its L2 tables.
+    fn own_clusters_from(&mut self, image: &ImageFile, index: u64, from: u64) -> Result<Vec<ClusterRange>> {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(Vec::new()) };
         let mut own: Vec<ClusterRange> = Vec::new();
         for words in self.all_words(image, table)?.into_iter().skip(from as usize) {
@@ -156,7 +156,7 @@ impl Tables {
         Ok(own)
     }
 
-    /// Forgets all that an L1 entry leads to.
+    /// Drops all clusters of an L1 entry.
     fn drop_table(&mut self, image: &ImageFile, index: u64) -> Result<()> {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
         let all = self.all_words(image, table)?;
@@ -172,7 +172,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Forgets what the entries from `from` on of an active L2 table name.
+    /// Drops the clusters of the entries from `from` on of an active L2 table.
     fn drop_entries(&mut self, image: &ImageFile, index: u64, from: u64) -> super::allocate::Attempt<()> {
         let Some(table) = self.table_of(image, self.l1, index)? else { return Ok(()) };
         let behind = self.all_words(image, table)?.into_iter().skip(from as usize);

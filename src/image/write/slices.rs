@@ -1,21 +1,20 @@
-//! Tables in memory: 4 KiB slices by their place in the file, changed ones until they are
-//! written.
+//! Tables in memory: 4 KiB slices by their offset in the file; changed ones stay until they are written.
 //!
-//! Only [`super::flush`] (and growth, in its turn) writes slices. One that is changed or on its
-//! way to the disk is never thrown out: what the file holds of it is old.
+//! Only [`super::flush`] (and growth, in its turn) writes slices. One that is changed or being written is
+//! never evicted: the file's bytes are older.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What a slice is part of; in the order in which changes reach the disk.
+/// The table that a slice is part of; in the order in which changes reach the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TableClass {
-    /// Refcounts: before anything that refers to what they count.
+    /// Refcounts: before any reference to the clusters that they count.
     RefcountBlock = 0,
     /// The table that names the refcount blocks.
     RefcountTable = 1,
-    /// Mappings: after what they point at.
+    /// Mappings: after the data that they point at.
     L2 = 2,
     /// The table that names the L2 tables.
     L1 = 3,
@@ -28,7 +27,7 @@ pub(super) const CLASSES: [TableClass; 4] =
 struct TableSlice {
     words: Arc<[u64]>,
     class: TableClass,
-    /// On its way to the disk.
+    /// It is being written.
     writing: bool,
     used: AtomicBool,
 }
@@ -38,7 +37,7 @@ pub(super) struct Slices {
     limit: usize,
     by_place: HashMap<u64, TableSlice>,
     dirty: [BTreeSet<u64>; 4],
-    /// In the order of the clock's hand; some are gone since.
+    /// In the order of the clock's hand; some have been removed since.
     clock: VecDeque<u64>,
 }
 
@@ -46,7 +45,7 @@ pub(super) struct Slices {
 pub(super) type Batch = Vec<(u64, Arc<[u64]>)>;
 
 impl Slices {
-    /// Keeps about `limit` slices; more only while more are changed.
+    /// Holds about `limit` slices; more only while more are changed.
     pub(super) fn new(limit: usize) -> Self {
         Self {
             limit: limit.max(16),
@@ -63,7 +62,7 @@ impl Slices {
         Some(&slice.words)
     }
 
-    /// Keeps a slice as it is in the file.
+    /// Caches a slice as it is in the file.
     pub(super) fn insert(&mut self, place: u64, class: TableClass, words: Arc<[u64]>) {
         self.make_room();
         let slice = TableSlice { words, class, writing: false, used: AtomicBool::new(true) };
@@ -72,14 +71,14 @@ impl Slices {
         }
     }
 
-    /// The words of a slice in memory, to be changed.
+    /// The words of a slice in memory, for a change.
     pub(super) fn change(&mut self, place: u64) -> Option<&mut [u64]> {
         let slice = self.by_place.get_mut(&place)?;
         self.dirty[slice.class as usize].insert(place);
         Some(Arc::make_mut(&mut slice.words))
     }
 
-    /// Forgets slices of `[start, end)`: their clusters are tables no more.
+    /// Drops slices of `[start, end)`: their clusters hold no tables any more.
     pub(super) fn forget(&mut self, start: u64, end: u64, slice_len: u64) {
         for place in (start..end).step_by(slice_len as usize) {
             if let Some(slice) = self.by_place.remove(&place) {
@@ -88,13 +87,13 @@ impl Slices {
         }
     }
 
-    /// Forgets all slices of a class, changed or not.
+    /// Drops all slices of a class, changed or not.
     pub(super) fn forget_class(&mut self, class: TableClass) {
         self.by_place.retain(|_, slice| slice.class != class);
         self.dirty[class as usize].clear();
     }
 
-    /// Whether anything of a class has changed.
+    /// Whether any slice of a class has changed.
     pub(super) fn is_dirty(&self) -> bool {
         self.dirty.iter().any(|places| !places.is_empty())
     }
@@ -110,7 +109,7 @@ impl Slices {
     }
 
     /// The changed slices of a class; they count as unchanged from here on, and stay until
-    /// [`Slices::written`] is told.
+    /// [`Slices::written`] is called.
     pub(super) fn take_dirty(&mut self, class: TableClass) -> Batch {
         let places = std::mem::take(&mut self.dirty[class as usize]);
         let take = |place: u64| {
@@ -175,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forgotten_is_not_written() {
+    fn a_dropped_slice_is_not_written() {
         let mut slices = filled(16, 4);
         slices.change(4096).unwrap()[0] = 9;
         slices.forget(4096, 8192, 4096);

@@ -1,9 +1,8 @@
 //! Internal snapshots, taken while the disk is read and written.
 //!
-//! A snapshot is the active L1 table once more, and one reference more to everything that it reaches.
-//! One write of 20 bytes within the header's first sector names it; whatever is cut off before that
-//! leaves leaks, and COPIED flags that say too much of clusters that nobody else refers to (see
-//! [`super::unfinished`]).
+//! A snapshot is a copy of the active L1 table, and one more reference to every cluster that it reaches. One
+//! write of 20 bytes within the header's first sector names it. A crash before that leaves leaks, and COPIED
+//! flags that are missing on clusters that have only one reference (see [`super::unfinished`]).
 
 use std::sync::atomic::Ordering;
 
@@ -21,10 +20,10 @@ use super::slices::TableClass;
 use super::tables::{ImageFile, SnapshotRoot};
 use super::{Writer, WriterBody};
 
-/// An internal snapshot that is to be.
+/// A new internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSnapshot {
-    /// Its name. Whether there is one of that name already is for the caller to see.
+    /// Its name. The caller checks whether the name is in use.
     pub name: Vec<u8>,
     /// Seconds since 1970.
     pub seconds: u32,
@@ -33,8 +32,8 @@ pub struct NewSnapshot {
 }
 
 impl Writer {
-    /// Takes an internal snapshot of the disk, without VM state, while others read and write. What has
-    /// been acknowledged before the call is in it; it is durable when this returns.
+    /// Takes an internal snapshot of the disk, without VM state, during reads and writes. It contains all
+    /// writes acknowledged before the call; it is durable when this returns.
     ///
     /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow), `Limit`.
     pub fn take_snapshot(&self, snapshot: &NewSnapshot) -> Result<()> {
@@ -53,7 +52,7 @@ impl Writer {
     }
 }
 
-/// The snapshot table as it stands in the file.
+/// The snapshot table as it is in the file.
 pub(super) struct StoredSnapshots {
     pub(super) at: HostOffset,
     pub(super) bytes: Vec<u8>,
@@ -70,7 +69,7 @@ impl StoredSnapshots {
     }
 }
 
-/// The clusters of a snapshot to be, which nothing refers to yet.
+/// The clusters of a new snapshot, which nothing refers to yet.
 struct SnapshotClusters {
     /// None for a disk without an L1 table.
     l1: Option<Reservation>,
@@ -79,7 +78,7 @@ struct SnapshotClusters {
 
 impl Qcow2Writer {
     pub(super) fn snapshot_table(&self) -> Result<StoredSnapshots> {
-        // Taking a snapshot names another table and frees the old one, at once.
+        // A writer that takes a snapshot writes another table and frees the old one, at once.
         let _turn = self.flushes.turn();
         let image = &self.image;
         let header = read_header(&image.name, &*image.file)?;
@@ -103,7 +102,7 @@ impl Qcow2Writer {
     fn take_snapshot(&self, new: &NewSnapshot) -> Result<()> {
         self.refuse_data_file()?;
         self.prepare()?;
-        // No mapping changes from here on; what is written in place goes on.
+        // No mapping changes from here on; writes in place continue.
         let _all = self.ranges.hold(0, u64::MAX);
         self.check_poison()?;
         let old = self.snapshot_table()?;
@@ -112,17 +111,17 @@ impl Qcow2Writer {
         let table_len = table.len() as u64;
         let l1 = self.tables.read().l1;
         self.refuse_overflow(l1, l1.entries.into()).map_err(|error| self.damaged(error))?;
-        let places = self.reserve_places(snapshot.l1, table_len)?;
-        // Until the active tables change, failing is only failing.
+        let places = self.reserve_clusters(snapshot.l1, table_len)?;
+        // Until the active tables change, a failure has no consequence.
         let snapshot = self.write_snapshot(&places, &snapshot, table, old.bytes.len())?;
         self.reserve_l2_tables()?;
         let bits = self.mark_unfinished()?;
         let shared = self.share_everything();
         let done = shared.and_then(|()| self.switch_snapshots(&old, places, &snapshot, table_len, bits));
-        done.inspect_err(|_| self.mend_unfinished())
+        done.inspect_err(|_| self.repair_unfinished())
     }
 
-    /// The bytes of the table with one snapshot more.
+    /// The bytes of the table with one more snapshot.
     pub(super) fn table_with(&self, old: &StoredSnapshots, snapshot: &Snapshot) -> Result<Vec<u8>> {
         let mut table = old.bytes.clone();
         append(&mut table, snapshot);
@@ -136,7 +135,7 @@ impl Qcow2Writer {
         Ok(table)
     }
 
-    /// The entry of a snapshot of the disk as it is, with the L1 table that the disk has now.
+    /// The entry of a snapshot of the current disk, with the current L1 table.
     pub(super) fn describe_snapshot(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<Snapshot> {
         let name = &self.image.name;
         if new.name.len() > usize::from(u16::MAX) {
@@ -164,7 +163,7 @@ impl Qcow2Writer {
         })
     }
 
-    fn reserve_places(&self, l1: L1Table, table_len: u64) -> Result<SnapshotClusters> {
+    fn reserve_clusters(&self, l1: L1Table, table_len: u64) -> Result<SnapshotClusters> {
         let image = &self.image;
         let size = image.cluster().size();
         self.with_tables(|tables| {
@@ -176,7 +175,7 @@ impl Qcow2Writer {
         })
     }
 
-    /// Writes the copy of the L1 table and the new snapshot table, whose last entry begins behind `old_len`.
+    /// Writes the copy of the L1 table and the new snapshot table, whose last entry begins at `old_len`.
     fn write_snapshot(
         &self,
         places: &SnapshotClusters,
@@ -207,22 +206,21 @@ impl Qcow2Writer {
         Ok(snapshot)
     }
 
-    /// Counts everything that the active tables reach once more, and takes their COPIED flags away.
+    /// Counts every cluster that the active tables reach once more, and clears the COPIED flags.
     ///
-    /// Table by table: meanwhile the rest is still written in place. Such a write has not been
-    /// acknowledged before the call, and every other waits for its range, so that the snapshot is of one
-    /// moment all the same: that in which the last flag goes.
+    /// Table by table: meanwhile the rest is still written in place. Such a write has not been acknowledged
+    /// before the call, and every other waits for its range, so the snapshot is of one moment all the same:
+    /// when the last flag is cleared.
     fn share_everything(&self) -> Result<()> {
         let entries = self.tables.read().l1.entries;
         for index in 0..u64::from(entries) {
-            // Halfway there is no way back that could not fail as well.
+            // A failure halfway cannot be rolled back reliably.
             let shared = self.tables.write().share_active(&self.image, index);
             shared.map_err(|error| self.poisoned_by(error))?;
-            self.relieve()?;
+            self.write_back_if_pressed()?;
         }
         // M8: the snapshot is of the moment in which the last writer in place is done.
-        // Whoever looked a place up while it was the disk's alone is done with it when the gate has been
-        // ours.
+        // A lookup from before the flags were cleared is finished once the gate was held exclusively.
         drop(self.reuse_gate.write());
         Ok(())
     }
@@ -239,11 +237,11 @@ impl Qcow2Writer {
         let image = &self.image;
         let _turn = self.flushes.turn();
         self.check_poison()?;
-        // What was written in place is part of the snapshot, the copies are only written: one barrier for
+        // Data written in place is part of the snapshot, and the copies are only written: one barrier for
         // all.
         self.data_dirty.store(true, Ordering::Release);
         self.flush_in_turn()?;
-        // The header may name both from here on, even if it is not known to.
+        // The header may name both from here on, even if the write's outcome is unknown.
         places.l1.map(Reservation::commit);
         let table = places.table.commit();
         assert!(len <= table.len(image), "the table lies in its clusters");
@@ -252,7 +250,7 @@ impl Qcow2Writer {
         self.adopt_snapshot(old, snapshot)
     }
 
-    /// Goes over to a table with one snapshot more, which the header names by now.
+    /// Switches to a table with one more snapshot, which the header names by now.
     pub(super) fn adopt_snapshot(&self, old: &StoredSnapshots, snapshot: &Snapshot) -> Result<()> {
         let image = &self.image;
         let mut tables = self.tables.write();
@@ -264,8 +262,8 @@ impl Qcow2Writer {
         tables.unreference(image, table).map_err(|error| self.poisoned_by(error))
     }
 
-    /// Lets the header name a snapshot table that is durable by now; for whoever has the turn. `bits`, if
-    /// there is a place for them, are the incompatible features from then on.
+    /// Lets the header name a snapshot table that is durable by now; the caller has the turn. `bits`, if the
+    /// version has the field, are the incompatible features from then on.
     pub(super) fn name_snapshots(&self, count: u32, at: HostOffset, bits: Option<u64>) -> Result<()> {
         let mut field = count.to_be_bytes().to_vec();
         field.extend(at.0.to_be_bytes());

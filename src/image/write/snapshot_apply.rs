@@ -1,8 +1,8 @@
-//! Internal snapshots applied: the disk becomes what one shows, and the snapshot stays.
+//! Applying internal snapshots: the disk is reset to one, and the snapshot stays.
 //!
-//! What its disk reaches is counted once more, for a new L1 table that one write within the header's first
-//! sector names together with the size. Cut off before that, the disk is as it was, afterwards as the
-//! snapshot shows it, at worst with leaks. The VM state stays the snapshot's alone.
+//! Every cluster that its disk reaches is counted once more, for a new L1 table that one write within the
+//! header's first sector names together with the size. A crash before that leaves the old disk, afterwards
+//! the snapshot's, at worst with leaks. The VM state stays the snapshot's alone.
 
 use std::sync::atomic::Ordering;
 
@@ -17,16 +17,16 @@ use super::tables::{ImageFile, Tables};
 use super::{Writer, WriterBody};
 
 impl Writer {
-    /// Makes the disk what an internal snapshot shows, one of [`Writer::snapshots`], of its size, too, where
-    /// it is noted. What the disk held is gone, unless it is to become another snapshot (`save`), in the same
-    /// moment; the snapshot stays. Nobody else reads or writes the disk. It is durable when this returns.
+    /// Resets the disk to an internal snapshot, one of [`Writer::snapshots`], including its size where it is
+    /// recorded. The disk's old content is lost, unless it becomes another snapshot (`save`) in the same
+    /// moment; the snapshot stays. No other thread reads or writes the disk. It is durable when this returns.
     ///
-    /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow; another size where
-    /// that is none for bitmaps or version 2), `Stale` (it has no such snapshot), `TooLarge`, `Limit`,
-    /// `Corrupt`. A failure behind the point of no return poisons the disk.
+    /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow; another size with
+    /// bitmaps or in version 2), `Stale` (it has no such snapshot), `TooLarge`, `Limit`, `Corrupt`. A failure
+    /// after the point of no return poisons the disk.
     ///
     /// # Panics
-    /// If what is written can be undone.
+    /// In undoable mode.
     pub fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
         match &self.body {
             WriterBody::Raw(raw) => Err(raw.without_snapshots()),
@@ -35,10 +35,10 @@ impl Writer {
     }
 }
 
-/// A snapshot of the disk as it is, which keeps the L1 table that the disk leaves: no count changes by that.
+/// A snapshot of the current disk, which keeps the disk's L1 table: no count changes by that.
 struct SavedDisk {
     snapshot: Snapshot,
-    /// The table in which it stands; nothing refers to that yet.
+    /// The table that contains it; nothing refers to that yet.
     table: Reservation,
     count: u32,
 }
@@ -54,31 +54,31 @@ impl Qcow2Writer {
         let snapshot = &table.snapshots[self.find_snapshot(&table, snapshot)?];
         let size = snapshot.virtual_size.unwrap_or(self.size());
         if size != self.size() {
-            self.refuse_unnoted_sizes()?;
+            self.refuse_unrecorded_sizes()?;
             self.refuse_bitmaps()?;
         }
         let entries = self.l1_entries_for(size)?;
         self.prepare_content()?;
-        // What waits to lose references has lost them.
+        // Pending references have been removed.
         self.flush()?;
         let old = self.tables.read().l1;
-        // Behind the entries of its disk lies VM state.
+        // VM state follows the entries of its disk.
         let source = L1Table { entries: snapshot.l1.entries.min(entries as u32), ..snapshot.l1 };
         self.refuse_overflow(source, source.entries.into()).map_err(|error| self.damaged(error))?;
         if save.is_none() {
-            self.each_table(old, |index| self.tables.write().check_leaving(image, old, index))
+            self.each_table(old, |index| self.tables.write().check_unreference(image, old, index))
                 .map_err(|error| self.damaged(error))?;
         }
-        let kept = save.map(|new| self.place_kept(new, &table)).transpose()?;
-        let (new, place) = self.place_l1(source, entries)?;
+        let kept = save.map(|new| self.write_saved_table(new, &table)).transpose()?;
+        let (new, place) = self.write_l1(source, entries)?;
         self.each_table(source, |index| {
             let mut tables = self.tables.write();
             let shared = match &kept {
                 None => tables.share_unless_active(image, source, index),
-                // The disk's own tables are going to be the other snapshot's, and lose nothing.
+                // The disk's own tables become the other snapshot's, and lose no references.
                 Some(_) => tables.share_for_active(image, source, index),
             };
-            // Halfway there is no way back that could not fail as well.
+            // A failure halfway cannot be rolled back reliably.
             shared.map_err(|error| self.poisoned_by(error))
         })?;
         match self.switch_to(new, place, size, kept)? {
@@ -87,16 +87,18 @@ impl Qcow2Writer {
                 self.each_table(old, |index| self.tables.write().forget_table(image, old, index))
                     .map_err(|error| self.poisoned_by(error))?;
             }
-            // All that is left has the snapshot's count as well: nothing has come to be the disk's own.
+            // The remaining clusters have the snapshot's count as well: none has become the disk's own.
             None => {
-                self.leave_l1(old, |tables, index, table| tables.leave_unless_active(image, index, table))?;
+                self.unreference_l1(old, |tables, index, table| {
+                    tables.unreference_unless_active(image, index, table)
+                })?;
             }
         }
         self.flush()
     }
 
-    /// Writes a snapshot table with one entry more, for the disk as it is.
-    fn place_kept(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<SavedDisk> {
+    /// Writes a snapshot table with one more entry, for the current disk.
+    fn write_saved_table(&self, new: &NewSnapshot, old: &StoredSnapshots) -> Result<SavedDisk> {
         let image = &self.image;
         let size = image.cluster().size();
         let snapshot = self.describe_snapshot(new, old)?;
@@ -108,7 +110,7 @@ impl Qcow2Writer {
         Ok(SavedDisk { snapshot, table, count: old.snapshots.len() as u32 + 1 })
     }
 
-    /// Makes everything durable, and lets the header name the new tables. Returns the snapshot that is kept.
+    /// Makes everything durable, and lets the header name the new tables. Returns the saved snapshot.
     fn switch_to(
         &self,
         new: L1Table,
@@ -119,7 +121,7 @@ impl Qcow2Writer {
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
-        // The header may name both from here on, even if it is not known to.
+        // The header may name both from here on, even if the write's outcome is unknown.
         place.map(Reservation::commit);
         let (kept, snapshots) = match kept {
             None => (None, None),
@@ -133,8 +135,8 @@ impl Qcow2Writer {
         Ok(kept)
     }
 
-    /// Writes an L1 table of its own for the snapshot's disk, which owns nothing.
-    fn place_l1(&self, source: L1Table, entries: u64) -> Result<(L1Table, Option<Reservation>)> {
+    /// Writes a new L1 table for the snapshot's disk, without COPIED flags.
+    fn write_l1(&self, source: L1Table, entries: u64) -> Result<(L1Table, Option<Reservation>)> {
         let image = &self.image;
         let size = image.cluster().size();
         if entries == 0 {
@@ -156,7 +158,7 @@ impl Qcow2Writer {
 }
 
 impl Tables {
-    /// Counts the table of an entry for the active disk, too, unless that has it already.
+    /// Counts the table of an entry for the active disk, too, unless the disk has it already.
     fn share_unless_active(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let table = self.table_of(image, l1, index)?;
         if table == self.table_of(image, self.l1, index)? {
@@ -173,7 +175,7 @@ impl Tables {
         self.share_table(image, table)
     }
 
-    /// A table that the disk has left is none of its tables any more, though a snapshot has it.
+    /// A table that the disk has dropped is none of its tables any more, though a snapshot has it.
     fn forget_table(&mut self, image: &ImageFile, l1: L1Table, index: u64) -> Result<()> {
         let table = self.table_of(image, l1, index)?;
         if let Some(table) = table
@@ -184,9 +186,9 @@ impl Tables {
         Ok(())
     }
 
-    /// Takes the active disk's references from a table that it has left, unless the new L1 table names it as
-    /// well.
-    fn leave_unless_active(
+    /// Removes the active disk's references from a table that it has dropped, unless the new L1 table names
+    /// it as well.
+    fn unreference_unless_active(
         &mut self,
         image: &ImageFile,
         index: u64,
@@ -196,6 +198,6 @@ impl Tables {
             return Ok(Vec::new());
         }
         self.roles.remove(image.cluster().index(table.0), 1);
-        self.leave_table(image, table)
+        self.unreference_table(image, table)
     }
 }

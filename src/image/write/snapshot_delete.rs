@@ -1,9 +1,8 @@
 //! Internal snapshots, deleted while the disk is read and written.
 //!
-//! One write of 20 bytes within the header's first sector names a table without the entry; only then does
-//! what the snapshot reaches lose its references. Whatever is cut off before that leaves the
-//! snapshot, afterwards leaks, and COPIED flags that are missing where a count is 1 by then (see
-//! [`super::unfinished`]).
+//! One write of 20 bytes within the header's first sector names a table without the entry; only then do the
+//! clusters of the snapshot lose their references. A crash before that leaves the snapshot; afterwards it
+//! leaves leaks, and COPIED flags that are missing where a count is 1 by then (see [`super::unfinished`]).
 
 use std::sync::atomic::Ordering;
 
@@ -20,15 +19,14 @@ use super::tables::Tables;
 use super::{Writer, WriterBody};
 
 impl Writer {
-    /// Deletes an internal snapshot, one of [`Writer::snapshots`], while others read and write the disk, and
-    /// gives its space back. Nobody may be reading the snapshot any more. It is gone durably when this
-    /// returns.
+    /// Deletes an internal snapshot, one of [`Writer::snapshots`], during reads and writes of the disk, and
+    /// frees its space. The snapshot must not be open. It is gone durably when this returns.
     ///
     /// Refused: `Unsupported` (a raw image, an external data file), `Stale` (it has no such snapshot),
-    /// `Corrupt` (what it reaches is not counted). A failure behind the point of no return poisons the disk.
+    /// `Corrupt` (its clusters are not counted). A failure after the point of no return poisons the disk.
     ///
     /// # Panics
-    /// If what is written can be undone.
+    /// In undoable mode.
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         match &self.body {
             WriterBody::Raw(raw) => Err(raw.without_snapshots()),
@@ -43,57 +41,57 @@ impl Qcow2Writer {
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;
         self.prepare()?;
-        // No mapping changes from here on; what is written in place goes on.
+        // No mapping changes from here on; writes in place continue.
         let _all = self.ranges.hold(0, u64::MAX);
-        // What waits to lose references has lost them: counts are what they will be.
+        // Pending references have been removed: counts have their final values.
         self.flush()?;
         let old = self.snapshot_table()?;
         let index = self.find_snapshot(&old, snapshot)?;
         if let Some(damage) = &snapshot.damage {
-            let fact = format!(
-                "its internal snapshot cannot be deleted, for what it refers to is not known: {damage}"
-            );
+            let fact =
+                format!("its internal snapshot cannot be deleted, since its clusters are unknown: {damage}");
             return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}", image.name)));
         }
-        self.each_table(snapshot.l1, |index| self.tables.write().check_leaving(image, snapshot.l1, index))
-            .map_err(|error| self.damaged(error))?;
+        self.each_table(snapshot.l1, |index| {
+            self.tables.write().check_unreference(image, snapshot.l1, index)
+        })
+        .map_err(|error| self.damaged(error))?;
         let table = without(&old.bytes, old.snapshots.len() as u32, index);
         let bits = self.finished_bits()?;
         let place = self.place_table(table)?;
-        self.switch_to_fewer(&old, index, place, bits)?;
-        let left = self.leave_l1(snapshot.l1, |tables, index, table| {
-            let freed = tables.leave_table(image, table)?;
+        self.switch_to_smaller_table(&old, index, place, bits)?;
+        let left = self.unreference_l1(snapshot.l1, |tables, index, table| {
+            let freed = tables.unreference_table(image, table)?;
             tables.flag_own(image, index)?;
             Ok(freed)
         });
-        // What was freed is free on disk, too.
-        left.and_then(|()| self.flush()).inspect_err(|_| self.mend_unfinished())?;
+        // Freed clusters are free on disk, too.
+        left.and_then(|()| self.flush()).inspect_err(|_| self.repair_unfinished())?;
         self.clear_unfinished(bits)
     }
 
-    /// Where a snapshot stands in the table.
+    /// The index of a snapshot in the table.
     pub(super) fn find_snapshot(&self, table: &StoredSnapshots, snapshot: &Snapshot) -> Result<usize> {
         let is_it = |found: &Snapshot| {
             (&found.id, &found.name, found.l1) == (&snapshot.id, &snapshot.name, snapshot.l1)
         };
         table.snapshots.iter().position(is_it).ok_or_else(|| {
             let name = String::from_utf8_lossy(&snapshot.name).into_owned();
-            let fact =
-                format!("its internal snapshot \"{}\" has gone or is another by now", name.escape_debug());
+            let fact = format!("its internal snapshot \"{}\" was removed or replaced", name.escape_debug());
             Error::new(ErrorKind::Stale, format!("{}: {fact}", self.image.name))
         })
     }
 
-    /// Does something for each entry of an L1 table, and writes tables back where they become too many.
+    /// Calls `work` for each entry of an L1 table, and writes tables back where they become too many.
     pub(super) fn each_table(&self, l1: L1Table, mut work: impl FnMut(u64) -> Result<()>) -> Result<()> {
         for index in 0..u64::from(l1.entries) {
             work(index)?;
-            self.relieve()?;
+            self.write_back_if_pressed()?;
         }
         Ok(())
     }
 
-    /// Puts a snapshot table into clusters of its own; an empty one needs none.
+    /// Writes a snapshot table to new clusters; an empty one needs none.
     fn place_table(&self, mut table: Vec<u8>) -> Result<Option<Reservation>> {
         if table.is_empty() {
             return Ok(None);
@@ -108,7 +106,7 @@ impl Qcow2Writer {
     }
 
     /// Lets the header name the table without the entry, and frees the old one.
-    fn switch_to_fewer(
+    fn switch_to_smaller_table(
         &self,
         old: &StoredSnapshots,
         index: usize,
@@ -119,12 +117,12 @@ impl Qcow2Writer {
         let _turn = self.flushes.turn();
         self.check_poison()?;
         self.flush_in_turn()?;
-        // From here on counts go down, and flags that are missing are set.
+        // From here on counts are lowered, and missing flags are set.
         let bits = bits.map(|bits| bits | feature::DIRTY);
         let at = place.map_or(HostOffset(0), |place| place.commit().start(image));
         self.name_snapshots(old.snapshots.len() as u32 - 1, at, bits)?;
         let mut tables = self.tables.write();
-        // Of damaged ones nothing is known here.
+        // The clusters of damaged ones are unknown here.
         tables
             .snapshots
             .remove(old.snapshots[..index].iter().filter(|snapshot| snapshot.damage.is_none()).count());
@@ -133,16 +131,16 @@ impl Qcow2Writer {
         tables.unreference(image, table).map_err(|error| self.poisoned_by(error))
     }
 
-    /// Frees an L1 table that the header does not lead to any more; `leave` takes the references of what its
-    /// entries reach, and says what is free. Halfway there is no way back.
-    pub(super) fn leave_l1(
+    /// Frees an L1 table that the header no longer names; `leave` removes the references of its entries'
+    /// clusters, and returns the freed ones. A failure halfway cannot be rolled back.
+    pub(super) fn unreference_l1(
         &self,
         l1: L1Table,
         leave: impl Fn(&mut Tables, u64, HostOffset) -> Result<Vec<ClusterRange>>,
     ) -> Result<()> {
         let image = &self.image;
         let size = image.cluster().size();
-        // Whoever looked a place up before is done with it when the gate has been ours.
+        // A lookup from before is finished once the gate was held exclusively.
         drop(self.reuse_gate.write());
         self.each_table(l1, |index| {
             let mut tables = self.tables.write();

@@ -1,4 +1,4 @@
-//! The tables of the image that is written: what they say now, whether or not it is on disk yet.
+//! The tables of the image that is being written: their current state, on disk or not.
 //!
 //! Everything here happens under one lock, which is held for a lookup or a change, never for guest
 //! data. A table that is not in memory is read under it.
@@ -19,7 +19,7 @@ use super::reservation::{ClusterRange, DroppedReservations};
 use super::shadow_tables::ShadowTables;
 use super::slices::{Slices, TableClass};
 
-/// What does not change while an image is open for writing.
+/// The constant properties of an image that is open for writing.
 pub(super) struct ImageFile {
     pub(super) name: String,
     pub(super) file: Arc<dyn WriteStorage>,
@@ -37,8 +37,8 @@ impl ImageFile {
         self.format.cluster
     }
 
-    /// Whether clusters may be shared: COPIED flags are then looked at before they are believed, and
-    /// reading may mend them. Ends with the last internal snapshot.
+    /// Whether clusters may be shared: COPIED flags are then verified before use, and reading may repair
+    /// them. Ends with the last internal snapshot.
     pub(super) fn has_snapshots(&self) -> bool {
         self.has_snapshots.load(Ordering::Acquire)
     }
@@ -47,7 +47,7 @@ impl ImageFile {
         SLICE_LEN.min(self.cluster().size())
     }
 
-    /// Where guest data goes.
+    /// The file of guest data.
     pub(super) fn data(&self) -> &Arc<dyn WriteStorage> {
         self.data_file.as_ref().unwrap_or(&self.file)
     }
@@ -57,11 +57,11 @@ impl ImageFile {
         self.format.l1_span()
     }
 
-    /// What of an entry matters to a writer: whether data is this disk's alone, and nothing of preallocated
-    /// places.
+    /// The fields of an entry that matter to a writer: whether data is this disk's alone; preallocated
+    /// clusters do not matter.
     fn relevant(&self, entry: L2Entry) -> L2Entry {
         match entry.mapping {
-            // A data file is one disk's alone.
+            // A data file belongs to one disk alone.
             Mapping::Data(_) => L2Entry { copied: entry.copied || self.data_file.is_some(), ..entry },
             Mapping::Zero(_) => L2Entry { mapping: Mapping::Zero(None), copied: false },
             Mapping::Compressed(_) | Mapping::Hole => L2Entry { copied: false, ..entry },
@@ -72,7 +72,7 @@ impl ImageFile {
         self.corrupt(format_args!("the L2 entry of guest offset {at:#x}: {}", reason.fact()))
     }
 
-    /// How much of `len` bytes from `at` on one L2 table maps.
+    /// How many of `len` bytes from `at` on one L2 table maps.
     pub(super) fn rest_of_table(&self, at: u64, len: u64) -> u64 {
         let span = self.l1_span();
         len.min(span - at % span)
@@ -94,7 +94,7 @@ pub(super) enum LookupMiss {
     Failed(Error),
 }
 
-/// What of an internal snapshot its filling needs.
+/// The fields of an internal snapshot that filling needs.
 #[derive(Clone, Debug)]
 pub(super) struct SnapshotRoot {
     pub(super) name: Vec<u8>,
@@ -109,7 +109,7 @@ impl SnapshotRoot {
     }
 }
 
-/// The tables and what is known of the file.
+/// The tables and the state of the file.
 pub(super) struct Tables {
     pub(super) l1: L1Table,
     pub(super) refcount_table: RefcountTable,
@@ -117,24 +117,25 @@ pub(super) struct Tables {
     pub(super) roles: ClusterRoles,
     /// No cluster before this one is free.
     pub(super) free_hint: u64,
-    /// Clusters from here on have never been used: what the file has of them are zeroes.
+    /// Clusters from here on have never been used: the file has zeroes there.
     pub(super) fresh: u64,
-    /// Bytes of the file, as this writer has made it.
+    /// Length of the file, as this writer has set it.
     pub(super) file_len: u64,
-    /// What the next flush, once its mappings are durable, frees: each cluster loses one reference.
+    /// Clusters that the next flush frees once its mappings are durable: each loses one reference.
     pub(super) pending: Vec<ClusterRange>,
     /// Reservations whose clusters are still counted.
     pub(super) dropped: Arc<DroppedReservations>,
     /// The internal snapshots, as the header names them.
     pub(super) snapshots: Vec<SnapshotRoot>,
-    /// Whether there are others, whose tables cannot be found.
+    /// Whether there are others, whose tables are unknown.
     pub(super) has_damaged_snapshots: bool,
-    /// The image as it was, while what is written can be undone.
+    /// The old state of the image, in undoable mode.
     pub(super) shadow: Option<ShadowTables>,
 }
 
 impl Tables {
-    /// The slice that holds byte `at` of the file, and the index of the word; read from the file if need be.
+    /// The slice that holds byte `at` of the file, and the index of the word; read from the file if
+    /// necessary.
     pub(super) fn slice(
         &mut self,
         image: &ImageFile,
@@ -148,7 +149,7 @@ impl Tables {
         }
         let mut bytes = vec![0; image.slice_len() as usize];
         let have = image.file.read_at(place, &mut bytes)?;
-        // The last table of a file may end with the file; what is missing of it is zero.
+        // The last table of a file may end with the file; missing bytes are zero.
         if at >= place + have as u64 && at >= self.file_len {
             return Err(image.corrupt(format_args!("a table at {at:#x} lies past the end of the file")));
         }
@@ -156,28 +157,28 @@ impl Tables {
         if let Some(shadow) = &self.shadow {
             shadow.mask(image, Arc::make_mut(&mut words), class);
         }
-        let may_lie = class == TableClass::L2 && image.has_snapshots() && self.shadow.is_none();
-        let mended = if may_lie { self.mend(image, &words)? } else { None };
+        let may_contradict = class == TableClass::L2 && image.has_snapshots() && self.shadow.is_none();
+        let repaired = if may_contradict { self.repair_flags_in(image, &words)? } else { None };
         self.slices.insert(place, class, Arc::clone(&words));
-        let Some(mended) = mended else { return Ok((words, index)) };
-        self.slices.change(place).expect("it was just kept").copy_from_slice(&mended);
-        Ok((mended, index))
+        let Some(repaired) = repaired else { return Ok((words, index)) };
+        self.slices.change(place).expect("it was just kept").copy_from_slice(&repaired);
+        Ok((repaired, index))
     }
 
-    /// Part of an L2 table without the COPIED flags that its clusters' counts belie, if there are any. A
-    /// crash while an internal snapshot was taken leaves such; believing them would change snapshots.
-    fn mend(&mut self, image: &ImageFile, words: &[u64]) -> Result<Option<Arc<[u64]>>> {
-        let mut mended: Option<Arc<[u64]>> = None;
+    /// Part of an L2 table without the COPIED flags that contradict the counts, if there are any. A crash
+    /// while an internal snapshot was taken leaves such flags; using them would change snapshots.
+    fn repair_flags_in(&mut self, image: &ImageFile, words: &[u64]) -> Result<Option<Arc<[u64]>>> {
+        let mut repaired: Option<Arc<[u64]>> = None;
         for index in (0..words.len()).step_by((image.format.l2_entry_len() / 8) as usize) {
             let word = words[index];
             let host = EntryFormat::raw_offset(word);
             let is_own = EntryFormat::copied(word) && !EntryFormat::is_compressed(word) && host != 0;
             if is_own && self.count(image, image.cluster().index(host))? != 1 {
-                let mended = mended.get_or_insert_with(|| words.into());
-                Arc::make_mut(mended)[index] = EntryFormat::shared(word);
+                let repaired = repaired.get_or_insert_with(|| words.into());
+                Arc::make_mut(repaired)[index] = EntryFormat::shared(word);
             }
         }
-        Ok(mended)
+        Ok(repaired)
     }
 
     pub(super) fn word(&mut self, image: &ImageFile, at: u64, class: TableClass) -> Result<u64> {
@@ -199,7 +200,7 @@ impl Tables {
         Ok(())
     }
 
-    /// The first `entries` of a table, as they stand in memory, as bytes.
+    /// The first `entries` of a table, as they are in memory, as bytes.
     pub(super) fn table_bytes(
         &mut self,
         image: &ImageFile,
@@ -216,7 +217,7 @@ impl Tables {
 
     // Refcounts.
 
-    /// The block that counts `cluster`; `None` where there is none yet.
+    /// The block that counts `cluster`; `None` if there is none yet.
     pub(super) fn refcount_block(&mut self, image: &ImageFile, cluster: u64) -> Result<Option<HostOffset>> {
         let index = cluster / block_entries(image.cluster(), image.order);
         if index < self.refcount_table_entries(image) { self.block_of_entry(image, index) } else { Ok(None) }
@@ -232,14 +233,14 @@ impl Tables {
         u64::from(self.refcount_table.clusters) * image.cluster().size() / 8
     }
 
-    /// Where the count of `cluster` stands in its block: the word, and which count of that word.
+    /// The location of the count of `cluster` in its block: the word, and the index in that word.
     pub(super) fn count_place(image: &ImageFile, block: HostOffset, cluster: u64) -> (u64, usize) {
         let index = cluster % block_entries(image.cluster(), image.order);
         let per_word = 64 >> image.order;
         (block.0 + index / per_word * 8, (index % per_word) as usize)
     }
 
-    /// How many references a cluster has.
+    /// The number of references of a cluster.
     pub(super) fn count(&mut self, image: &ImageFile, cluster: u64) -> Result<u64> {
         let Some(block) = self.refcount_block(image, cluster)? else { return Ok(0) };
         let (at, index) = Self::count_place(image, block, cluster);
@@ -249,7 +250,7 @@ impl Tables {
 
     // Mappings.
 
-    /// What the tables say of `at`, for at most `max` bytes, as far as they are in memory.
+    /// The entry for `at`, for at most `max` bytes, as far as the tables are in memory.
     pub(super) fn map(
         &self,
         image: &ImageFile,
@@ -259,8 +260,8 @@ impl Tables {
         cursor::lookup(&CachedTables { image, tables: self }, at, max)
     }
 
-    /// Makes sure that what an entry names may be data: clusters that the file has, and that are no
-    /// table's. `len` is at least 1.
+    /// Checks that an entry names possible data: clusters that the file has, and that hold no table. `len` is
+    /// at least 1.
     pub(super) fn may_be_data(&self, image: &ImageFile, host: HostOffset, len: u64) -> Result<()> {
         if image.data_file.is_some() {
             return Ok(());
@@ -293,24 +294,24 @@ impl Tables {
         Ok(())
     }
 
-    /// Where the L1 entry of a position stands in the file.
+    /// The file offset of an offset's L1 entry.
     pub(super) fn l1_place(&self, image: &ImageFile, at: u64) -> u64 {
         let index = at / image.l1_span();
         assert!(index < u64::from(self.l1.entries), "a position that the L1 table covers");
         self.l1.offset.0 + index * 8
     }
 
-    /// Where the L2 entry of a position stands.
+    /// The file offset of an offset's L2 entry.
     pub(super) fn l2_place(image: &ImageFile, table: HostOffset, at: u64) -> u64 {
         table.0 + image.cluster().index(at) % image.format.l2_entries() * image.format.l2_entry_len()
     }
 
-    /// The L2 table of a position.
+    /// The L2 table of an offset.
     pub(super) fn l2_table(&mut self, image: &ImageFile, at: u64) -> Result<Option<HostOffset>> {
         self.table_of(image, self.l1, at / image.l1_span())
     }
 
-    /// The L2 table that an entry of any L1 table names; none behind its end.
+    /// The L2 table that an entry of any L1 table names; none beyond its end.
     pub(super) fn table_of(
         &mut self,
         image: &ImageFile,
@@ -324,19 +325,19 @@ impl Tables {
         image.format.l1(word).map(|entry| entry.l2).map_err(|reason| image.corrupt(reason.fact()))
     }
 
-    /// The L2 entry of a position; silent where there is no table.
+    /// The L2 entry of an offset; unallocated without a table.
     pub(super) fn entry(&mut self, image: &ImageFile, at: u64) -> Result<RawL2Entry> {
         let table = self.l2_table(image, at)?;
         self.entry_in(image, table, at)
     }
 
-    /// Sets the L2 entry of a position, whose table may be written (see `own_l2_table`).
+    /// Sets the L2 entry of an offset, whose table may be written (see `own_l2_table`).
     pub(super) fn set_entry(&mut self, image: &ImageFile, at: u64, words: RawL2Entry) -> Result<()> {
         let table = self.l2_table(image, at)?.expect("a table that was made ready");
         self.set_entry_in(image, table, at, words)
     }
 
-    /// Notes that an entry no longer refers to what `words` name (see `free_later`).
+    /// Records that an entry no longer refers to the clusters of `words` (see `free_later`).
     pub(super) fn release(&mut self, image: &ImageFile, words: RawL2Entry) -> Result<()> {
         if let Some(freed) = references(image, words) {
             self.may_be_clusters(image, freed)?;
@@ -363,7 +364,7 @@ pub(super) fn references(image: &ImageFile, words: RawL2Entry) -> Option<Cluster
     }
 }
 
-/// What an entry says of `at`, at most to the end of the cluster.
+/// The meaning of an entry for `at`, at most to the end of the cluster.
 pub(super) fn entry_run(image: &ImageFile, raw: RawL2Entry, at: u64) -> Result<Run<L2Entry>> {
     let found = image.format.l2_run(raw, at).map_err(|reason| image.corrupt_l2(at, &reason))?;
     Ok(found.map(|entry| image.relevant(entry)))

@@ -1,11 +1,10 @@
-//! Commands under which, for a moment, counts and COPIED flags on disk do not agree.
+//! Commands during which counts and COPIED flags on disk disagree for a moment.
 //!
-//! A count and the flag that goes with it lie in different sectors, and no order writes both at once: when an
-//! internal snapshot is taken, or one is deleted, a crash leaves flags that say too much or too little. That
-//! harms nobody, but a checker calls it an error. So the image is marked as dirty before, durably, and
-//! whoever opens it next for writing, chainfs or QEMU, counts anew and puts the flags right. The mark goes
-//! with the write that ends the command. Version 2 has no place for it: there flags are looked at whenever
-//! the image is opened to be written.
+//! A count and its flag are in different sectors, and no order writes both at once: while an internal
+//! snapshot is taken or deleted, a crash leaves flags that are wrong. They do no harm, but a checker calls
+//! them errors. So the image is marked as dirty before, durably, and the next program that opens it for
+//! writing, chainfs or QEMU, recounts and repairs the flags. The write that ends the command clears the mark.
+//! Version 2 has no such mark: there flags are checked on every opening for writing.
 
 use std::sync::atomic::Ordering;
 
@@ -13,15 +12,14 @@ use crate::error::Result;
 use crate::format::Version;
 use crate::format::feature;
 use crate::format::header::INCOMPATIBLE_AT;
-use crate::image::check::{mend_flags, rebuild_dirty};
+use crate::image::check::{repair_dirty, repair_flags};
 
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
 use super::where_possible;
 
 impl Qcow2Writer {
-    /// Marks the image, durably. Returns its incompatible features without the mark, if there is a place for
-    /// them.
+    /// Marks the image, durably. Returns its incompatible features without the mark, if the version has them.
     pub(super) fn mark_unfinished(&self) -> Result<Option<u64>> {
         let Some(bits) = self.finished_bits()? else { return Ok(None) };
         let marked = self.image.file.write_at(INCOMPATIBLE_AT, &(bits | feature::DIRTY).to_be_bytes());
@@ -29,7 +27,7 @@ impl Qcow2Writer {
         Ok(Some(bits))
     }
 
-    /// The incompatible features without the mark, if there is a place for them.
+    /// The incompatible features without the mark, if the version has them.
     pub(super) fn finished_bits(&self) -> Result<Option<u64>> {
         if self.image.format.version == Version::V2 {
             return Ok(None);
@@ -38,8 +36,8 @@ impl Qcow2Writer {
         Ok(Some(header.incompatible & !feature::DIRTY))
     }
 
-    /// Takes the mark away: all is durable. The next flush makes that durable, too; if it does not come to
-    /// that, counting anew changes nothing.
+    /// Clears the mark: all is durable. The next flush makes that durable, too; without it, a recount changes
+    /// nothing.
     pub(super) fn clear_unfinished(&self, bits: Option<u64>) -> Result<()> {
         let Some(bits) = bits else { return Ok(()) };
         let cleared = self.image.file.write_at(INCOMPATIBLE_AT, &bits.to_be_bytes());
@@ -47,7 +45,7 @@ impl Qcow2Writer {
         cleared.map_err(|error| self.poisoned_by(error))
     }
 
-    /// Takes space for all L2 tables, which are about to be written: a full file system then refuses the
+    /// Allocates space for all L2 tables, which are about to be written: a full file system then refuses the
     /// command before it has begun.
     pub(super) fn reserve_l2_tables(&self) -> Result<()> {
         let image = &self.image;
@@ -64,20 +62,20 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// After a failure, which has poisoned the disk: puts right what stands in the file, if that can be read
-    /// as it will be after a crash. Else the mark stays, and the next who opens the image does it.
-    pub(super) fn mend_unfinished(&self) {
+    /// After a failure, which has poisoned the disk: repairs the file, if it can be read as it will be after
+    /// a crash. Else the mark stays, and the next opening repairs it.
+    pub(super) fn repair_unfinished(&self) {
         let image = &self.image;
         let _turn = self.flushes.turn();
         if self.check_poison().is_ok() || self.has_lost_writes.load(Ordering::Acquire) {
             return;
         }
-        let mended = match image.format.version {
-            Version::V2 => mend_flags(&*image.file, &image.name),
-            Version::V3 => rebuild_dirty(&*image.file, &image.name).map(drop),
+        let repaired = match image.format.version {
+            Version::V2 => repair_flags(&*image.file, &image.name),
+            Version::V3 => repair_dirty(&*image.file, &image.name).map(drop),
         };
-        if let Err(error) = mended {
-            tracing::warn!("{error}: its refcounts are counted anew when it is next opened to be written");
+        if let Err(error) = repaired {
+            tracing::warn!("{error}: its refcounts are rebuilt at the next opening for writing");
         }
     }
 }

@@ -1,11 +1,11 @@
-//! Ranges that shall read as zeroes, and ranges that shall have their space.
+//! Ranges that become zero, and ranges that get their space allocated.
 //!
-//! Whole clusters (subclusters, where there are any) become zero in the tables; what is left at
-//! the edges is written, unless all around it reads as zero anyway. Version 2 has no zero flag: there a
-//! cluster is freed only where nothing below would show through, else zeroes are written.
+//! Whole clusters (subclusters, if there are any) become zero in the tables; partial ones at the edges are
+//! written, unless all bytes around them read as zero anyway. Version 2 has no zero flag: there a cluster is
+//! freed only where nothing below would be visible, else zeroes are written.
 //!
-//! Space is punched before the mapping changes, never later: by then the cluster may be
-//! somebody else's. A crash in between shows zeroes, which is what was asked for.
+//! Space is punched before the mapping changes, never later: by then the cluster may be allocated again. A
+//! crash in between shows zeroes, as requested.
 
 use std::sync::atomic::Ordering;
 
@@ -19,7 +19,7 @@ use super::qcow2::{Qcow2Writer, subclusters};
 use super::tables::{Tables, entry_run};
 use super::{Zeroing, where_possible, zero_bytes};
 
-/// Clusters whose entries change in one go.
+/// Clusters whose entries change at once.
 const BATCH: usize = 1024;
 
 /// A cluster, part of which becomes zero.
@@ -27,7 +27,7 @@ struct ZeroChange {
     guest: u64,
     from: u64,
     to: u64,
-    /// What of it the disk has, or will have.
+    /// The part that the disk has, or will have.
     disk_end: u64,
 }
 
@@ -50,12 +50,12 @@ impl Qcow2Writer {
             let _held = self.hold(at, turn);
             self.zero_held(at, turn, zeroing, self.size())?;
             at += turn;
-            self.relieve()?;
+            self.write_back_if_pressed()?;
         }
         Ok(())
     }
 
-    /// The same for whoever holds the range; the disk ends, or will end, at `disk_end`.
+    /// The same with the range held by the caller; the disk ends, or will end, at `disk_end`.
     pub(super) fn zero_held(&self, at: u64, len: u64, zeroing: Zeroing, disk_end: u64) -> Result<()> {
         if self.raw_data
             && let Some(data_file) = &self.image.data_file
@@ -77,7 +77,7 @@ impl Qcow2Writer {
         self.zero_part(last_whole, end.max(last_whole), zeroing, disk_end)
     }
 
-    /// Bytes of what has an answer of its own in the tables.
+    /// Bytes of the unit that has its own mapping in the tables.
     fn unit(&self) -> u64 {
         let size = self.image.cluster().size();
         if self.image.format.extended { size / u64::from(SUBCLUSTERS) } else { size }
@@ -97,7 +97,7 @@ impl Qcow2Writer {
         self.write_held(from, &vec![0; (to - from) as usize])
     }
 
-    /// Writes, for whoever holds the range.
+    /// Writes; the caller holds the range.
     pub(super) fn write_held(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let mut done = 0;
         while done < bytes.len() {
@@ -124,7 +124,7 @@ impl Qcow2Writer {
                 },
                 Mapping::Data(_) | Mapping::Compressed(_) => Run::new(BlockStatus::Data, len),
             };
-            // Nothing to do, unless there is a place to be freed.
+            // Nothing to do, unless a cluster can be freed.
             if status.value == BlockStatus::Zero
                 && (entry.mapping == Mapping::Hole || zeroing == Zeroing::Keep)
             {
@@ -163,14 +163,14 @@ impl Qcow2Writer {
                 Ok(true)
             })?;
             if !is_done {
-                // Part of a compressed cluster: the rest needs a place of its own.
+                // Part of a compressed cluster: the rest needs a cluster of its own.
                 self.write_held(change.from, &vec![0; change.disk_len() as usize])?;
             }
         }
         Ok(())
     }
 
-    /// Changes one entry; what it no longer refers to is free after the next flush.
+    /// Changes one entry; its former clusters are free after the next flush.
     fn zero_entry(
         &self,
         tables: &mut Tables,
@@ -179,7 +179,7 @@ impl Qcow2Writer {
         zeroing: Zeroing,
     ) -> Result<()> {
         let image = &self.image;
-        let kept = self.kept_place_of_entry(words, change.guest).filter(|_| zeroing == Zeroing::Keep);
+        let kept = self.preallocated_cluster_of(words, change.guest).filter(|_| zeroing == Zeroing::Keep);
         if !image.format.extended {
             let new = RawL2Entry { entry: EntryFormat::zero(kept), bitmap: 0 };
             tables.set_entry(image, change.guest, new)?;
@@ -207,22 +207,22 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// The place that an entry may keep while it reads as zeroes.
-    fn kept_place_of_entry(&self, words: RawL2Entry, guest: u64) -> Option<HostOffset> {
+    /// The cluster that an entry may keep preallocated while it reads as zeroes.
+    fn preallocated_cluster_of(&self, words: RawL2Entry, guest: u64) -> Option<HostOffset> {
         let has_data_file = self.image.data_file.is_some();
         if has_data_file && (EntryFormat::copied(words.entry) || EntryFormat::raw_offset(words.entry) != 0) {
             return Some(HostOffset(guest));
         }
-        if has_data_file { None } else { self.kept_place(words, guest) }
+        if has_data_file { None } else { self.preallocated_cluster(words, guest) }
     }
 
-    /// Punches holes where only this disk has data.
+    /// Punches holes in clusters that belong to this disk alone.
     fn punch_space(&self, changes: &[ZeroChange]) -> Result<()> {
         if self.raw_data {
             return Ok(()); // done, as data
         }
         let mut hole: Option<(u64, u64)> = None;
-        // Elsewhere the space stays taken until the cluster is used again.
+        // Elsewhere the space stays allocated until the cluster is used again.
         let punch =
             |(start, end): (u64, u64)| where_possible(self.image.data().punch_hole(start, end - start));
         for change in changes {
@@ -241,7 +241,7 @@ impl Qcow2Writer {
         hole.map_or(Ok(()), punch)
     }
 
-    /// Where only this disk has something of what a change covers.
+    /// The clusters of a change that belong to this disk alone.
     fn own_places(&self, change: &ZeroChange) -> Result<Vec<(HostOffset, u64)>> {
         let image = &self.image;
         let size = image.cluster().size();
@@ -249,7 +249,8 @@ impl Qcow2Writer {
         self.with_tables(|tables| {
             places.clear();
             let words = tables.entry(image, change.guest)?;
-            let kept = if image.data_file.is_some() { None } else { self.kept_place(words, change.guest) };
+            let kept =
+                if image.data_file.is_some() { None } else { self.preallocated_cluster(words, change.guest) };
             if let Some(host) = kept.filter(|_| change.to - change.from == size) {
                 places.push((host, size));
             } else {
@@ -297,7 +298,7 @@ impl Qcow2Writer {
         })
     }
 
-    /// Takes space for a range.
+    /// Allocates space for a range.
     pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
         self.prepare()?;
         let cluster = self.image.cluster();
@@ -308,7 +309,7 @@ impl Qcow2Writer {
             self.allocate_cluster(guest, (guest + cluster.size()).min(self.size()))?;
             drop(held);
             guest += cluster.size();
-            self.relieve()?;
+            self.write_back_if_pressed()?;
         }
         Ok(())
     }
@@ -319,25 +320,25 @@ impl Qcow2Writer {
         let words = self.with_tables(|tables| {
             let words = tables.entry(image, guest)?;
             entry_run(image, words, guest)?;
-            if let Some(host) = self.kept_place(words, guest) {
+            if let Some(host) = self.preallocated_cluster(words, guest) {
                 tables.may_be_data(image, host, size)?;
             }
             Ok(words)
         })?;
         if image.data_file.is_some() {
-            self.take_space(HostOffset(guest), end - guest)?;
-        } else if let Some(host) = self.kept_place(words, guest) {
-            self.take_space(host, size)?;
+            self.allocate_space(HostOffset(guest), end - guest)?;
+        } else if let Some(host) = self.preallocated_cluster(words, guest) {
+            self.allocate_space(host, size)?;
         } else if image.format.version == Version::V3 && self.reads_zero(guest, end - guest)? {
-            return self.keep_place(guest);
+            return self.preallocate(guest);
         }
-        // What shows through, or is shared, gets a place of its own.
+        // Bytes of the backing, or of a shared cluster, get a cluster of their own.
         let mut at = guest;
         while at < end {
             let Run { value: entry, len } = self.lookup(at, end - at)?;
             let is_placed = entry.own_data().is_some()
                 || (entry.mapping == Mapping::Zero(None)
-                    && (image.data_file.is_some() || self.kept_place(words, guest).is_some()));
+                    && (image.data_file.is_some() || self.preallocated_cluster(words, guest).is_some()));
             if !is_placed {
                 let mut bytes = vec![0; len as usize];
                 self.read_inner(at, &mut bytes)?;
@@ -348,15 +349,15 @@ impl Qcow2Writer {
         Ok(())
     }
 
-    /// Gives a cluster that reads as zeroes a place for a later write.
-    fn keep_place(&self, guest: u64) -> Result<()> {
+    /// Preallocates a cluster for an entry that reads as zeroes.
+    fn preallocate(&self, guest: u64) -> Result<()> {
         let image = &self.image;
         let place = self.with_tables(|tables| {
             tables.own_l2_table(image, guest)?;
             tables.allocate(image, ClusterCount::Exactly(1))
         })?;
         let host = place.clusters().start(image);
-        self.take_space(host, image.cluster().size())?;
+        self.allocate_space(host, image.cluster().size())?;
         let bitmap = if image.format.extended { SubclusterEntry::bitmap(0, u32::MAX) } else { 0 };
         let entry =
             if image.format.extended { EntryFormat::owned(host) } else { EntryFormat::zero(Some(host)) };
@@ -369,7 +370,7 @@ impl Qcow2Writer {
         tables.release(image, old).map_err(|error| self.poisoned_by(error))
     }
 
-    fn take_space(&self, host: HostOffset, len: u64) -> Result<()> {
+    fn allocate_space(&self, host: HostOffset, len: u64) -> Result<()> {
         where_possible(self.image.data().allocate(host.0, len))
     }
 }

@@ -1,4 +1,4 @@
-//! A commit at work: copying, the switch, and taking up what was cut off.
+//! The job of a commit: copying, the switch, and resuming after an interruption.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -29,90 +29,92 @@ use super::super::words::Discards;
 use super::finish::{self, CommitStage};
 use super::{CommitRange, CommitRequest, final_name, is_undoable, plan, refuse, segment};
 
-/// Stretches of a layer without data that are passed over, at most, in search of a sample.
+/// How many ranges of a layer without data are skipped, at most, in the search for a sample.
 const MOST_RUNS: usize = 64;
 
 /// A commit that was accepted.
 pub(in crate::ops) struct CommitJob {
-    /// Goes first, and its mirror with it: nothing is written to base without its locks.
+    /// Dropped first, with its mirror: base is written only under its locks.
     active: Option<(ActiveJob, Arc<MergeMirror>)>,
     base: JobImage,
     writer: Arc<Writer>,
     intent: OwnedIntent<CommitOperation>,
     is_undoable: bool,
-    /// What is merged, and what keeps it open.
+    /// The segment to merge, and the files that keep it open.
     segment: CommitSegment,
     views: Vec<OpenView>,
-    /// Those that will stand on base: nobody else opens them meanwhile.
+    /// The overlays that base will back: locked against other processes.
     children: Vec<OverlayToRebase>,
-    /// What of base went to the trash beforehand.
-    kept: Option<String>,
+    /// The copy of base that went to the trash beforehand.
+    trash_copy: Option<String>,
 }
 
-/// Begins a commit: when this returns, nobody sees what it is going to spoil, and nothing is spoilt yet.
+/// Begins a commit: when this returns, views that will be invalidated are hidden, and none is invalidated
+/// yet.
 pub(in crate::ops) fn begin(
     context: &Context,
     path: &Path,
     request: &CommitRequest,
     command: &str,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<Begun> {
-    let (lock, world) = ScannedStore::begin(context.store())?;
-    let (plan, layers) = plan(context, &world, path, request)?;
-    world.accept(&plan)?;
-    tokens.notes.extend(removal::not_kept(plan.notes));
-    let job = begin_with(context, &world, lock, path, &layers, request.keep, command, tokens)?;
+    let (lock, scan) = ScannedStore::begin(context.store())?;
+    let (plan, layers) = plan(context, &scan, path, request)?;
+    scan.accept(&plan)?;
+    locks.notes.extend(removal::not_kept(plan.notes));
+    let job = begin_with(context, &scan, lock, path, &layers, request.keep, command, locks)?;
     Ok(Some(Box::new(job)))
 }
 
-/// The same for what has been found out, and found good, under the store's lock.
-#[expect(clippy::too_many_arguments, reason = "what a plan has found, and what goes with a command")]
+/// The same for an accepted plan, under the store's lock.
+#[expect(clippy::too_many_arguments, reason = "the results of a plan, and the parts of a command")]
 pub(in crate::ops) fn begin_with(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     _lock: FileLock,
     path: &Path,
     layers: &CommitRange,
     keep: bool,
     command: &str,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<CommitJob> {
     let store = context.store();
-    tokens.extend(&world.chains_of(&[layers.top]))?;
+    locks.extend(&scan.chains_of(&[layers.top]))?;
     let operation = CommitOperation {
-        top: world.witness(layers.top, !layers.is_active)?,
-        base: witness_base(store, world, layers)?,
-        between: world.witnesses(&layers.between, true)?,
-        children: world.witnesses(&layers.children, false)?,
+        top: scan.witness(layers.top, !layers.is_active)?,
+        base: witness_base(store, scan, layers)?,
+        between: scan.witnesses(&layers.between, true)?,
+        children: scan.witnesses(&layers.children, false)?,
         keep,
         is_copied: false,
-        rename: layers.takes_name.then(|| world.guarded(&final_name(world, layers))),
+        rename: layers.takes_name.then(|| scan.guarded(&final_name(scan, layers))),
     };
-    let base = store.take_image(&world.catalog, layers.base)?;
+    let base = store.take_image(&scan.catalog, layers.base)?;
     let changed: Vec<ObjectId> =
-        layers.segment().iter().chain([&layers.base]).map(|i| world.image(*i).stat.id).collect();
-    removal::forget_trash(world, &changed)?;
-    let kept = if layers.is_deletion { store.keep_copy(&world.catalog, layers.base, command)? } else { None };
+        layers.segment().iter().chain([&layers.base]).map(|i| scan.image(*i).stat.id).collect();
+    removal::remove_dependent_trash(scan, &changed)?;
+    let trash_copy =
+        if layers.is_deletion { store.keep_copy(&scan.catalog, layers.base, command)? } else { None };
     let name = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
-    let intent = intent.inspect_err(|_| take_back(store, kept.as_deref()))?;
-    let begun = set_out(context, world, path, layers, base, intent);
-    begun.map(|job| CommitJob { kept: kept.clone(), ..job }).map_err(|failed| {
+    let intent = intent.inspect_err(|_| discard_copy(store, trash_copy.as_deref()))?;
+    let begun = prepare(context, scan, path, layers, base, intent);
+    begun.map(|job| CommitJob { trash_copy: trash_copy.clone(), ..job }).map_err(|failed| {
         let (error, intent) = *failed;
-        take_back(store, kept.as_deref());
+        discard_copy(store, trash_copy.as_deref());
         // Nothing has been changed.
-        if let Err(trouble) = ending::forget(store, intent) {
+        if let Err(trouble) = ending::remove_intent(store, intent) {
             tracing::error!("{}: {trouble}", shown(path));
         }
         error
     })
 }
 
-/// Base with evidence of what it holds, and of what it is going to hold where it is written in place.
-fn witness_base(store: &Arc<Store>, world: &ScannedStore, layers: &CommitRange) -> Result<FileRef> {
-    let mut base = world.witness(layers.base, world.image(layers.base).format == Some(Format::Raw))?;
+/// Base with evidence of its content, and of its future content where it is written in place.
+fn witness_base(store: &Arc<Store>, scan: &ScannedStore, layers: &CommitRange) -> Result<FileRef> {
+    let mut base = scan.witness(layers.base, scan.image(layers.base).format == Some(Format::Raw))?;
     base.will_be_written();
-    let (_, open) = segment(store, world, layers, None)?;
+    let (_, open) = segment(store, scan, layers, None)?;
     for sample in base.samples() {
         sample.becomes = Some(Digest::of(&SectorSample::read(&open.view, sample.at)?));
     }
@@ -123,8 +125,8 @@ fn witness_base(store: &Arc<Store>, world: &ScannedStore, layers: &CommitRange) 
     Ok(base)
 }
 
-/// A few sectors of the data clusters of a qcow2 base, each with what a commit of `view` makes of it, by
-/// their places in the disk or (`is_file`) in its data file. What cannot be read tells nothing.
+/// A few sectors of the data clusters of a qcow2 base, each with its bytes after a commit of `view`, by their
+/// offsets in the disk or (`is_file`) in its data file. An unreadable sector is no evidence.
 fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<SectorSample> {
     let mut samples = Vec::<SectorSample>::new();
     for number in 0..SAMPLES {
@@ -141,7 +143,7 @@ fn sample_clusters(base: &Layer, view: &View, is_file: bool) -> Vec<SectorSample
     samples
 }
 
-/// Where the next data of a layer are, in the disk and in the file.
+/// The next data of a layer: its offset in the disk and in the file.
 fn next_data(layer: &Layer, mut at: u64) -> Option<(u64, HostOffset)> {
     for _ in 0..MOST_RUNS {
         let left = layer.size().checked_sub(at).filter(|left| *left > 0)?;
@@ -153,72 +155,80 @@ fn next_data(layer: &Layer, mut at: u64) -> Option<(u64, HostOffset)> {
     }
     None
 }
-
+/// Removes a copy from the trash whose layer was not deleted after all.
 /// Removes from the trash what has not been deleted after all.
-fn take_back(store: &Store, kept: Option<&str>) {
-    if let Some(id) = kept
+fn discard_copy(store: &Store, trash_copy: Option<&str>) {
+    if let Some(id) = trash_copy
         && let Err(error) = store.forget_item(id)
     {
-        tracing::warn!("{id} is in the trash, and was not deleted after all: {error}");
+        tracing::warn!("could not remove {id} from the trash, although its layer was not deleted: {error}");
     }
 }
 
-/// A job, or why there is none, with the intent that speaks of it.
+/// A job, or the reason for its failure, with the intent that belongs to it.
 type BegunCommit = std::result::Result<CommitJob, Box<(Error, OwnedIntent<CommitOperation>)>>;
 
-/// With the intent there: hides what will be spoilt, and opens everything.
-fn set_out(
+/// With the intent written: hides views that will be invalidated, and opens all files.
+fn prepare(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     layers: &CommitRange,
     mut base: JobImage,
     intent: OwnedIntent<CommitOperation>,
 ) -> BegunCommit {
     let store = context.store();
-    let is_undoable = is_undoable(world, layers);
+    let is_undoable = is_undoable(scan, layers);
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();
-        // C3: what will be invalidated is hidden, and not open, before the first byte changes.
-        refuse::exposed(context, world, path, layers, &mut refusals);
+        // C3: views that will be invalidated are hidden, and not open, before the first byte changes.
+        refuse::exposed(context, scan, path, layers, &mut refusals);
         refusals::first(refusals)?;
         let mut views = Vec::new();
-        let below = open_below(store, world, &layers.below, &mut views)?;
+        let below = open_below(store, scan, &layers.below, &mut views)?;
         let keeping = if is_undoable { CachePolicy::Everything } else { CachePolicy::Nothing };
         let writer = base.open_writer(below, keeping)?;
         let (live, active) = if layers.is_active {
-            let job = store.take_active(&world.catalog, &layers.chain)?;
+            let job = store.take_active(&scan.catalog, &layers.chain)?;
             let live = job.writer()?;
             let mirror = MergeMirror::new(&writer);
             (Some(live), Some((job, mirror)))
         } else {
             (None, None)
         };
-        let (segment, view) = segment(store, world, layers, live)?;
+        let (segment, view) = segment(store, scan, layers, live)?;
         views.push(view);
-        let take = |child: &ImageIndex| OverlayToRebase::take(store, world, *child);
+        let take = |child: &ImageIndex| OverlayToRebase::open(store, scan, *child);
         let children = layers.children.iter().map(take).collect::<Result<Vec<_>>>()?;
         Ok((writer, segment, views, children, active))
     })();
     match begun {
-        Ok((writer, segment, views, children, active)) => {
-            Ok(CommitJob { active, base, writer, intent, is_undoable, segment, views, children, kept: None })
-        }
+        Ok((writer, segment, views, children, active)) => Ok(CommitJob {
+            active,
+            base,
+            writer,
+            intent,
+            is_undoable,
+            segment,
+            views,
+            children,
+            trash_copy: None,
+        }),
         Err(error) => Err(Box::new((error, intent))),
     }
 }
 
 fn open_below(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     below: &[ImageIndex],
     views: &mut Vec<OpenView>,
 ) -> Result<Option<Arc<View>>> {
     if below.is_empty() {
         return Ok(None);
     }
-    let open = store.open_view(&world.catalog, below, ViewPart::Active, Stability::Frozen)?;
+    let open = store.open_view(&scan.catalog, below, ViewPart::Active, Stability::Frozen)?;
     let view = Arc::clone(&open.view);
     views.push(open);
     Ok(Some(view))
@@ -232,16 +242,16 @@ impl Job for CommitJob {
         }
         let copied = self.copy(&store, progress);
         let switched = copied.and_then(|()| {
-            // From the last look at who uses what until the switch, nobody else changes anything.
+            // From the last check for users until the switch, no other process changes anything.
             let lock = ending::lock_for_job(&store, progress)?;
-            let world = ScannedStore::look(&store)?;
-            self.still_alone(&world)?;
-            progress.settle()?;
-            Ok((lock, world))
+            let scan = ScannedStore::scan(&store)?;
+            self.check_no_new_users(&scan)?;
+            progress.forbid_cancel()?;
+            Ok((lock, scan))
         });
         match switched {
-            Ok((lock, world)) => self.switch(context, &world, lock),
-            Err(error) => Err(self.call_back(&store, progress, error)),
+            Ok((lock, scan)) => self.switch(context, &scan, lock),
+            Err(error) => Err(self.roll_back(&store, progress, error)),
         }
     }
 }
@@ -277,37 +287,37 @@ impl CommitJob {
                 progress.advance(moved);
                 at += len;
             }
-            // Behind a shorter top nothing shows through it.
+            // Beyond the end of a shorter top, no lower layer shows.
             match &self.active {
                 None => {
                     zero_from(&self.writer, size())?;
                     break;
                 }
                 Some((_, mirror)) if mirror.complete(at, size)? => break,
-                // It has grown meanwhile.
+                // The disk has grown meanwhile.
                 Some(_) => {}
             }
         }
-        // Most of it is durable before anybody has to wait for the rest.
+        // Most data is durable before other commands have to wait for the rest.
         self.writer.flush()
     }
 
-    /// Whether nobody else has come to use what is about to change for good.
-    fn still_alone(&self, world: &ScannedStore) -> Result<()> {
+    /// Checks that no layer which is about to change for good has gained a user.
+    fn check_no_new_users(&self, scan: &ScannedStore) -> Result<()> {
         let CommitOperation { top, base, between, children, .. } = &self.intent.intent.operation;
-        let find = |named: &FileRef| world.expect(named);
+        let find = |named: &FileRef| scan.expect(named);
         let (top, base) = (find(top)?, find(base)?);
         let between = between.iter().map(find).collect::<Result<Vec<_>>>()?;
         let children = children.iter().map(find).collect::<Result<Vec<_>>>()?;
         let merged: Vec<ImageIndex> = std::iter::once(top).chain(between.iter().copied()).collect();
         let mut refusals: Vec<Error> = Vec::new();
         refusals.extend(
-            merged.iter().chain([&base]).chain(&children).filter_map(|index| world.untouchable(*index)),
+            merged.iter().chain([&base]).chain(&children).filter_map(|index| scan.untouchable(*index)),
         );
         for index in between.iter().chain([&base]) {
-            refuse::sharers(world, *index, &merged, &mut refusals);
+            refuse::sharers(scan, *index, &merged, &mut refusals);
         }
-        refuse::sharers(world, top, &children, &mut refusals);
+        refuse::sharers(scan, top, &children, &mut refusals);
         refusals::first(refusals)?;
         if let Some((_, mirror)) = &self.active {
             mirror.check()?;
@@ -315,9 +325,9 @@ impl CommitJob {
         Ok(())
     }
 
-    /// It ends before the switch: undone where that is possible, else left to be taken up again.
-    fn call_back(self, store: &Arc<Store>, progress: &JobProgress, error: Error) -> Error {
-        let Self { base, writer, intent, is_undoable, active, kept, .. } = self;
+    /// Ends the job before the switch: rolled back where that is possible, else left to be resumed.
+    fn roll_back(self, store: &Arc<Store>, progress: &JobProgress, error: Error) -> Error {
+        let Self { base, writer, intent, is_undoable, active, trash_copy, .. } = self;
         if let Some((job, _)) = &active {
             job.set_mirror(None);
         }
@@ -327,11 +337,11 @@ impl CommitJob {
         drop(writer);
         let finished = called_back.and_then(|()| base.finish());
         if let Err(trouble) = &finished {
-            tracing::error!("{name}: a commit could not be called back properly: {trouble}");
+            tracing::error!("{name}: a commit could not be rolled back: {trouble}");
         }
         if is_undoable && !progress.is_stopped() {
-            take_back(store, kept.as_deref());
-            return match ending::forget(store, intent) {
+            discard_copy(store, trash_copy.as_deref());
+            return match ending::remove_intent(store, intent) {
                 Ok(()) => error,
                 Err(trouble) => error.within(format!("{trouble}, and")),
             };
@@ -341,37 +351,38 @@ impl CommitJob {
             return error;
         }
         let fact = format!(
-            "{name} is a part of both by now, and what stands between it and top stays hidden until the \
+            "{name} is partly overwritten; it and the layers between it and top stay hidden until the \
                             commit is given again or the store is mounted again"
         );
         Error::new(error.kind(), format!("{error}; {fact}"))
     }
 
-    /// Makes base what everybody stands on. From its first step on there is no way back.
-    fn switch(self, context: &Context, world: &ScannedStore, lock: FileLock) -> Result<()> {
-        let Self { base, writer, intent, active, views, segment, children, is_undoable, kept: _ } = self;
+    /// Makes base the backing file of all overlays of top. From its first step on it cannot be rolled back.
+    fn switch(self, context: &Context, scan: &ScannedStore, lock: FileLock) -> Result<()> {
+        let Self { base, writer, intent, active, views, segment, children, is_undoable, trash_copy: _ } =
+            self;
         let publish = || if is_undoable { writer.publish() } else { writer.close() };
-        // Nobody of us needs base as it was any more.
+        // No view of this process needs base as it was.
         drop((views, segment));
         let store = context.store();
         let CommitOperation { top, base: old_base, rename, .. } = intent.intent.operation.clone();
         let Some((job, mirror)) = active else {
-            // Durable and named by its header; then everybody is told.
+            // The rename is durable and named by the header; then open disks are notified.
             publish()?;
             if rename.is_some()
-                && let Some(mark) = world.image(world.expect(&top)?).frozen.clone()
+                && let Some(mark) = scan.image(scan.expect(&top)?).frozen.clone()
             {
                 writer.change_header(&HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
             }
             drop(writer);
             base.finish()?;
             if let Some(name) = rename {
-                finish::replace(store, &world.catalog, &intent.intent, (&old_base, &top, &name))?;
+                finish::replace(store, &scan.catalog, &intent.intent, (&old_base, &top, &name))?;
             }
             return finish::commit(context, intent, lock, children);
         };
         let name = rename.expect("a base takes the active layer's name");
-        freeze::thaw(store, world, &writer, base.format(), &old_base)?;
+        freeze::thaw(store, scan, &writer, base.format(), &old_base)?;
         let names = store.guard_names();
         let before = store.catalog();
         let settled;
@@ -386,7 +397,7 @@ impl CommitJob {
             })();
             match prepared {
                 Ok(prepared) => {
-                    // The name has changed hands: whatever fails from here on, guests write to base.
+                    // The name belongs to base now: whatever fails from here on, guests write to base.
                     settled = finish::settle_name(&*names, &old_base.path, &top.path, &name);
                     sealed.fall(prepared, &ending::own_path(store, &name), &settled);
                 }
@@ -402,16 +413,16 @@ impl CommitJob {
     }
 }
 
-/// What is left of a commit that was cut off; every refusal is asked again. Nothing is changed.
+/// Whether an interrupted commit can be resumed; every refusal is checked again. Changes nothing.
 pub(in crate::ops) fn examine(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     intent: &Intent<CommitOperation>,
     discards: Discards,
 ) -> Result<CommitStage> {
-    let state = finish::commit_state(world, intent)?;
+    let state = finish::commit_state(scan, intent)?;
     let mut refusals = Vec::new();
     match &state {
-        CommitStage::Copied => refuse::rest(world, &intent.operation, &mut refusals),
+        CommitStage::Copied => refuse::rest(scan, &intent.operation, &mut refusals),
         CommitStage::NotCopied(layers) => {
             let terms = CommitRequest {
                 keep: intent.operation.keep,
@@ -419,32 +430,32 @@ pub(in crate::ops) fn examine(
                 discard_bitmaps: discards.bitmaps,
                 ..CommitRequest::default()
             };
-            refuse::refusals(world, layers, &terms, &mut refusals);
+            refuse::refusals(scan, layers, &terms, &mut refusals);
         }
     }
     refusals::first(refusals)?;
     Ok(state)
 }
 
-/// Takes up a commit that was cut off. `Ok(None)`: all that was left to do has been done.
+/// Resumes an interrupted commit. `Ok(None)`: it was complete.
 pub(in crate::ops) fn resume(
     context: &Context,
     intent: OwnedIntent<CommitOperation>,
     discards: Discards,
     lock: FileLock,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<Begun> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, intent.name())?;
-    match examine(&world, &intent.intent, discards)? {
+    let scan = ScannedStore::scan_for_resume(store, intent.name())?;
+    match examine(&scan, &intent.intent, discards)? {
         CommitStage::Copied => finish::commit(context, intent, lock, Vec::new()).map(|()| None),
         CommitStage::NotCopied(layers) => {
             let path = intent.intent.chain.clone();
-            tokens.extend(&world.chains_of(&[layers.top]))?;
-            finish::repair_leaks(store, &world, layers.base)?;
-            let world = ScannedStore::look_for(store, intent.name())?;
-            let base = store.take_image(&world.catalog, layers.base)?;
-            let job = set_out(context, &world, &path, &layers, base, intent).map_err(|failed| failed.0)?;
+            locks.extend(&scan.chains_of(&[layers.top]))?;
+            finish::repair_leaks(store, &scan, layers.base)?;
+            let scan = ScannedStore::scan_for_resume(store, intent.name())?;
+            let base = store.take_image(&scan.catalog, layers.base)?;
+            let job = prepare(context, &scan, &path, &layers, base, intent).map_err(|failed| failed.0)?;
             Ok(Some(Box::new(job)))
         }
     }

@@ -1,11 +1,11 @@
-//! Commit: what top and the layers between hold is merged into base, and whatever stood on top stands on
-//! base.
+//! Commit: top and the layers between are merged into base, and overlays of top are backed by base
+//! afterwards.
 //!
-//! Promises: the view through top, and all above it, has the same bytes at every moment, for top covers
-//! what is written below it; views that change are hidden, durably, before the first byte under them does.
-//! Until the switch a commit into a qcow2 base can be called back without a trace; one into a raw base
-//! cannot, and what it has spoilt stays hidden until it is taken up again. Every step can be told from the
-//! files to be done, so that a commit that was cut off is done again from the beginning, or from the switch
+//! Promises: the view through top, and all above it, has the same bytes at every moment, since top covers
+//! every range that is written below it. Views that change are hidden, durably, before the first byte below
+//! them changes. Until the switch, a commit into a qcow2 base can be rolled back completely. A commit into a
+//! raw base cannot: the views that it has invalidated stay hidden until it is resumed. The files show which
+//! steps are done, so an interrupted commit is repeated from the beginning, or from the switch on.
 //! on.
 
 mod finish;
@@ -45,9 +45,9 @@ pub struct CommitRequest {
     pub base: Option<Vec<u8>>,
     /// Whether top's file stays.
     pub keep: bool,
-    /// Whether internal snapshots in the layers concerned may go.
+    /// Whether internal snapshots in the layers concerned may be lost.
     pub discard_internal: bool,
-    /// Whether their persistent bitmaps may.
+    /// Whether their persistent bitmaps may be lost.
     pub discard_bitmaps: bool,
 }
 
@@ -98,8 +98,8 @@ impl Command for CommitRequest {
         Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
     }
 
-    fn plan(&self, context: &Context, world: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
-        let (plan, layers) = plan(context, world, chain, self)?;
+    fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
+        let (plan, layers) = plan(context, scan, chain, self)?;
         Ok((plan, layers.touched()))
     }
 
@@ -108,7 +108,7 @@ impl Command for CommitRequest {
     }
 }
 
-/// What a commit concerns, by index in one catalog.
+/// The images of a commit, by index in one catalog.
 #[derive(Clone, Debug)]
 pub(super) struct CommitRange {
     /// The layers of the chain, leaf first.
@@ -117,44 +117,44 @@ pub(super) struct CommitRange {
     base: ImageIndex,
     /// From below top to above base.
     between: Vec<ImageIndex>,
-    /// Those that stand on top.
+    /// The overlays of top.
     children: Vec<ImageIndex>,
     /// The layers below base, top first.
     below: Vec<ImageIndex>,
     /// Whether top is the active layer.
     is_active: bool,
-    /// Whether base gets top's name, under which everybody finds it who stood on top.
+    /// Whether base gets top's name, by which the overlays of top name it.
     takes_name: bool,
-    /// Whether that is how base is deleted.
+    /// Whether this is how base is deleted.
     is_deletion: bool,
 }
 
 impl CommitRange {
-    /// What is opened for it.
+    /// The images that are opened for it.
     pub(super) fn touched(&self) -> TouchedImages {
         let active = self.is_active.then_some(self.top);
         let children = self.children.iter().copied().filter(|_| !self.takes_name);
         TouchedImages { written: children.chain(active).chain([self.base]).collect(), read: self.segment() }
     }
 
-    /// Top and all between: what is merged.
+    /// The layers that are merged: top and all between.
     fn segment(&self) -> Vec<ImageIndex> {
         std::iter::once(self.top).chain(self.between.iter().copied()).collect()
     }
 }
 
-/// Finds what the words of a commit mean.
-fn layers(world: &ScannedStore, chain: &ScannedChain, request: &CommitRequest) -> Result<CommitRange> {
+/// Finds the layers that the words of a commit name.
+fn layers(scan: &ScannedStore, chain: &ScannedChain, request: &CommitRequest) -> Result<CommitRange> {
     let usage = |fact: String| Error::new(ErrorKind::Usage, fact);
     let views = &chain.views;
-    let top = lookup::layer_or_active(world, chain, request.top.as_deref(), "top")?;
+    let top = lookup::layer_or_active(scan, chain, request.top.as_deref(), "top")?;
     let base = match &request.base {
-        Some(name) => lookup::layer(world, chain, name)?,
+        Some(name) => lookup::layer(scan, chain, name)?,
         None => top + 1,
     };
     if base >= views.layers.len() {
-        let name = world.image(views.layers[top]).shown();
-        return Err(usage(format!("{name} stands on nothing that it could be merged into")));
+        let name = scan.image(views.layers[top]).shown();
+        return Err(usage(format!("{name} has no backing file that it could be merged into")));
     }
     if base <= top {
         let fact = if base == top { "top and base are the same layer" } else { "base is above top" };
@@ -165,7 +165,7 @@ fn layers(world: &ScannedStore, chain: &ScannedChain, request: &CommitRequest) -
         top: views.layers[top],
         base: views.layers[base],
         between: views.layers[top + 1..base].to_vec(),
-        children: world.image(views.layers[top]).users.clone(),
+        children: scan.image(views.layers[top]).users.clone(),
         below: views.layers[base + 1..].to_vec(),
         chain: views.layers.clone(),
         is_active,
@@ -174,16 +174,16 @@ fn layers(world: &ScannedStore, chain: &ScannedChain, request: &CommitRequest) -
     })
 }
 
-/// What stands on the layer `depth` of a chain, counted from its leaf, is merged into it, and that takes its
-/// name.
-pub(super) fn fall_onto(world: &ScannedStore, chain: &ScannedChain, depth: usize) -> CommitRange {
+/// The overlay of the layer `depth` of a chain, counted from its leaf, is merged into that layer, which takes
+/// the overlay's name.
+pub(super) fn merge_into_base(scan: &ScannedStore, chain: &ScannedChain, depth: usize) -> CommitRange {
     let views = &chain.views;
     let top = views.layers[depth - 1];
     CommitRange {
         top,
         base: views.layers[depth],
         between: Vec::new(),
-        children: world.image(top).users.clone(),
+        children: scan.image(top).users.clone(),
         below: views.layers[depth + 1..].to_vec(),
         chain: views.layers.clone(),
         is_active: depth == 1 && views.active().is_some(),
@@ -192,34 +192,33 @@ pub(super) fn fall_onto(world: &ScannedStore, chain: &ScannedChain, depth: usize
     }
 }
 
-/// What the request would do, with every refusal.
+/// The plan of the request, with every refusal.
 pub(super) fn plan(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     path: &Path,
     request: &CommitRequest,
 ) -> Result<(Plan, CommitRange)> {
-    let chain = world.chain(path)?;
-    let layers = layers(world, &chain, request)?;
-    Ok((plan_of(context, world, &chain, &layers, request), layers))
+    let chain = scan.chain(path)?;
+    let layers = layers(scan, &chain, request)?;
+    Ok((plan_of(context, scan, &chain, &layers, request), layers))
 }
 
-/// The same for what has been found out already; of the request only its flags count.
+/// The plan for a range that is known already; only the flags of the request count.
 pub(super) fn plan_of(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     chain: &ScannedChain,
     layers: &CommitRange,
     request: &CommitRequest,
 ) -> Plan {
-    let mut plan = Plan { before: lookup::tree(world, chain), ..Plan::default() };
-    refuse::refusals(world, layers, request, &mut plan.refusals);
-    let is_undoable = is_undoable(world, layers);
-    let base = world.image(layers.base);
+    let mut plan = Plan { before: lookup::tree(scan, chain), ..Plan::default() };
+    refuse::refusals(scan, layers, request, &mut plan.refusals);
+    let is_undoable = is_undoable(scan, layers);
+    let base = scan.image(layers.base);
     if !is_undoable {
-        let fact = "cannot be called back once it is begun: if it is cut off, the layers from it up to below \
-            top stay \
-                    hidden until it is taken up again";
+        let fact = "cannot be rolled back once it has begun: if it is interrupted, the layers from it up \
+                    to below top stay hidden until it is resumed";
         plan.notes.push(format!("a commit into {} {fact}", base.shown()));
     }
     plan.invalid =
@@ -231,40 +230,40 @@ pub(super) fn plan_of(
     }
     let gone = if request.keep { Vec::new() } else { layers.segment() };
     if layers.takes_name {
-        let name = final_name(world, layers);
+        let name = final_name(scan, layers);
         if name != base.place.path {
             plan.renamed.push((base.place.path.clone(), name));
         }
     }
     if request.keep {
         plan.renamed.extend(layers.between.iter().map(|index| {
-            let path = &world.image(*index).place.path;
+            let path = &scan.image(*index).place.path;
             (path.clone(), invalidated_name(path))
         }));
     }
     let is_replaced = |path: &PathBuf| plan.renamed.iter().any(|(_, new)| new == path);
     plan.removed =
-        gone.iter().map(|index| world.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
-    // What it would amount to is told of one that is refused, too, if it can be told.
-    let segment = segment(context.store(), world, layers, None);
-    refusals::count(world, layers.base, segment.and_then(|(segment, _view)| segment.data_len()), &mut plan);
-    refuse::exposed(context, world, &chain.path, layers, &mut plan.refusals);
+        gone.iter().map(|index| scan.image(*index).place.path.clone()).filter(|p| !is_replaced(p)).collect();
+    // A refused plan states the amount, too, if it is known.
+    let segment = segment(context.store(), scan, layers, None);
+    refusals::count(scan, layers.base, segment.and_then(|(segment, _view)| segment.data_len()), &mut plan);
+    refuse::exposed(context, scan, &chain.path, layers, &mut plan.refusals);
     plan.after = after(&plan, layers, request);
     let changed: Vec<ImageIndex> = layers.segment().into_iter().chain([layers.base]).collect();
-    removal::note_trash(world, &changed, &mut plan);
-    note_what_is_not_kept(world, chain, layers, &mut plan);
+    removal::note_dependent_trash(scan, &changed, &mut plan);
+    note_what_is_not_kept(scan, chain, layers, &mut plan);
     plan
 }
 
-/// Says what of all that is no longer shown does not go to the trash, where the store has one, and why.
-fn note_what_is_not_kept(world: &ScannedStore, chain: &ScannedChain, layers: &CommitRange, plan: &mut Plan) {
-    let base = world.image(layers.base);
-    if plan.invalid.is_empty() || !world.store.has_trash() {
+/// Adds notes on invalidated views that do not go to the trash, and why, where the store has one.
+fn note_what_is_not_kept(scan: &ScannedStore, chain: &ScannedChain, layers: &CommitRange, plan: &mut Plan) {
+    let base = scan.image(layers.base);
+    if plan.invalid.is_empty() || !scan.store.has_trash() {
         return;
     }
     let mut lost = plan.invalid.clone();
-    if layers.is_deletion && world.store.can_keep_copy(base) {
-        let kept = lookup::line(world, chain, layers.base).name;
+    if layers.is_deletion && scan.store.can_keep_copy(base) {
+        let kept = lookup::line(scan, chain, layers.base).name;
         lost.retain(|name| *name != kept);
         plan.notes.push(format!("{} goes to the trash, as a copy that shares its blocks", base.shown()));
     }
@@ -274,28 +273,29 @@ fn note_what_is_not_kept(world: &ScannedStore, chain: &ScannedChain, layers: &Co
     let names: Vec<_> = lost.iter().map(|name| String::from_utf8_lossy(name)).collect();
     let reason = match (layers.is_deletion, lost.len()) {
         (true, 1) => {
-            "its file takes the bytes of what stands on it, and this file system shares no blocks between \
-                      files, which would keep it free of cost; method=pull keeps it"
+            "its file takes the bytes of its overlay, and this file system shares no blocks between \
+                      files, so that a copy would cost space; method=pull keeps it"
         }
         (true, _) => "internal snapshots go with the file that is changed; method=pull keeps them",
         (false, _) => {
-            "what is merged into stays in its place, with other bytes; take a clone of what you need"
+            "the file that is merged into stays in its place, with other bytes; clone what you need first"
         }
     };
     plan.notes.push(format!("{}{}: {reason}", removal::NOT_KEPT, names.join(", ")));
 }
 
-/// What is merged, and what keeps it open: seen through top, which is shown throughout; what lies between by
-/// itself is not. Without the active layer's writer (`live`) what a guest has not flushed yet may be missing.
+/// The segment to merge, and the files that keep it open. It is read through top, which is valid throughout;
+/// the layers between are not valid by themselves. Without the active layer's writer (`live`), data that a
+/// guest has not flushed may be missing.
 fn segment(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     layers: &CommitRange,
     live: Option<Arc<Writer>>,
 ) -> Result<(CommitSegment, OpenView)> {
     let through_top = &layers.chain[position(layers, layers.top)..];
     let stability = Stability::live_if(layers.is_active);
-    let view = store.open_view(&world.catalog, through_top, ViewPart::Active, stability)?;
+    let view = store.open_view(&scan.catalog, through_top, ViewPart::Active, stability)?;
     let first = usize::from(live.is_some());
     let frozen = store.part_of(&view.view, first, layers.segment().len());
     Ok((CommitSegment { live, frozen }, view))
@@ -305,23 +305,23 @@ fn position(layers: &CommitRange, index: ImageIndex) -> usize {
     layers.chain.iter().position(|layer| *layer == index).expect("a layer of the chain")
 }
 
-fn is_undoable(world: &ScannedStore, layers: &CommitRange) -> bool {
-    let base = world.image(layers.base);
+fn is_undoable(scan: &ScannedStore, layers: &CommitRange) -> bool {
+    let base = scan.image(layers.base);
     base.format == Some(Format::Qcow2) && base.data_file.is_none()
 }
 
-/// The name that base gets when it takes top's place: the headers above name a frozen layer as it is.
-fn final_name(world: &ScannedStore, layers: &CommitRange) -> PathBuf {
+/// The name of base when it takes top's place: the headers above name a frozen layer as it is.
+fn final_name(scan: &ScannedStore, layers: &CommitRange) -> PathBuf {
     if !layers.is_active {
-        return world.image(layers.top).place.path.clone();
+        return scan.image(layers.top).place.path.clone();
     }
-    let (top, base) = (world.image(layers.top), world.image(layers.base));
+    let (top, base) = (scan.image(layers.top), scan.image(layers.base));
     let format = base.format.unwrap_or(Format::Raw);
     let stem = top.place.path.file_stem().unwrap_or_default().as_encoded_bytes();
     let with = |extension: &[u8]| beside(&top.place.path, &[stem, b".", extension].concat());
     let own = base.place.path.extension().map(|extension| with(extension.as_encoded_bytes()));
-    // Nobody will stand on it and say what it is.
-    own.filter(|name| world.store.options().reads_as(name, format, false))
+    // No overlay's header will state its format.
+    own.filter(|name| scan.store.options().reads_as(name, format, false))
         .unwrap_or_else(|| with(format.name().as_bytes()))
 }
 
@@ -348,19 +348,19 @@ fn after(plan: &Plan, layers: &CommitRange, request: &CommitRequest) -> Vec<Plan
 }
 
 impl CommitRange {
-    /// What an operation names, if all of it is there.
-    pub(super) fn of_operation(world: &ScannedStore, operation: &CommitOperation) -> Option<Self> {
+    /// The range of an operation, if all its files exist.
+    pub(super) fn of_operation(scan: &ScannedStore, operation: &CommitOperation) -> Option<Self> {
         let CommitOperation { top, base, between, children, rename, .. } = operation;
-        let top = world.find(top)?;
-        let base = world.find(base)?;
-        let between = between.iter().map(|named| world.find(named)).collect::<Option<Vec<_>>>()?;
-        let children = children.iter().filter_map(|named| world.find(named));
-        let children = children.filter(|index| world.stands_on(*index) == Some(top)).collect();
-        let chain = world.catalog.layers(top);
+        let top = scan.find(top)?;
+        let base = scan.find(base)?;
+        let between = between.iter().map(|named| scan.find(named)).collect::<Option<Vec<_>>>()?;
+        let children = children.iter().filter_map(|named| scan.find(named));
+        let children = children.filter(|index| scan.backing_of(*index) == Some(top)).collect();
+        let chain = scan.catalog.layers(top);
         let depth = chain.iter().position(|layer| *layer == base)?;
         let below = chain[depth + 1..].to_vec();
         let takes_name = rename.is_some();
-        let is_active = takes_name && world.is_active_disk(top);
+        let is_active = takes_name && scan.is_active_disk(top);
         Some(Self { chain, top, base, between, children, below, is_active, takes_name, is_deletion: false })
     }
 }

@@ -1,5 +1,5 @@
-//! What a layer needs of its own before it can stand on something else: where it is silent, and what shows
-//! through it now is not what will.
+//! The bytes that a layer needs of its own before its backing file changes: ranges where the layer is
+//! unallocated and the old and the new backing differ.
 
 use std::sync::Arc;
 
@@ -12,79 +12,79 @@ use crate::image::write::{BackingDisk, FilePlace, Fill};
 use crate::store::Store;
 use crate::units::{BlockStatus, HostOffset, Run};
 
-/// Bytes that are compared at once.
+/// Bytes compared at once.
 const COMPARED: u64 = 256 << 10;
-/// Bytes that are the same or not as a whole: a sector.
+/// The granularity of the comparison: a sector.
 const GRAIN: usize = 512;
 
-/// What shows through now, and what will.
+/// The old and the new backing of a layer.
 pub(in crate::ops) enum Filling {
-    /// The layers that are left out, and those below them, which stay.
+    /// The layers that are dropped, and those below them, which stay.
     Between {
-        /// None if all of them are left out.
+        /// `None` if all layers are dropped.
         between: Option<Arc<View>>,
-        /// None if nothing stays.
+        /// `None` if no layer stays.
         base: Option<Arc<View>>,
     },
-    /// Two stacks, of which the lower parts may be the same.
+    /// Two stacks that may share their lower layers.
     Differing {
-        /// What shows through now; none if nothing does.
+        /// The old backing; `None` if there is none.
         old: Option<Arc<View>>,
-        /// What will.
+        /// The new backing.
         new: Option<Arc<View>>,
-        /// What was read and compared last.
-        seen: Mutex<Seen>,
+        /// The range that was read and compared last.
+        compared: Mutex<ComparedRange>,
     },
 }
 
-/// A stretch of both, and for how long from its start on they are the same, or are not.
+/// A range of both, and how long they stay equal, or different, from its start on.
 #[derive(Default)]
-pub(in crate::ops) struct Seen {
+pub(in crate::ops) struct ComparedRange {
     at: u64,
     runs: Vec<Run<Option<BlockStatus>>>,
 }
 
-/// What shows through while a layer is filled: what did, but only what will be zero as well is taken for
-/// zero. A guest's zeroes, and what a disk grows by, are then noted in its own tables wherever silence would
-/// not say it for long.
+/// The backing of a layer while it is filled: the old one, but a range is zero only if it is zero in the new
+/// one as well. So zeroes that a guest writes, and the ranges by which a disk grows, are recorded in the
+/// layer's own tables wherever an unallocated range would soon read as something else.
 pub(super) struct SwitchBacking {
-    pub(super) now: Option<Arc<View>>,
-    pub(super) then: Option<Arc<View>>,
+    pub(super) old: Option<Arc<View>>,
+    pub(super) new: Option<Arc<View>>,
 }
 
 impl BackingDisk for SwitchBacking {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let Some(now) = &self.now else {
+        let Some(old) = &self.old else {
             buf.fill(0);
             return Ok(());
         };
-        BackingDisk::read_at(&**now, at, buf)
+        BackingDisk::read_at(&**old, at, buf)
     }
 
     fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
-        let ask = |view: &Option<Arc<View>>| match view {
+        let status_of = |view: &Option<Arc<View>>| match view {
             Some(view) => view.status_run(at, len),
             None => Ok(Run::new(BlockStatus::Zero, len)),
         };
-        let (now, then) = (ask(&self.now)?, ask(&self.then)?);
-        match (now.value, then.value) {
-            (BlockStatus::Zero, BlockStatus::Zero) => Ok(now.at_most(then.len)),
-            (BlockStatus::Data, _) => Ok(now),
-            (BlockStatus::Zero, BlockStatus::Data) => Ok(then),
+        let (old, new) = (status_of(&self.old)?, status_of(&self.new)?);
+        match (old.value, new.value) {
+            (BlockStatus::Zero, BlockStatus::Zero) => Ok(old.at_most(new.len)),
+            (BlockStatus::Data, _) => Ok(old),
+            (BlockStatus::Zero, BlockStatus::Data) => Ok(new),
         }
     }
 }
 
 impl Filling {
-    /// What will show through.
-    pub(super) fn then(&self) -> Option<Arc<View>> {
+    /// The new backing.
+    pub(super) fn new_backing(&self) -> Option<Arc<View>> {
         match self {
             Self::Between { base, .. } => base.clone(),
             Self::Differing { new, .. } => new.clone(),
         }
     }
 
-    /// The first `depth` layers of `below` are left out.
+    /// The first `depth` layers of `below` are dropped.
     pub(super) fn between(store: &Store, below: &View, depth: usize) -> Self {
         let count = below.layers().len();
         Self::Between {
@@ -93,13 +93,13 @@ impl Filling {
         }
     }
 
-    /// Another stack takes the place of the one below.
+    /// Another stack replaces the backing.
     pub(super) fn differing(old: Option<Arc<View>>, new: Option<Arc<View>>) -> Self {
-        Self::Differing { old, new, seen: Mutex::default() }
+        Self::Differing { old, new, compared: Mutex::default() }
     }
 
-    /// For how many of `len` bytes from `at` on nothing is to be done, if that shows without reading.
-    pub(super) fn nothing_for(&self, at: u64, len: u64) -> Result<Option<u64>> {
+    /// How many of `len` bytes from `at` on need no copy, if that is known without reading.
+    pub(super) fn unchanged_for(&self, at: u64, len: u64) -> Result<Option<u64>> {
         let is_nothing = match self {
             Self::Between { .. } => self.wanted(at, len)?.map(|wanted| wanted.is_none()),
             Self::Differing { old, new, .. } => {
@@ -110,8 +110,7 @@ impl Filling {
         Ok(is_nothing.value.then_some(is_nothing.len))
     }
 
-    /// Whether bytes may have to be copied at `at`, and for how many of `len` the same holds: nothing is read
-    /// for that.
+    /// Whether bytes may have to be copied at `at`, and for how many of `len` the same holds. Reads no data.
     pub(super) fn may_differ(&self, at: u64, len: u64) -> Result<Run<bool>> {
         match self {
             Self::Between { .. } => Ok(self.wanted(at, len)?.map(|wanted| wanted == Some(BlockStatus::Data))),
@@ -123,13 +122,13 @@ impl Filling {
     }
 }
 
-/// Where a stack has what it shows.
+/// Where a stack has its bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum StackMapping {
     Zero,
-    /// In the image of that serial number, there.
+    /// In the image of that serial number, at that offset.
     At(u64, u64),
-    /// In a way that is not compared by its place.
+    /// In a form that cannot be compared by its location.
     Read,
 }
 
@@ -158,7 +157,7 @@ impl Fill for Filling {
     fn wanted(&self, at: u64, len: u64) -> Result<Run<Option<BlockStatus>>> {
         match self {
             Self::Between { between, base } => between_wants(between.as_ref(), base.as_ref(), at, len),
-            Self::Differing { old, new, seen } => {
+            Self::Differing { old, new, compared } => {
                 let (old_run, new_run) = (locate(old.as_ref(), at, len)?, locate(new.as_ref(), at, len)?);
                 let run = old_run.len.min(new_run.len);
                 match (old_run.value, new_run.value) {
@@ -168,7 +167,7 @@ impl Fill for Filling {
                     {
                         Ok(Run::new(None, run))
                     }
-                    _ => compare(old.as_ref(), new.as_ref(), at, run, &mut seen.lock()),
+                    _ => compare(old.as_ref(), new.as_ref(), at, run, &mut compared.lock()),
                 }
             }
         }
@@ -196,7 +195,7 @@ impl Fill for Filling {
     }
 }
 
-/// What the layers between say, unless what is below them says the same.
+/// The status of the layers between, unless the layers below have the same.
 fn between_wants(
     between: Option<&Arc<View>>,
     base: Option<&Arc<View>>,
@@ -204,7 +203,7 @@ fn between_wants(
     len: u64,
 ) -> Result<Run<Option<BlockStatus>>> {
     let zero = |len: u64| match base {
-        // Without anything below, silence reads as zeroes.
+        // Without a backing file, unallocated ranges read as zeroes.
         None => Ok(Run::new(None, len)),
         Some(base) => Ok(base.status_run(at, len)?.map(|status| match status {
             BlockStatus::Zero => None,
@@ -212,7 +211,7 @@ fn between_wants(
         })),
     };
     let Some(view) = between.filter(|view| at < view.size()) else {
-        // A shorter layer reads as zeroes from its end on.
+        // A shorter layer reads as zeroes beyond its end.
         return zero(len);
     };
     let extent = view.resolve(at, len.min(view.size() - at))?;
@@ -234,15 +233,15 @@ fn between_wants(
     }
 }
 
-/// Reads both, and tells for how long from `at` on the same is wanted.
+/// Reads both, and returns how long the same answer holds from `at` on.
 fn compare(
     old: Option<&Arc<View>>,
     new: Option<&Arc<View>>,
     at: u64,
     len: u64,
-    seen: &mut Seen,
+    compared: &mut ComparedRange,
 ) -> Result<Run<Option<BlockStatus>>> {
-    if let Some(known) = seen.find(at, len) {
+    if let Some(known) = compared.find(at, len) {
         return Ok(known);
     }
     let len = len.min(COMPARED);
@@ -263,11 +262,11 @@ fn compare(
             _ => runs.push(Run::new(wanted, before.len() as u64)),
         }
     }
-    *seen = Seen { at, runs };
-    Ok(seen.find(at, len).expect("it has just been looked at"))
+    *compared = ComparedRange { at, runs };
+    Ok(compared.find(at, len).expect("it has just been compared"))
 }
 
-impl Seen {
+impl ComparedRange {
     fn find(&self, at: u64, len: u64) -> Option<Run<Option<BlockStatus>>> {
         let mut start = self.at;
         for run in &self.runs {
@@ -281,7 +280,7 @@ impl Seen {
     }
 }
 
-/// Reads what a stack shows; behind its end, and without one, zeroes.
+/// Reads from a stack; beyond its end, and without a stack, zeroes.
 fn read(view: Option<&Arc<View>>, at: u64, buf: &mut [u8]) -> Result<()> {
     let Some(view) = view else { return Ok(()) };
     let have = view.size().saturating_sub(at).min(buf.len() as u64) as usize;

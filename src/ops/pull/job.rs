@@ -1,7 +1,7 @@
-//! A pull at work: filling, the switch, and taking up what was cut off.
+//! The job of a pull: filling, the switch, and resuming after an interruption.
 //!
-//! Whatever puts layers on something else without a change of what they show is such a job: `pull`, `delete`
-//! upwards, and `rebase`.
+//! Each command that changes the backing file of layers without changing their bytes is such a job: `pull`,
+//! `delete` with method=pull, and `rebase`.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -39,73 +39,73 @@ pub(in crate::ops) struct PullJob {
     _views: Vec<OpenView>,
 }
 
-/// A layer that is filled.
+/// A layer that is being filled.
 struct FilledLayer {
     target: PullTarget,
     writer: Arc<Writer>,
     named: FileRef,
-    /// Bytes of the longest disk of its internal snapshots: one may be longer than the image's own is now.
+    /// Size of the largest disk among its internal snapshots: one may be larger than the image is now.
     longest_inner: u64,
 }
 
-/// Who is filled.
+/// The layers that are filled.
 enum PullTarget {
     Active(ActiveJob),
     Image(JobImage),
 }
 
-/// Everything that a pull needs, opened.
+/// The images that a pull has open.
 struct OpenedPull {
     parts: Vec<FilledLayer>,
     fill: Filling,
     views: Vec<OpenView>,
 }
 
-/// Begins a pull. `Ok(None)`: nothing is left to be done.
+/// Begins a pull. `Ok(None)`: nothing needs to be done.
 pub(in crate::ops) fn begin(
     context: &Context,
     path: &Path,
     request: &PullRequest,
     command: &str,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<Begun> {
-    let (lock, world) = ScannedStore::begin(context.store())?;
-    let (plan, layers) = plan(context, &world, path, request)?;
-    world.accept(&plan)?;
+    let (lock, scan) = ScannedStore::begin(context.store())?;
+    let (plan, layers) = plan(context, &scan, path, request)?;
+    scan.accept(&plan)?;
     if layers.into.is_empty() {
         return Ok(None);
     }
-    tokens.notes.extend(removal::not_kept(plan.notes));
-    let job = begin_with(context, &world, lock, path, &layers, command, tokens)?;
+    locks.notes.extend(removal::not_kept(plan.notes));
+    let job = begin_with(context, &scan, lock, path, &layers, command, locks)?;
     Ok(Some(Box::new(job)))
 }
 
-/// The same for what has been found out, and found good, under the store's lock.
+/// Begins a pull with an accepted plan, under the store's lock.
 pub(in crate::ops) fn begin_with(
     context: &Context,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     _lock: FileLock,
     path: &Path,
     layers: &PullRange,
     command: &str,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<PullJob> {
     let store = context.store();
-    tokens.extend(&world.chains_of(&layers.touched()))?;
+    locks.extend(&scan.chains_of(&layers.touched()))?;
     let operation = PullOperation {
-        into: world.witnesses(&layers.into, false)?,
-        base: layers.base.map(|base| world.witness(base, false)).transpose()?,
-        remove: world.witnesses(&layers.remove, true)?,
-        between: world.witnesses(&layers.between, false)?,
+        into: scan.witnesses(&layers.into, false)?,
+        base: layers.base.map(|base| scan.witness(base, false)).transpose()?,
+        remove: scan.witnesses(&layers.remove, true)?,
+        between: scan.witnesses(&layers.between, false)?,
     };
-    let ready = open(store, world, layers)?;
+    let ready = open(store, scan, layers)?;
     let name = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     match intent.and_then(|intent| store.rescan().map(|_| intent)) {
         Ok(intent) => Ok(ready.with(intent)),
         Err(error) => {
             for part in ready.parts {
-                part.give_up()?;
+                part.restore_backing()?;
             }
             Err(error)
         }
@@ -119,22 +119,22 @@ impl OpenedPull {
     }
 }
 
-fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<OpenedPull> {
+fn open(store: &Arc<Store>, scan: &ScannedStore, layers: &PullRange) -> Result<OpenedPull> {
     let view = |layers: &[ImageIndex]| {
         (!layers.is_empty())
-            .then(|| store.open_view(&world.catalog, layers, ViewPart::Active, Stability::Frozen))
+            .then(|| store.open_view(&scan.catalog, layers, ViewPart::Active, Stability::Frozen))
             .transpose()
     };
     let below = view(&layers.below)?;
     let depth = layers.between.len();
     let mut views = Vec::new();
     let fill = match &below {
-        // What it will stand on lies below it already.
+        // The new backing file is already among the layers below.
         Some(below) if layers.below.get(depth).copied() == layers.base => {
             Filling::between(store, &below.view, depth)
         }
         _ => {
-            let new = view(&layers.base.map(|base| world.catalog.layers(base)).unwrap_or_default())?;
+            let new = view(&layers.base.map(|base| scan.catalog.layers(base)).unwrap_or_default())?;
             let stack = |open: &OpenView| Arc::clone(&open.view);
             let fill = Filling::differing(below.as_ref().map(stack), new.as_ref().map(stack));
             views.extend(new);
@@ -143,23 +143,23 @@ fn open(store: &Arc<Store>, world: &ScannedStore, layers: &PullRange) -> Result<
     };
     let mut parts = Vec::new();
     for into in &layers.into {
-        let (target, writer) = if world.is_active_disk(*into) {
-            let job = store.take_active(&world.catalog, &world.catalog.layers(*into))?;
+        let (target, writer) = if scan.is_active_disk(*into) {
+            let job = store.take_active(&scan.catalog, &scan.catalog.layers(*into))?;
             let writer = job.writer()?;
-            let both = SwitchBacking { now: job.below(), then: fill.then() };
+            let both = SwitchBacking { old: job.below(), new: fill.new_backing() };
             writer.set_backing(Some(Arc::new(both)));
             (PullTarget::Active(job), writer)
         } else {
-            let mut image = store.take_image(&world.catalog, *into)?;
+            let mut image = store.take_image(&scan.catalog, *into)?;
             let lower = below.as_ref().map(|below| Arc::clone(&below.view));
             let writer = image.open_writer(lower, CachePolicy::Nothing)?;
             (PullTarget::Image(image), writer)
         };
-        let mut part = FilledLayer { target, writer, named: world.named(*into), longest_inner: 0 };
+        let mut part = FilledLayer { target, writer, named: scan.named(*into), longest_inner: 0 };
         match part.writer.snapshots() {
             Ok(all) => part.longest_inner = all.iter().filter_map(|one| one.virtual_size).max().unwrap_or(0),
             Err(error) => {
-                part.give_up()?;
+                part.restore_backing()?;
                 return Err(error);
             }
         }
@@ -174,16 +174,16 @@ impl Job for PullJob {
         let store = Arc::clone(context.store());
         let filled = self.fill(&store, progress);
         match filled.and_then(|()| self.ready_to_switch(&store, progress)) {
-            Ok((lock, world)) => self.switch(context, lock, &world),
+            Ok((lock, scan)) => self.switch(context, lock, &scan),
             Err(error) => {
-                // What was copied changes nothing, and may stay.
+                // The copied bytes change no view, and may stay.
                 for part in self.parts {
-                    if let Err(trouble) = part.give_up() {
-                        tracing::error!("a pull could not be ended properly: {trouble}");
+                    if let Err(trouble) = part.restore_backing() {
+                        tracing::error!("a pull could not be rolled back: {trouble}");
                     }
                 }
                 if !progress.is_stopped()
-                    && let Err(trouble) = ending::forget(&store, self.intent)
+                    && let Err(trouble) = ending::remove_intent(&store, self.intent)
                 {
                     return Err(error.within(format!("{trouble}, and")));
                 }
@@ -204,11 +204,11 @@ impl PullJob {
         }
         for part in &self.parts {
             let mut at = 0;
-            // It may grow meanwhile.
+            // The disk may grow meanwhile.
             while at < part.end() {
                 progress.check()?;
-                // A disk of which next to nothing was ever written has terabytes of this.
-                if let Some(run) = self.fill.nothing_for(at, part.end() - at)? {
+                // A mostly empty disk has terabytes of such ranges.
+                if let Some(run) = self.fill.unchanged_for(at, part.end() - at)? {
                     at += run;
                     continue;
                 }
@@ -221,61 +221,61 @@ impl PullJob {
         Ok(())
     }
 
-    /// The last look, and the mark on what will be left alone. Nothing has changed for anybody by then.
+    /// The last check, and the mark on layers that become leaves. No view has changed by then.
     fn ready_to_switch(
         &self,
         store: &Arc<Store>,
         progress: &JobProgress,
     ) -> Result<(FileLock, ScannedStore)> {
         let lock = ending::lock_for_job(store, progress)?;
-        let world = ScannedStore::look(store)?;
+        let scan = ScannedStore::scan(store)?;
         let PullOperation { into, base, remove, between } = &self.intent.intent.operation;
         for named in into {
-            world.untouchable(world.expect(named)?).map_or(Ok(()), Err)?;
+            scan.untouchable(scan.expect(named)?).map_or(Ok(()), Err)?;
         }
-        base.iter().try_for_each(|named| world.expect(named).map(drop))?;
-        progress.settle()?;
-        freeze_left(store, &world, into, remove, between)?;
-        Ok((lock, world))
+        base.iter().try_for_each(|named| scan.expect(named).map(drop))?;
+        progress.forbid_cancel()?;
+        freeze_left(store, &scan, into, remove, between)?;
+        Ok((lock, scan))
     }
 
-    fn switch(self, context: &Context, lock: FileLock, world: &ScannedStore) -> Result<()> {
+    fn switch(self, context: &Context, lock: FileLock, scan: &ScannedStore) -> Result<()> {
         let store = context.store();
         let Self { parts, intent, _views: views, .. } = self;
         let PullOperation { base, .. } = &intent.intent.operation;
-        let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
-        let before = Arc::clone(&world.catalog);
+        let base = base.as_ref().map(|base| scan.expect(base)).transpose()?;
+        let before = Arc::clone(&scan.catalog);
         let mut active = Vec::new();
         for part in parts {
-            let into = world.expect(&part.named)?;
-            let backing = Some(base.map(|base| world.backing_name(into, base)));
+            let into = scan.expect(&part.named)?;
+            let backing = Some(base.map(|base| scan.backing_name(into, base)));
             part.describe_anew()?;
             part.writer.change_header(&HeaderChange { backing, frozen: None })?;
-            // Gives back what was reserved and not needed.
+            // Frees the space that was reserved and not needed.
             active.extend(part.close()?);
         }
-        let world = ScannedStore::look(store)?;
-        rebased::stand_on_new(&world, &active)?;
+        let scan = ScannedStore::scan(store)?;
+        rebased::switch_backing(&scan, &active)?;
         drop((active, views));
         clean_up(context, intent, lock, &before)
     }
 }
 
 impl FilledLayer {
-    /// Bytes of the longest of its disks.
+    /// Size of the largest of its disks.
     fn end(&self) -> u64 {
         self.writer.size().max(self.longest_inner)
     }
 
-    /// It stays on what it stands on.
-    fn give_up(self) -> Result<()> {
+    /// Keeps the old backing file.
+    fn restore_backing(self) -> Result<()> {
         if let PullTarget::Active(job) = &self.target {
             self.writer.set_backing(job.below().map(|view| view as Arc<dyn BackingDisk>));
         }
         self.close().map(drop)
     }
 
-    /// Bytes that will be copied, as far as the active tables tell.
+    /// Bytes that will be copied, as far as the active tables show.
     fn needed(&self, fill: &Filling) -> Result<u64> {
         let (mut at, end, mut sum) = (0, self.writer.size(), 0);
         while at < end {
@@ -290,8 +290,8 @@ impl FilledLayer {
         Ok(sum)
     }
 
-    /// Lets nobody see its tables, or those of its internal snapshots, as they were kept before they were
-    /// filled: above another layer, or none, they would show other bytes.
+    /// Discards cached tables of the image and of its internal snapshots from before the filling: with
+    /// another backing file, or none, they would show other bytes.
     fn describe_anew(&self) -> Result<()> {
         match &self.target {
             PullTarget::Active(job) => job.describe_anew(),
@@ -299,7 +299,7 @@ impl FilledLayer {
         }
     }
 
-    /// Makes it a layer like any other again; an active disk is returned, which goes on.
+    /// Makes it a frozen layer again. An active disk is returned, and stays in use.
     fn close(self) -> Result<Option<(ActiveJob, FileRef)>> {
         let Self { target, writer, named, .. } = self;
         let closed = writer.close();
@@ -311,29 +311,28 @@ impl FilledLayer {
     }
 }
 
-/// Marks what will have nobody standing on it, while somebody still does.
+/// Marks layers that will become leaves, while they still have overlays.
 fn freeze_left(
     store: &Arc<Store>,
-    world: &ScannedStore,
+    scan: &ScannedStore,
     into: &[FileRef],
     remove: &[FileRef],
     between: &[FileRef],
 ) -> Result<()> {
-    let going: Vec<ImageIndex> = into.iter().chain(remove).filter_map(|named| world.find(named)).collect();
-    // Only the uppermost of those that stay becomes a leaf.
+    let going: Vec<ImageIndex> = into.iter().chain(remove).filter_map(|named| scan.find(named)).collect();
+    // Only the uppermost of the remaining layers becomes a leaf.
     let stays = between
         .iter()
         .find(|named| !remove.iter().any(|gone| gone.is(named)))
-        .and_then(|named| world.find(named));
+        .and_then(|named| scan.find(named));
     let Some(index) = stays else { return Ok(()) };
-    if world.image(index).users.iter().all(|user| going.contains(user)) && freeze::may_be_marked(world, index)
-    {
-        freeze::freeze(store, world, index, &Frozen::now(""))?;
+    if scan.image(index).users.iter().all(|user| going.contains(user)) && freeze::may_be_marked(scan, index) {
+        freeze::freeze(store, scan, index, &Frozen::now(""))?;
     }
     Ok(())
 }
 
-/// What follows the switch.
+/// The steps after the switch.
 fn clean_up(
     context: &Context,
     intent: OwnedIntent<PullOperation>,
@@ -342,74 +341,74 @@ fn clean_up(
 ) -> Result<()> {
     let store = context.store();
     let PullOperation { remove, .. } = &intent.intent.operation;
-    ending::tell(store, before, &intent.intent, None);
+    ending::notify_disks(store, before, &intent.intent, None);
     let removed = removal::remove(store, remove, true, &intent.intent.command);
-    // What is used by others by now stays, and nothing is left to be done.
+    // Layers that have gained users stay, and the pull is done.
     if removed.as_ref().is_err_and(|error| error.kind() != ErrorKind::NotEmpty) {
         return removed;
     }
-    ending::end(store, intent, lock).and(removed)
+    ending::end_intent(store, intent, lock).and(removed)
 }
 
-/// What is left of a pull that was cut off; every refusal is asked again. Nothing is changed.
+/// Whether a pull that was interrupted can be resumed; every refusal is checked again. Changes nothing.
 pub(in crate::ops) fn examine(
-    world: &ScannedStore,
+    scan: &ScannedStore,
     intent: &Intent<PullOperation>,
     Discards { internal, bitmaps }: Discards,
 ) -> Result<Option<PullRange>> {
-    let found = find(world, &intent.operation)?;
+    let found = find(scan, &intent.operation)?;
     let mut refusals = Vec::new();
     if let Some(layers) = &found {
         let request =
             PullRequest { discard_internal: internal, discard_bitmaps: bitmaps, ..PullRequest::default() };
-        refuse(world, layers, &request, &mut refusals);
+        refuse(scan, layers, &request, &mut refusals);
     } else {
         let PullOperation { remove, .. } = &intent.operation;
-        let left = remove.iter().filter_map(|named| world.find(named));
-        refusals.extend(left.filter_map(|index| world.untouchable(index)));
+        let left = remove.iter().filter_map(|named| scan.find(named));
+        refusals.extend(left.filter_map(|index| scan.untouchable(index)));
     }
     refusals::first(refusals)?;
     Ok(found)
 }
 
-/// Takes up a pull that was cut off. `Ok(None)`: all that was left to do has been done.
+/// Resumes a pull that was interrupted. `Ok(None)`: it was complete.
 pub(in crate::ops) fn resume(
     context: &Context,
     intent: OwnedIntent<PullOperation>,
     discards: Discards,
     lock: FileLock,
-    tokens: &mut ChainLocks,
+    locks: &mut ChainLocks,
 ) -> Result<Begun> {
     let store = context.store();
-    let world = ScannedStore::look_for(store, intent.name())?;
-    if let Err(error) = find(&world, &intent.intent.operation) {
-        // No view has changed, and none will: what others have done to the chain stands.
-        ending::end(store, intent, lock)?;
+    let scan = ScannedStore::scan_for_resume(store, intent.name())?;
+    if let Err(error) = find(&scan, &intent.intent.operation) {
+        // No view has changed, and none will: changes by other processes stay.
+        ending::end_intent(store, intent, lock)?;
         return Err(error);
     }
     // J5: under the store's lock, before the first write.
-    let Some(layers) = examine(&world, &intent.intent, discards)? else {
+    let Some(layers) = examine(&scan, &intent.intent, discards)? else {
         let PullOperation { into, remove, between, .. } = &intent.intent.operation;
-        freeze_left(store, &world, into, remove, between)?;
-        let before = Arc::clone(&world.catalog);
+        freeze_left(store, &scan, into, remove, between)?;
+        let before = Arc::clone(&scan.catalog);
         return clean_up(context, intent, lock, &before).map(|()| None);
     };
-    tokens.extend(&world.chains_of(&layers.touched()))?;
-    Ok(Some(Box::new(open(store, &world, &layers)?.with(intent))))
+    locks.extend(&scan.chains_of(&layers.touched()))?;
+    Ok(Some(Box::new(open(store, &scan, &layers)?.with(intent))))
 }
 
-/// What is left to be filled, and what that needs; `None` if nothing is.
-fn find(world: &ScannedStore, operation: &PullOperation) -> Result<Option<PullRange>> {
+/// The remaining range to fill; `None` if there is none.
+fn find(scan: &ScannedStore, operation: &PullOperation) -> Result<Option<PullRange>> {
     let PullOperation { into, base, remove, between } = operation;
-    let all = |named: &[FileRef]| named.iter().map(|named| world.expect(named)).collect::<Result<Vec<_>>>();
-    let base = base.as_ref().map(|base| world.expect(base)).transpose()?;
+    let all = |named: &[FileRef]| named.iter().map(|named| scan.expect(named)).collect::<Result<Vec<_>>>();
+    let base = base.as_ref().map(|base| scan.expect(base)).transpose()?;
     let left: Vec<ImageIndex> =
-        all(into)?.into_iter().filter(|index| world.stands_on(*index) != base).collect();
+        all(into)?.into_iter().filter(|index| scan.backing_of(*index) != base).collect();
     let Some(first) = left.first() else { return Ok(None) };
-    let below = world.catalog.layers(*first)[1..].to_vec();
-    if let Some(other) = left.iter().find(|index| world.stands_on(**index) != below.first().copied()) {
-        let fact = "stands on something else by now; see what it is to stand on, and give the command again";
-        let sentence = format!("{} {fact}", shown(&world.image(*other).place.path));
+    let below = scan.catalog.layers(*first)[1..].to_vec();
+    if let Some(other) = left.iter().find(|index| scan.backing_of(**index) != below.first().copied()) {
+        let fact = "has another backing file by now; check which one it needs, and give the command again";
+        let sentence = format!("{} {fact}", shown(&scan.image(*other).place.path));
         return Err(Error::new(ErrorKind::Stale, sentence));
     }
     Ok(Some(PullRange { into: left, below, base, between: all(between)?, remove: all(remove)? }))

@@ -16,7 +16,7 @@ fn request(command: &str) -> Request {
 }
 
 #[test]
-fn each_word_has_its_place() {
+fn each_word_fills_its_field() {
     let snapshot = request("snapshot description=\"before the upgrade\" file=next.qcow2 'a b'\n");
     let expected = SnapshotRequest {
         name: b"a b".to_vec(),
@@ -73,7 +73,7 @@ fn each_word_has_its_place() {
 }
 
 #[test]
-fn refusals_name_the_word_and_the_words_there_are() {
+fn refusals_name_the_wrong_word_and_list_the_known_ones() {
     assert_eq!(
         refusal("commit foo"),
         "unknown word \"foo\"; commit takes top= base= keep discard-internal discard-bitmaps"
@@ -139,7 +139,7 @@ fn names_that_cannot_be_file_names_are_refused() {
 }
 
 #[test]
-fn words_of_the_store_and_of_a_chain_are_kept_apart() {
+fn store_and_chain_commands_are_distinguished() {
     let several = request("snapshot n chains=a,b");
     assert!(several.check_for_store().is_ok() && several.check_for_chain().is_err());
     for one in ["snapshot n", "commit", "cancel"] {
@@ -147,7 +147,7 @@ fn words_of_the_store_and_of_a_chain_are_kept_apart() {
     }
 }
 
-/// A generator that needs no seed from outside: the same bytes every time.
+/// A generator without an outside seed: the same bytes every time.
 struct Bytes(u64);
 
 impl Bytes {
@@ -158,7 +158,7 @@ impl Bytes {
 }
 
 #[test]
-fn any_bytes_are_refused_or_come_back_as_they_are() {
+fn any_bytes_are_refused_or_round_trip() {
     const PIECES: [&[u8]; 38] = [
         b"snapshot ",
         b"commit ",
@@ -224,7 +224,7 @@ fn any_bytes_are_refused_or_come_back_as_they_are() {
 }
 
 #[test]
-fn the_longest_command_is_read_and_one_byte_more_is_not() {
+fn a_command_of_the_maximum_length_is_read_and_a_longer_one_refused() {
     let pad = |len: usize| format!("commit{}", " ".repeat(len - 6));
     request(&pad(MAX_COMMAND_LEN));
     assert!(refusal(&pad(MAX_COMMAND_LEN + 1)).contains("at most 65536 bytes"));

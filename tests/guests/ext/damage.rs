@@ -51,7 +51,7 @@ fn names_in(ours: &Ext, directory: Ino) -> (usize, Option<ErrorKind>) {
 
 /// Damage is an error of the entry that it hits; everything else stays as it was.
 #[test]
-fn damage_goes_as_far_as_it_goes() {
+fn damage_affects_only_the_damaged_files() {
     let disk = victim("mkfs.ext4 -b 1024 -g 8192");
     let whole = our_tree(&disk.open(), &disk.image);
     let block_of =
@@ -150,7 +150,7 @@ fn copies_of_the_superblock_are_found() {
 }
 
 #[test]
-fn what_cannot_be_shown_says_so() {
+fn unreadable_volumes_are_refused_with_a_reason() {
     let refused =
         |disk: &Disk| Ext::open(Arc::new(FileSource::open(&disk.image))).expect_err("it cannot be opened");
     let disk = victim("mkfs.ext4 -b 1024 -O ^metadata_csum");
@@ -199,7 +199,7 @@ const ANSWER: (u64, u64) = (20_000, 128 << 20);
 
 /// Random changes of metadata: an answer or an error, in time, and never a panic.
 #[test]
-fn whatever_the_disk_says_there_is_an_answer() {
+fn every_damaged_disk_gets_an_answer() {
     let rounds = if long() { 2000 } else { 36 };
     let with_journal = Disk::format("mkfs.ext4 -b 1024 -O fast_commit,^metadata_csum -J size=4", 32 * MIB);
     let dirty = with_journal.mounted("rw,commit=300", |dir| {

@@ -147,14 +147,14 @@ fn a_journal_is_replayed() {
 
 /// A journal so small that it is gone round several times.
 #[test]
-fn a_journal_that_has_been_around() {
+fn a_journal_that_has_wrapped_around() {
     replayed_as_by_the_kernel("around", "mkfs.ext4 -b 1024 -J size=1", 96 * MIB, "data=journal", 6, work);
 }
 
 /// A file that was removed while open, and one whose truncation was cut short, have no trace in what is
 /// shown.
 #[test]
-fn orphans_are_as_after_their_recovery() {
+fn orphans_are_shown_as_after_recovery() {
     for mkfs in ["mkfs.ext4 -b 4096", "mkfs.ext4 -b 4096 -O orphan_file"] {
         let held = std::cell::RefCell::new(Vec::new());
         replayed_as_by_the_kernel("orphans", mkfs, 96 * MIB, "data=ordered", 2, |dir, number| {
@@ -287,7 +287,7 @@ fn fast_commits_of_other_things_than_files() {
 
 /// What fast commits hold is seen: without them, something is missing.
 #[test]
-fn fast_commits_are_what_is_tested() {
+fn the_tested_images_contain_fast_commits() {
     let disk = Disk::format("mkfs.ext4 -b 4096 -O fast_commit", 128 * MIB);
     let dirty = disk.mounted("rw,commit=300", |dir| {
         small_changes(dir, 0);
@@ -357,7 +357,7 @@ impl Source for Troubled {
 
 /// What only cannot be read at this moment is no fact about the journal: an old state is not shown for it.
 #[test]
-fn a_journal_that_cannot_be_read_at_this_moment_is_an_error_and_asked_for_again() {
+fn a_journal_with_a_read_error_is_retried() {
     let disk = Disk::format("mkfs.ext4 -b 4096", 96 * MIB);
     let dirty = disk.mounted("rw,commit=300", |dir| {
         work(dir, 0);

@@ -84,7 +84,7 @@ fn ext4_of_the_usual_kinds() {
 }
 
 #[test]
-fn ext4_with_seldom_features() {
+fn ext4_with_rare_features() {
     let long_values = Content { value_len: 40_000, ..Content::ext4() };
     for (mkfs, content) in [
         ("mkfs.ext4 -b 4096 -O inline_data", Content::ext4()),

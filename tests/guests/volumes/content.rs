@@ -90,7 +90,7 @@ fn assert_judged(file: &Path, content: VolumeContent) {
 }
 
 #[test]
-fn what_is_found_is_what_blkid_finds() {
+fn detected_content_matches_blkid() {
     for (program, args, content) in MAKES {
         let dir = TempDir::new().expect("a directory");
         let file = dir.path().join("volume");
@@ -165,7 +165,7 @@ fn array_part(file: &Path, version: &str) {
 }
 
 #[test]
-fn images_of_files_are_what_blkid_finds() {
+fn content_of_image_files_matches_blkid() {
     let dir = TempDir::new().expect("a directory");
     let tree = dir.path().join("tree");
     fs::create_dir(&tree).expect("a directory");
@@ -189,7 +189,7 @@ fn images_of_files_are_what_blkid_finds() {
 /// Formats that nothing here makes: their signatures, by their descriptions, and blkid's opinion where it
 /// needs no more.
 #[test]
-fn signatures_are_told_apart() {
+fn signatures_are_distinguished() {
     let dir = TempDir::new().expect("a directory");
     let file = dir.path().join("volume");
     let mut judged_count = 0;

@@ -186,7 +186,7 @@ fn put_together(segments: &[Told], disks: &[Arc<dyn Source>]) -> Vec<u8> {
 }
 
 #[test]
-fn volumes_of_three_disks_are_put_together_as_lvm_says() {
+fn volumes_of_three_disks_are_assembled_as_by_lvm() {
     let lab = Lab::new(&[24 * MIB, 20 * MIB, 16 * MIB]);
     lab.group("my-vg.1");
     lab.create(&format!(
@@ -224,7 +224,7 @@ fn volumes_of_three_disks_are_put_together_as_lvm_says() {
 }
 
 #[test]
-fn without_a_disk_what_does_not_need_it_is_shown() {
+fn volumes_that_do_not_need_a_missing_disk_are_shown() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
     lab.create(&format!("-n here -L 5m vg {}", lab.device(0)));
@@ -284,7 +284,7 @@ fn physical_volumes_in_partitions_are_found() {
 
 /// A machine that was copied has groups of one name; so has a disk that was put into another machine.
 #[test]
-fn two_groups_of_one_name_are_told_apart() {
+fn two_groups_of_one_name_are_distinguished() {
     let dir = TempDir::new().expect("a directory");
     let whole = dir.path().join("disk");
     blank(&whole, 40 * MIB);
@@ -369,7 +369,7 @@ fn state(events: u64, failed: u64, recovered: u64) -> Vec<u8> {
 }
 
 #[test]
-fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
+fn mirrors_are_read_from_a_present_synchronised_leg() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
     lab.restore("vg", &mirrors(2));
@@ -439,7 +439,7 @@ fn mirrors_are_read_from_an_image_that_is_there_and_in_step() {
 /// A volume is being moved from one disk to another, in three pieces: one has been moved, one is being moved,
 /// one is yet to be.
 #[test]
-fn a_volume_that_pvmove_is_moving_is_read_where_it_is_by_now() {
+fn a_volume_under_pvmove_is_read_at_its_current_location() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
     let segment = |number: usize, moved: &str, from: u64, to: u64| {
@@ -482,7 +482,7 @@ fn a_volume_that_pvmove_is_moving_is_read_where_it_is_by_now() {
 }
 
 #[test]
-fn what_cannot_be_put_together_is_listed_with_its_type() {
+fn volumes_that_cannot_be_assembled_are_listed_with_their_type() {
     let lab = Lab::new(&[16 * MIB]);
     lab.group("vg");
     let mut all = text("root", 1, SHOWN, 4, &linear(0, 0));
@@ -523,7 +523,7 @@ fn what_cannot_be_put_together_is_listed_with_its_type() {
 
 /// LVM's own raid0, whose images are volumes of several pieces.
 #[test]
-fn stripes_over_volumes_in_pieces_are_put_together() {
+fn stripes_over_fragmented_volumes_are_assembled() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
     lab.create("--type raid0 -i 2 -I 16k -L 4m -n zero vg");
@@ -567,7 +567,7 @@ fn stripes_over_volumes_in_pieces_are_put_together() {
 }
 
 #[test]
-fn metadata_are_found_wherever_in_their_ring_they_are() {
+fn metadata_are_found_anywhere_in_their_ring() {
     let dir = TempDir::new().expect("a directory");
     let file = dir.path().join("disk");
     blank(&file, 16 * MIB);
@@ -601,7 +601,7 @@ fn metadata_are_found_wherever_in_their_ring_they_are() {
 }
 
 #[test]
-fn an_exported_group_and_damaged_metadata_are_remarked() {
+fn an_exported_group_and_damaged_metadata_are_reported() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
     lab.create("-n root -L 1m vg");
@@ -625,7 +625,7 @@ fn an_exported_group_and_damaged_metadata_are_remarked() {
 }
 
 #[test]
-fn the_newest_description_of_a_group_counts_and_is_remarked() {
+fn the_newest_metadata_of_a_group_count_and_older_are_reported() {
     let lab = Lab::new(&[16 * MIB, 16 * MIB]);
     lab.group("vg");
     lab.create("-n root -L 1m vg");

@@ -90,7 +90,7 @@ fn a_gpt_is_read_as_partx_reads_it() {
 }
 
 #[test]
-fn sectors_of_4096_bytes_are_found_out() {
+fn sectors_of_4096_bytes_are_detected() {
     for orders in [
         GPT,
         "label: dos\nsize=4M, type=ef\n3: size=40M, type=5\n5: size=8M\n6: size=9M, type=82\n2: start=50M, \
@@ -225,7 +225,7 @@ fn chains_that_loop_or_break_end() {
 }
 
 #[test]
-fn what_lies_outside_or_overlaps_is_cut_and_said() {
+fn partitions_outside_the_disk_or_overlapping_are_cut_and_reported() {
     let lab = Lab::table(64 * MIB, "label: dos\nsize=10M\nstart=20M, size=10M\nstart=40M, size=10M\n");
     let start = |bytes: &mut Vec<u8>, number: usize, mib: u32| {
         bytes[446 + 16 * number + 8..][..4].copy_from_slice(&(mib * 2048).to_le_bytes());

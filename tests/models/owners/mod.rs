@@ -20,7 +20,7 @@ const STEPS: u64 = 60;
 
 #[test]
 // A1, A2
-fn nobody_gets_what_the_kernel_would_not_give() {
+fn no_user_gets_access_that_the_kernel_would_deny() {
     support::seeds::run_all(People::new, |seed, people| {
         let mut world = World::new(seed, people);
         for _ in 0..STEPS {

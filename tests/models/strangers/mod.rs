@@ -17,7 +17,7 @@ use world::World;
 const STEPS: u64 = 40;
 
 #[test]
-fn no_hand_changes_what_another_relies_on() {
+fn no_process_changes_files_that_another_relies_on() {
     support::seeds::run_all(
         || (),
         |seed, ()| {

@@ -37,6 +37,7 @@ pub mod sim;
 pub mod store;
 pub mod tape;
 pub mod tools;
+pub mod transport;
 pub mod victims;
 
 pub use alone::is_alone;

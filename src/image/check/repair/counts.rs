@@ -1,4 +1,4 @@
-//! Counts that are changed where they stand. Only where [`super::survey`] finds the refcounts sound.
+//! Counts that are changed in place. Only if [`super::survey`] finds the refcounts sound.
 
 use super::{Actions, Stage, Without};
 use crate::error::Result;
@@ -7,7 +7,7 @@ use crate::format::refcount::{max_refcount, set_refcount};
 use super::super::window::MANY;
 
 impl Stage<'_> {
-    /// Stores for each cluster what `wanted` makes of its count and its references. Returns how
+    /// Stores for each cluster the count that `wanted` returns for its count and its references. Returns how
     /// many counts changed.
     pub(super) fn store_counts(
         &self,
@@ -29,7 +29,7 @@ impl Stage<'_> {
                     else {
                         continue;
                     };
-                    // Beyond the file's end only what is referred to matters, as in the audit; and so many
+                    // Beyond the file's end only referenced clusters matter, as in the audit; and that many
                     // references are not exact.
                     if (cluster >= file_clusters && references == 0) || references >= MANY {
                         continue;
@@ -43,7 +43,7 @@ impl Stage<'_> {
                     }
                 }
                 let (Some((first, _)), Some((last, _))) = (changes.first(), changes.last()) else { continue };
-                // From a whole byte to a whole byte, and no more than that.
+                // From a whole byte to a whole byte, and no more.
                 let base = first / 8 * 8;
                 let byte = |cluster: u64| ((cluster % refcounts.per_block()) << order) / 8;
                 let width = ((1 << order) / 8).max(1);

@@ -1,7 +1,7 @@
-//! COPIED flags, and places kept for zeroes that make no sense.
+//! COPIED flags, and invalid preallocated clusters of zero entries.
 //!
-//! Neither is seen by a reader. An entry is written with its neighbours as they were, so that
-//! a torn write leaves each as it was or as it should be.
+//! A reader sees neither. An entry is written with its unchanged neighbours, so that a torn write leaves each
+//! old or repaired.
 
 use super::super::tables::Verdict;
 use super::super::window::Window;
@@ -15,19 +15,19 @@ use crate::format::refcount::{max_refcount, refcount};
 /// Bytes of an L1 table at a time.
 const CHUNK: u64 = 256 << 10;
 
-/// What was done to flags.
+/// Counters of repaired flags.
 #[derive(Default)]
 pub(super) struct Flags {
     /// Flags that were wrong.
     pub(super) count: u64,
-    /// Of those, flags of clusters that have another user without there being a snapshot.
+    /// Of those, flags of clusters that have another reference without there being a snapshot.
     pub(super) used_twice: u64,
 }
 
 impl Stage<'_> {
-    /// Entries that read as zeroes lose the place that they cannot have. Returns how many did.
-    pub(super) fn mend_kept_places(&self, survey: &Survey, actions: &mut Actions) -> Result<u64> {
-        let mut mended = 0;
+    /// Removes invalid preallocated clusters from zero entries. Returns how many there were.
+    pub(super) fn drop_bad_preallocations(&self, survey: &Survey, actions: &mut Actions) -> Result<u64> {
+        let mut repaired = 0;
         for (table, _) in
             self.references.l2_list.tables().iter().zip(&survey.is_trusted).filter(|(_, trusted)| **trusted)
         {
@@ -46,13 +46,13 @@ impl Stage<'_> {
                 }
             }
             self.put_words(table.at.0, bytes, &changes)?;
-            mended += changes.len() as u64;
+            repaired += changes.len() as u64;
         }
-        Ok(mended)
+        Ok(repaired)
     }
 
-    /// Makes the flags say what the refcounts will be.
-    pub(super) fn mend_flags(
+    /// Sets the flags according to the future refcounts.
+    pub(super) fn repair_flags(
         &self,
         survey: &Survey,
         policy: CountPolicy,
@@ -78,8 +78,8 @@ impl Stage<'_> {
                         Verdict::Compressed => Some(false),
                         _ => None,
                     };
-                    if let Some(mended) = wanted.and_then(|wanted| flagged(entry, wanted)) {
-                        changes.push((at, mended));
+                    if let Some(repaired) = wanted.and_then(|wanted| flagged(entry, wanted)) {
+                        changes.push((at, repaired));
                         actions.note(|| format!("Repairing OFLAG_COPIED data cluster: l2_entry={entry:x}"));
                     }
                 }
@@ -100,8 +100,8 @@ impl Stage<'_> {
                 let entry = refcount(entry, 0, 6);
                 let table = EntryFormat::raw_offset(entry);
                 let wanted = if table == 0 { None } else { judge.copied(entry, table, flags)? };
-                if let Some(mended) = wanted.and_then(|wanted| flagged(entry, wanted)) {
-                    changes.push((at, mended));
+                if let Some(repaired) = wanted.and_then(|wanted| flagged(entry, wanted)) {
+                    changes.push((at, repaired));
                     let index = (start + at as u64) / 8;
                     actions.note(|| {
                         format!("Repairing OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x}")
@@ -114,7 +114,7 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Writes back what lies from the first to the last change.
+    /// Writes back the range from the first to the last change.
     pub(super) fn put_words(&self, at: u64, mut bytes: Vec<u8>, changes: &[(usize, u64)]) -> Result<()> {
         let (Some(&(first, _)), Some(&(last, _))) = (changes.first(), changes.last()) else { return Ok(()) };
         for &(at, word) in changes {
@@ -138,8 +138,8 @@ struct Judge<'a> {
 }
 
 impl Judge<'_> {
-    /// Whether an entry that names `host` should have the flag. `None`: not for this window to
-    /// say, or more users than the image can count, which a flag cannot put right.
+    /// Whether an entry that names `host` should have the flag. `None`: outside this window, or with more
+    /// references than the image can count, which a flag cannot repair.
     fn copied(&self, entry: u64, host: u64, flags: &mut Flags) -> Result<Option<bool>> {
         let header = &self.stage.audited.header;
         let cluster = header.cluster.index(host);

@@ -1,9 +1,9 @@
-//! What a file that was cut short has lost, made explicit: it was an error, and becomes zeroes.
+//! Data lost from a truncated file, made explicit: reading it was an error, and returns zeroes afterwards.
 //!
-//! Nothing can bring it back, but as long as entries lead beyond the end of the file nobody may write the
-//! image, for growing over them would make the same zeroes of it without a word. So each place is told. Data
-//! loses its entry; where a whole L2 table is lost, one that is all zeroes takes its place at the end of the
-//! file, for without any the layers below would show through. A cluster of which a part is there keeps that.
+//! Nothing can restore it, but as long as entries point beyond the end of the file the image must not be
+//! written, since growth over them would silently make the same zeroes of it. So each place is reported. Lost
+//! data loses its entry. A lost L2 table is replaced by one that is all zeroes at the end of the file;
+//! without a table the layers below would be visible. A partly lost cluster keeps its remaining part.
 
 use super::super::tables::Verdict;
 use super::survey::Survey;
@@ -20,7 +20,7 @@ use crate::format::{EntryFormat, SubclusterEntry, Version};
 /// Bytes of an L1 table at a time.
 const CHUNK: u64 = 256 << 10;
 
-/// Lost stretches of one state of the disk, joined.
+/// Lost ranges of one state of the disk, joined.
 struct Lost<'a> {
     lines: &'a mut Actions,
     run: Option<(u64, u64, bool)>,
@@ -31,13 +31,13 @@ impl Lost<'_> {
         match &mut self.run {
             Some((_, end, active)) if *end == guest && *active == is_active => *end += len,
             _ => {
-                self.tell();
+                self.report();
                 self.run = Some((guest, guest + len, is_active));
             }
         }
     }
 
-    fn tell(&mut self) {
+    fn report(&mut self) {
         if let Some((start, end, is_active)) = self.run.take() {
             let of = if is_active { "the disk" } else { "an internal snapshot" };
             self.lines.note(|| {
@@ -51,7 +51,7 @@ impl Lost<'_> {
 }
 
 impl Stage<'_> {
-    /// Lets nothing lead beyond the end of the file any more. Returns how many entries did.
+    /// Removes all references beyond the end of the file. Returns how many there were.
     pub(super) fn accept_loss(
         &self,
         survey: &Survey,
@@ -70,11 +70,11 @@ impl Stage<'_> {
             );
             return Ok(0);
         }
-        let mut told = Lost { lines: lost, run: None };
+        let mut lost = Lost { lines: lost, run: None };
         let (snapshots, _) = self.audited.read_snapshots()?;
         let longest =
             snapshots.iter().filter_map(|snapshot| snapshot.virtual_size).fold(header.virtual_size, u64::max);
-        let (mut mended, mut is_cut) = (0, false);
+        let (mut repaired, mut is_cut) = (0, false);
         let tables = self.references.l2_list.tables().iter().zip(&survey.is_trusted);
         for (table, _) in tables.filter(|(_, trusted)| **trusted) {
             let bytes = self.table_bytes(table)?;
@@ -86,14 +86,14 @@ impl Stage<'_> {
                 let is_lost = match verdict {
                     Verdict::Cluster(host) if host.0 >= len => true,
                     Verdict::Cluster(host) if host.0 + size > len => {
-                        // The rest of it becomes zeroes as the file gets whole clusters.
+                        // The rest of it becomes zeroes as the file is extended to whole clusters.
                         let disk_end = if is_active { header.virtual_size } else { longest };
                         let end = if guest < disk_end { disk_end.min(guest + size) } else { guest + size };
                         let from = guest + (len - host.0);
                         if from < end && (header.extended_l2() || entry & ZERO == 0) {
                             is_cut = true;
-                            told.note(from, end - from, is_active);
-                            mended += 1;
+                            lost.note(from, end - from, is_active);
+                            repaired += 1;
                         }
                         false
                     }
@@ -108,23 +108,23 @@ impl Stage<'_> {
                     let had = if EntryFormat::is_compressed(entry) { u32::MAX } else { had };
                     let unit = size / u64::from(SUBCLUSTERS);
                     for bit in (0..SUBCLUSTERS).filter(|bit| had >> bit & 1 == 1) {
-                        told.note(guest + u64::from(bit) * unit, unit, is_active);
+                        lost.note(guest + u64::from(bit) * unit, unit, is_active);
                     }
                     changes.extend([(at, 0), (at + 8, SubclusterEntry::bitmap(0, zero | had))]);
                 } else {
                     if entry & ZERO == 0 || EntryFormat::is_compressed(entry) {
-                        told.note(guest, size, is_active);
+                        lost.note(guest, size, is_active);
                     }
                     changes.push((at, if header.version == Version::V3 { ZERO } else { 0 }));
                 }
-                mended += 1;
+                repaired += 1;
             }
             self.put_words(table.at.0, bytes, &changes)?;
         }
-        mended += self.accept_lost_tables(&mut told)?;
-        told.tell();
-        mended += self.accept_lost_snapshots(told.lines, notes)?;
-        // Durable before the file grows over what was named.
+        repaired += self.accept_lost_tables(&mut lost)?;
+        lost.report();
+        repaired += self.accept_lost_snapshots(lost.lines, notes)?;
+        // Durable before the file grows over the clusters that were named.
         self.storage.sync()?;
         if is_cut && !len.is_multiple_of(size) {
             let end = len.next_multiple_of(size);
@@ -132,11 +132,11 @@ impl Stage<'_> {
                 self.storage.set_len(end)?;
             }
         }
-        Ok(mended)
+        Ok(repaired)
     }
 
-    /// Lets no cluster behind the end of the file be counted.
-    pub(super) fn forget_counts_behind(&self) -> Result<()> {
+    /// Sets the counts of clusters beyond the end of the file to 0.
+    pub(super) fn clear_counts_beyond_end(&self) -> Result<()> {
         let header = &self.audited.header;
         let (size, end) = (header.cluster.size(), self.audited.file_clusters());
         let per_block = self.references.refcounts.per_block();
@@ -158,12 +158,12 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// L1 entries that lead beyond the end get a table that is all zeroes.
-    fn accept_lost_tables(&self, told: &mut Lost<'_>) -> Result<u64> {
+    /// L1 entries that point beyond the end get a table that is all zeroes.
+    fn accept_lost_tables(&self, lost: &mut Lost<'_>) -> Result<u64> {
         let header = &self.audited.header;
         let (size, len) = (header.cluster.size(), self.audited.file_len);
         let span = header.l1_entry_span();
-        let mut mended = 0;
+        let mut repaired = 0;
         for l1 in &self.references.places.l1_tables {
             if l1.end > len {
                 continue; // a snapshot's
@@ -179,20 +179,20 @@ impl Stage<'_> {
                         continue;
                     }
                     let index = (start - l1.start + at as u64) / 8;
-                    told.note(index * span, span, is_active);
+                    lost.note(index * span, span, is_active);
                     let new = if header.backing.is_some() { self.zero_table()? | COPIED } else { 0 };
                     changes.push((at, if is_active { new } else { new & !COPIED }));
-                    mended += 1;
+                    repaired += 1;
                 }
-                // A table is there before it is named.
+                // A table is written before it is named.
                 self.storage.sync()?;
                 self.put_words(start, bytes, &changes)?;
             }
         }
-        Ok(mended)
+        Ok(repaired)
     }
 
-    /// Internal snapshots of which the L1 table is lost get an empty one.
+    /// Internal snapshots whose L1 table is lost get an empty one.
     fn accept_lost_snapshots(&self, lost: &mut Actions, notes: &mut Vec<String>) -> Result<u64> {
         let (header, len) = (&self.audited.header, self.audited.file_len);
         let (snapshots, table_len) = self.audited.read_snapshots()?;
@@ -201,7 +201,7 @@ impl Stage<'_> {
         let places = places(&table, snapshots.len() as u32);
         let ends = places.iter().skip(1).map(|next| *next as u64).chain([table_len]);
         let kept = ends.filter(|end| header.snapshots.offset.0 + end <= len).count();
-        let mut mended = 0;
+        let mut repaired = 0;
         if kept < snapshots.len() {
             let gone = snapshots.len() - kept;
             lost.note(|| {
@@ -210,7 +210,7 @@ impl Stage<'_> {
             let mut field = (kept as u32).to_be_bytes().to_vec();
             field.extend(if kept == 0 { 0 } else { header.snapshots.offset.0 }.to_be_bytes());
             self.storage.write_at(SNAPSHOTS_AT, &field)?;
-            mended += 1;
+            repaired += 1;
         }
         for (snapshot, place) in snapshots.iter().zip(places).take(kept) {
             let l1 = snapshot.l1;
@@ -220,7 +220,7 @@ impl Stage<'_> {
             let name = String::from_utf8_lossy(&snapshot.name).into_owned();
             let name = name.escape_debug();
             if header.backing.is_some() {
-                // Without tables the layers below would show through.
+                // Without tables the layers below would be visible.
                 notes.push(format!(
                     "All of the internal snapshot \"{name}\" is lost: delete it with qemu-img snapshot -d, \
                         and repair again."
@@ -231,12 +231,12 @@ impl Stage<'_> {
                 format!("Lost: all of the internal snapshot \"{name}\" reads as zeroes from now on")
             });
             self.storage.write_at(header.snapshots.offset.0 + place as u64, &[0; 12])?;
-            mended += 1;
+            repaired += 1;
         }
-        Ok(mended)
+        Ok(repaired)
     }
 
-    /// Writes an L2 table that reads as zeroes to the end of the file, and returns its place.
+    /// Writes an L2 table that reads as zeroes to the end of the file, and returns its offset.
     fn zero_table(&self) -> Result<u64> {
         let header = &self.audited.header;
         let size = header.cluster.size();
@@ -250,7 +250,7 @@ impl Stage<'_> {
         Ok(at)
     }
 
-    /// Whether a compressed cluster cannot be read any more because the file ends within it.
+    /// Whether a compressed cluster is unreadable because the file ends within it.
     fn is_stream_lost(&self, entry: u64) -> Result<bool> {
         let header = &self.audited.header;
         let stream = header.entry_format().raw_compressed(entry);

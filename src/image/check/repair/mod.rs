@@ -1,16 +1,15 @@
-//! Repairing what an audit has found, as `qemu-img check -r` does it, but so that nothing is lost.
+//! Repairs what an audit has found, as `qemu-img check -r` does it, but without losing data.
 //!
-//! Promises: no view of the image changes, at no moment (but with [`Scope::Loss`], where errors become
-//! zeroes); a crash or a failing write leaves an image that the same repair mends when it is called again.
+//! Promises: no view of the image changes at any moment (except with [`Scope::Loss`], where errors become
+//! zeroes); a crash or a failing write leaves an image that the same repair repairs when it is called again.
 //! Hence the order, each step durable before the next: counts that are too low are raised, COPIED flags
-//! follow, counts that are too high are lowered, the dirty and corrupt bits go last. Where the refcounts
-//! themselves lie on other things or not at all, all of them are written anew at the end of the file, where
-//! nothing else can be, and one write within a sector of the header puts them in force.
+//! follow, counts that are too high are lowered, the dirty and corrupt bits go last. If the refcounts
+//! themselves overlap other structures or are missing, all of them are rewritten at the end of the file,
+//! where nothing else can be, and one write within a sector of the header puts them in force.
 //!
-//! More careful than QEMU: while an entry leads nowhere, nothing is given back, for what looks
-//! unused may be what it meant; freed clusters keep their bytes; a table is written to only
-//! if nothing but an L1 entry refers to it and all of it makes sense. Memory is bounded by
-//! the windows, as in the audit.
+//! More careful than QEMU: while an entry points nowhere, no cluster is freed, since one that seems unused
+//! may be its target; freed clusters keep their bytes; a table is written only if nothing but an L1 entry
+//! refers to it and all of it is valid. Memory is bounded by the windows, as in the audit.
 
 use std::fmt;
 
@@ -30,44 +29,44 @@ use crate::io::{Storage, WriteStorage};
 use rebuild::Rebuilt;
 use survey::Survey;
 
-/// How much is to be repaired.
+/// The scope of a repair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Leaked clusters; COPIED flags if nothing else is wrong.
     Leaks,
-    /// Whatever can be without guessing.
+    /// Everything that can be repaired without guessing.
     All,
-    /// As [`Scope::All`]; and what lies beyond the end of a file that was cut short, and is an error for
-    /// whoever reads it, becomes zeroes for good: each place is told.
+    /// As [`Scope::All`]; and data beyond the end of a truncated file, which is an error to read, becomes
+    /// zeroes for good: each place is reported.
     Loss,
 }
 
-/// What refcounts are set to.
+/// The value that refcounts are set to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CountPolicy {
     /// The number of references.
     References,
-    /// The same, but no less than is stored: there are references that nobody understands.
+    /// The same, but no less than the stored count: there are references that cannot be decoded.
     NeverLower,
 }
 
 /// The result of a repair.
 #[derive(Clone, Debug)]
 pub struct Repaired {
-    /// The audit after it, with the numbers of what was mended. Decides the exit code.
+    /// The audit after it, with the numbers of repairs. Decides the exit code.
     pub report: CheckReport,
-    /// Whether that audit was a second one: something was mended.
+    /// Whether that audit was a second one: something was repaired.
     pub is_mended: bool,
-    /// What was done, a line for each of the first [`MAX_FINDINGS`] places.
+    /// The repairs, a line for each of the first [`MAX_FINDINGS`] places.
     pub actions: Actions,
-    /// Sentences on what the numbers do not tell.
+    /// Sentences on facts that the numbers do not show.
     pub notes: Vec<String>,
-    /// What was lost and reads as zeroes from now on, a line for each of the first [`MAX_FINDINGS`]
-    /// stretches.
+    /// Data that was lost and reads as zeroes from now on, a line for each of the first [`MAX_FINDINGS`]
+    /// ranges.
     pub lost: Actions,
 }
 
-/// Lines on what was done, in `qemu-img`'s words.
+/// Lines on the repairs, in `qemu-img`'s words.
 #[derive(Clone, Debug, Default)]
 pub struct Actions {
     /// The first of them.
@@ -98,15 +97,15 @@ impl fmt::Display for Actions {
     }
 }
 
-/// Audits the image and repairs it. `found` hears of what is wrong before anything is changed,
-/// and stops the repair with an error.
+/// Audits the image and repairs it. `found` receives the findings before anything is changed, and may stop
+/// the repair with an error.
 ///
-/// Nobody else may use the image meanwhile: the caller holds QEMU's writer locks.
+/// No other process may use the image meanwhile: the caller holds QEMU's writer locks.
 ///
 /// # Errors
-/// What [`super::check`] refuses, and with [`Scope::Leaks`] an image whose refcounts cannot be
-/// trusted at all: nothing has been changed then. After an error of the storage the image is
-/// as sound as before, and may be repaired again.
+/// Those of [`super::check`], and with [`Scope::Leaks`] an image whose refcounts cannot be trusted at all:
+/// nothing has been changed then. After an error of the storage the image is as sound as before, and may be
+/// repaired again.
 pub fn repair(
     storage: &dyn WriteStorage,
     name: &str,
@@ -116,15 +115,15 @@ pub fn repair(
     repair_in_windows(storage, name, scope, found, WINDOW_CLUSTERS)
 }
 
-/// Makes an image that was not closed properly fit to be written: counts its clusters anew and
-/// clears its dirty bit. Does nothing to other images.
+/// Makes an image that was not closed properly writable: recounts its clusters and clears its dirty bit. Does
+/// nothing to other images.
 ///
 /// # Errors
 /// `Corrupt` if the image is marked as corrupt, or still is after that. Then the dirty bit stays.
-pub fn rebuild_dirty(storage: &dyn WriteStorage, name: &str) -> Result<CheckReport> {
+pub fn repair_dirty(storage: &dyn WriteStorage, name: &str) -> Result<CheckReport> {
     let header = Audited::open(storage, name)?.header;
     let refusal = |fact: &str| {
-        let remedy = "see what chainfs check says, and repair a copy of it with chainfs check --repair all";
+        let remedy = "run chainfs check, and repair a copy of it with chainfs check --repair all";
         Error::new(ErrorKind::Corrupt, format!("{name} {fact}; {remedy}"))
     };
     if header.corrupt() {
@@ -140,9 +139,9 @@ pub fn rebuild_dirty(storage: &dyn WriteStorage, name: &str) -> Result<CheckRepo
     Ok(report)
 }
 
-/// Puts COPIED flags right that an interrupted command has left, and gives back what it has counted; does
-/// nothing to an image with which anything else is wrong.
-pub fn mend_flags(storage: &dyn WriteStorage, name: &str) -> Result<()> {
+/// Repairs COPIED flags that an interrupted command has left, and frees the clusters that it has counted;
+/// does nothing to an image with any other damage.
+pub fn repair_flags(storage: &dyn WriteStorage, name: &str) -> Result<()> {
     let report = check_in_windows(storage, name, WINDOW_CLUSTERS)?;
     let flags = report.count_of(FindingKind::Flag);
     if flags == 0 || report.corruptions > flags || report.check_errors > 0 {
@@ -172,7 +171,7 @@ pub(super) fn repair_in_windows(
         notes: Vec::new(),
         lost: Actions::default(),
     };
-    repair.mend(scope, &before)?;
+    repair.apply(scope, &before)?;
     let is_mended = repair.leaks_fixed + repair.corruptions_fixed > 0;
     let mut report = if is_mended { check_in_windows(storage, name, window_clusters)? } else { before };
     report.leaks_fixed = repair.leaks_fixed;
@@ -181,7 +180,7 @@ pub(super) fn repair_in_windows(
     Ok(Repaired { report, is_mended, actions: repair.actions, notes: repair.notes, lost: repair.lost })
 }
 
-/// A repair under way.
+/// A running repair.
 struct Repair<'a> {
     storage: &'a dyn WriteStorage,
     name: &'a str,
@@ -205,15 +204,15 @@ impl<'a> Repair<'a> {
     fn stage(&self) -> Result<Stage<'a>> {
         let storage: &dyn Storage = self.storage;
         let audited = Audited::open(storage, self.name)?;
-        // What is wrong has been told.
+        // The damage has been reported.
         let references = References::gather(&audited, &mut CheckReport::default())?;
         Ok(Stage { storage: self.storage, audited, references, window_clusters: self.window_clusters })
     }
 
-    fn mend(&mut self, scope: Scope, before: &CheckReport) -> Result<()> {
+    fn apply(&mut self, scope: Scope, before: &CheckReport) -> Result<()> {
         let is_whole = scope != Scope::Loss || self.is_whole()?;
         if before.corruptions == 0 && before.check_errors == 0 && before.leaks == 0 && is_whole {
-            return self.drop_unknown_features();
+            return self.clear_unknown_features();
         }
         let mut stage = self.stage()?;
         let mut survey = Survey::take(&stage)?;
@@ -223,27 +222,27 @@ impl<'a> Repair<'a> {
             let remedy = "repair it with --repair all";
             return Err(Error::new(ErrorKind::Corrupt, format!("{}: {fact}; {remedy}", self.name)));
         }
-        self.drop_unknown_features()?;
+        self.clear_unknown_features()?;
         let mut report = before.clone();
         let is_loss_accepted = scope == Scope::Loss;
         if is_loss_accepted {
-            let mended = stage.accept_loss(&survey, &mut self.lost, &mut self.notes)?;
-            if mended > 0 {
+            let repaired = stage.accept_loss(&survey, &mut self.lost, &mut self.notes)?;
+            if repaired > 0 {
                 self.storage.sync()?;
-                self.corruptions_fixed += mended;
+                self.corruptions_fixed += repaired;
                 report = check_in_windows(self.storage, self.name, self.window_clusters)?;
                 stage = self.stage()?;
                 survey = Survey::take(&stage)?;
             }
         }
         // R5: each step is durable before the next, and none changes what a reader sees.
-        // From here on there is no difference.
+        // From here on flags and counts agree.
         let scope = if scope == Scope::Loss { Scope::All } else { scope };
         if scope == Scope::All && report.count_of(FindingKind::KeptPlace) > 0 {
-            let mended = stage.mend_kept_places(&survey, &mut self.actions)?;
-            if mended > 0 {
+            let repaired = stage.drop_bad_preallocations(&survey, &mut self.actions)?;
+            if repaired > 0 {
                 self.storage.sync()?;
-                self.corruptions_fixed += mended;
+                self.corruptions_fixed += repaired;
                 report = check_in_windows(self.storage, self.name, self.window_clusters)?;
                 stage = self.stage()?;
                 survey = Survey::take(&stage)?;
@@ -266,10 +265,7 @@ impl<'a> Repair<'a> {
             return Ok(());
         }
         if in_doubt && report.leaks > 0 {
-            self.notes.push(
-                "Leaked clusters were left as they are: entries that make no sense may have meant them."
-                    .to_owned(),
-            );
+            self.notes.push("Leaked clusters were not freed: invalid entries may refer to them.".to_owned());
         }
         if !survey.is_sound || snapshots {
             if snapshots {
@@ -293,17 +289,17 @@ impl<'a> Repair<'a> {
         }
         let only_flags = report.corruptions == report.count_of(FindingKind::Flag) && report.check_errors == 0;
         if scope == Scope::All || only_flags {
-            let mended = stage.mend_flags(&survey, policy, &mut self.actions)?;
-            if mended.count > 0 {
+            let repaired = stage.repair_flags(&survey, policy, &mut self.actions)?;
+            if repaired.count > 0 {
                 self.storage.sync()?;
-                self.corruptions_fixed += mended.count;
+                self.corruptions_fixed += repaired.count;
             }
-            if mended.used_twice > 0 {
+            if repaired.used_twice > 0 {
                 self.notes.push(format!(
                     "{} entries share their clusters with something else, though no snapshot does. They are \
                         no longer \
                      written in place, but what one of the users had there is lost. Compare with a backup.",
-                    mended.used_twice
+                    repaired.used_twice
                 ));
             }
         }
@@ -312,22 +308,22 @@ impl<'a> Repair<'a> {
             self.storage.sync()?;
         }
         if is_loss_accepted && !in_doubt {
-            // What was counted there is lost; the file may grow over it again.
-            self.stage()?.forget_counts_behind()?;
+            // Data counted there is lost; the file may grow over it again.
+            self.stage()?.clear_counts_beyond_end()?;
             self.storage.sync()?;
         }
         Ok(())
     }
 
-    /// Whether the file ends where a cluster does: else the audit, as QEMU's, lets a reference reach over its
+    /// Whether the file ends at a cluster boundary: else the audit, like QEMU's, lets a reference cross its
     /// end.
     fn is_whole(&self) -> Result<bool> {
         let audited = Audited::open(self.storage as &dyn Storage, self.name)?;
         Ok(audited.file_len.is_multiple_of(audited.header.cluster.size()))
     }
 
-    /// Whoever writes clears the bits whose meaning it does not know: that is what they are for.
-    fn drop_unknown_features(&self) -> Result<()> {
+    /// A writer clears the feature bits that it does not know: that is their purpose.
+    fn clear_unknown_features(&self) -> Result<()> {
         let header = Audited::open(self.storage, self.name)?.header;
         let known = header.autoclear & feature::KNOWN_AUTOCLEAR;
         if header.autoclear == known {
@@ -344,7 +340,7 @@ impl<'a> Repair<'a> {
             return Ok(());
         }
         assert_eq!(header.version, Version::V3, "version 2 has no bits");
-        // They vouch for all that was written before.
+        // The cleared bits vouch for all earlier writes.
         self.storage.sync()?;
         self.storage.write_at(INCOMPATIBLE_AT, &(header.incompatible & !bits).to_be_bytes())?;
         self.storage.sync()?;
@@ -364,7 +360,7 @@ impl Stage<'_> {
         (0..end).step_by(step as usize).map(move |first| (first, step.min(end - first)))
     }
 
-    /// Counts one window. Unlike an audit's, it tells more references than the image can count.
+    /// Counts one window. Unlike an audit's, it distinguishes more references than the image can count.
     fn window(&self, (first, len): (u64, u64), without: Without) -> Result<Window> {
         let mut window = Window::new(self.audited.header.cluster, first, len, u64::MAX);
         let mut told_before = CheckReport::default();

@@ -1,7 +1,7 @@
-//! Wholly new refcounts, at the end of the file.
+//! Completely new refcounts, at the end of the file.
 //!
-//! Nothing that exists is touched until they are durable; then one write of at most 24 bytes within
-//! the header's first sector names them. The clusters of the old ones are free from then on.
+//! No existing cluster is touched until they are durable; then one write of at most 24 bytes within the
+//! header's first sector names them. The clusters of the old ones are free from then on.
 
 use std::ops::Range;
 
@@ -17,16 +17,16 @@ use super::super::window::Window;
 /// Bytes that are written at a time.
 const BUFFER_LEN: usize = 1 << 20;
 
-/// What is written anew.
+/// The structures that are rewritten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rebuilt {
     /// The refcounts.
     Refcounts,
-    /// The snapshot table, too, with what version 3 requires.
+    /// The snapshot table, too, with the fields that version 3 requires.
     RefcountsAndSnapshotTable,
 }
 
-/// Where everything new lies, by cluster: the snapshot table, the refcount table, its blocks.
+/// The clusters of all new structures: the snapshot table, the refcount table, its blocks.
 struct RebuildLayout {
     start: u64,
     snapshot_clusters: u64,
@@ -37,7 +37,7 @@ struct RebuildLayout {
 }
 
 impl Stage<'_> {
-    /// Writes all refcounts anew, and what else is asked for.
+    /// Rewrites all refcounts, and the other structures of `what`.
     pub(super) fn rebuild(&self, policy: CountPolicy, what: Rebuilt) -> Result<()> {
         let snapshots = what == Rebuilt::RefcountsAndSnapshotTable;
         let without = Without { refcounts: true, snapshot_table: snapshots };
@@ -46,7 +46,7 @@ impl Stage<'_> {
         let file_len = self.audited.file_len;
         let written = self.write_new(&layout, without, policy, &table).and_then(|()| self.storage.sync());
         if let Err(error) = written {
-            // Nothing refers to it yet. If this fails, too, the first error is the one to tell.
+            // Nothing refers to it yet. If this fails, too, the first error is reported.
             drop(self.storage.set_len(file_len));
             return Err(error);
         }
@@ -84,7 +84,7 @@ impl Stage<'_> {
         Error::new(ErrorKind::Limit, format!("{}: {fact}", self.audited.name))
     }
 
-    /// The count that a cluster shall have.
+    /// The future count of a cluster.
     fn new_count(&self, window: &Window, cluster: u64, policy: CountPolicy) -> u64 {
         let references = window.references(cluster).unwrap_or(0);
         let stored = match policy {
@@ -112,7 +112,7 @@ impl Stage<'_> {
             }
         }
         let snapshot_clusters = snapshots_len.div_ceil(cluster.size());
-        // Table and blocks count themselves, too: grow them until they cover everything.
+        // Table and blocks count themselves, too: they grow until they cover everything.
         let (mut table_clusters, mut block_count) = (1, 1);
         loop {
             let end = start + snapshot_clusters + table_clusters + block_count;

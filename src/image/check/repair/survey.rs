@@ -1,18 +1,17 @@
-//! What may be written to where it is: what nothing else refers to.
+//! The structures that may be written in place: those with no other reference.
 
 use super::super::tables::{L2Table, Verdict};
 use super::{Stage, Without};
 use crate::error::Result;
 use crate::format::refcount::{refcount, table_entry};
 
-/// What an image's tables can be trusted with.
+/// Which of an image's tables can be trusted.
 pub(super) struct Survey {
-    /// Every cluster in use has a place for its count; table and blocks are where they should be,
-    /// and nothing else is.
+    /// Every cluster in use has a count; table and blocks are at valid offsets, and nothing overlaps them.
     pub(super) is_sound: bool,
     /// The active L1 table shares its clusters with nothing.
     pub(super) l1_is_sole: bool,
-    /// Of each L2 table: only L1 entries refer to it, and all of it makes sense.
+    /// For each L2 table: whether only L1 entries refer to it and all of it is valid.
     pub(super) is_trusted: Vec<bool>,
 }
 
@@ -64,7 +63,7 @@ impl Survey {
                 let is_whole =
                     cluster.aligned(at) && at != 0 && at + cluster.size() <= stage.audited.file_len;
                 let users = window.references(cluster.index(at)).map(u64::from);
-                *is_trusted = is_whole && users == Some(table.weight.total) && stage.makes_sense(table)?;
+                *is_trusted = is_whole && users == Some(table.weight.total) && stage.is_valid(table)?;
             }
         }
         Ok(survey)
@@ -72,7 +71,7 @@ impl Survey {
 }
 
 impl Stage<'_> {
-    fn makes_sense(&self, table: &L2Table) -> Result<bool> {
+    fn is_valid(&self, table: &L2Table) -> Result<bool> {
         let bytes = self.table_bytes(table)?;
         Ok(self.verdicts(table, &bytes).all(|(_, _, verdict)| verdict != Verdict::Nonsense))
     }
@@ -83,7 +82,7 @@ impl Stage<'_> {
         Ok(bytes)
     }
 
-    /// The entries of a table that are not empty: their place in its bytes, first word, and what they are.
+    /// The entries of a table that are not empty: their offset in its bytes, first word, and verdict.
     pub(super) fn verdicts<'s>(
         &'s self,
         table: &'s L2Table,

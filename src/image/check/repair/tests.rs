@@ -125,19 +125,19 @@ fn the_size_of_the_windows_does_not_matter() {
 }
 
 #[test]
-fn a_dirty_image_is_counted_anew_and_a_corrupt_one_is_refused() {
+fn a_dirty_image_is_recounted_and_a_corrupt_one_refused() {
     let mut dirty = image();
     dirty[79] = 1;
     let file = Memory(Mutex::new(dirty.clone()));
-    assert_eq!(rebuild_dirty(&file, "image").unwrap().exit_code(), 0);
+    assert_eq!(repair_dirty(&file, "image").unwrap().exit_code(), 0);
     assert_eq!(file.0.lock()[79], 0);
-    // An entry that leads nowhere is beyond what can be counted.
+    // An entry that points nowhere is beyond what recounting repairs.
     let header = Header::parse(&dirty, dirty.len() as u64).unwrap();
     dirty[header.l1.offset.0 as usize + 4] = 0x7f;
     for bits in [1, 2, 3] {
         dirty[79] = bits;
         let file = Memory(Mutex::new(dirty.clone()));
-        let error = rebuild_dirty(&file, "image").unwrap_err();
+        let error = repair_dirty(&file, "image").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         assert_eq!(file.0.lock()[79], bits);
     }

@@ -6,7 +6,6 @@
 
 use std::time::{Duration, Instant};
 
-use fuser::Errno;
 use lru::LruCache;
 use parking_lot::Mutex;
 
@@ -27,16 +26,13 @@ impl Default for BusyRetries {
 }
 
 impl BusyRetries {
-    /// The errno for a thread whose open of `inode` was refused with `errno`.
-    pub(super) fn errno(&self, thread: u32, inode: u64, errno: Errno) -> Errno {
-        if errno.code() != Errno::EBUSY.code() {
-            return errno;
-        }
+    /// Counts a refusal of a thread's open of `inode`; whether this thread gets ETXTBSY.
+    pub(super) fn exceeded(&self, thread: u32, inode: u64) -> bool {
         let mut refused = self.0.lock();
         let (count, last) = refused.get_or_insert_mut((thread, inode), || (0, Instant::now()));
         *count = if last.elapsed() > RETRY_WINDOW { 1 } else { *count + 1 };
         *last = Instant::now();
-        if *count > MAX_BUSY_REPLIES { Errno::ETXTBSY } else { errno }
+        *count > MAX_BUSY_REPLIES
     }
 }
 
@@ -45,17 +41,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_repeated_opens_of_one_file_get_another_errno() {
+    fn only_repeated_opens_of_one_file_exceed_the_count() {
         let retries = BusyRetries::default();
-        let errno = |thread, inode| retries.errno(thread, inode, Errno::EBUSY).code();
-        let (busy, text_busy) = (Errno::EBUSY.code(), Errno::ETXTBSY.code());
-        assert_eq!([(); MAX_BUSY_REPLIES as usize].map(|()| errno(1, 7)), [busy; MAX_BUSY_REPLIES as usize]);
-        assert_eq!([(); 2].map(|()| errno(1, 7)), [text_busy; 2]);
-        assert_eq!([errno(2, 7), errno(1, 8)], [busy, busy], "others, and other files");
-        assert_eq!(retries.errno(1, 7, Errno::EIO).code(), Errno::EIO.code());
+        let first = [(); MAX_BUSY_REPLIES as usize].map(|()| retries.exceeded(1, 7));
+        assert_eq!(first, [false; MAX_BUSY_REPLIES as usize]);
+        assert_eq!([(); 2].map(|()| retries.exceeded(1, 7)), [true; 2]);
+        assert_eq!(
+            [retries.exceeded(2, 7), retries.exceeded(1, 8)],
+            [false, false],
+            "others, and other files"
+        );
         if let Some((_, last)) = retries.0.lock().get_mut(&(1, 7)) {
             *last -= 2 * RETRY_WINDOW;
         }
-        assert_eq!(errno(1, 7), busy, "a pause starts a new count");
+        assert!(!retries.exceeded(1, 7), "a pause starts a new count");
     }
 }

@@ -1,4 +1,7 @@
-//! The entries of an open directory, as the kernel reads them: in parts.
+//! Listings of directories, and the offsets of their entries.
+//!
+//! `.` and `..` have the offsets 1 and 2. The entries of a directory of the store follow, as they were when it
+//! was opened; those of a guest's directory have the positions of the guest's file system.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -14,19 +17,43 @@ use super::super::handles::Handle;
 use super::super::mounted_volumes::GuestNode;
 use super::super::node::{Node, NodeKind};
 use super::super::tree::{MountTree, NodeEntry, guest_node};
+use super::{DirectoryEntry, OpenFile};
 
 /// The first offsets are those of `.` and `..`.
 const DOTS: u64 = 2;
 
-/// One entry.
-pub(super) struct ListingEntry<'a> {
-    /// The offset of the next entry.
-    pub(super) next: u64,
-    pub(super) inode: u64,
-    pub(super) kind: NodeKind,
-    pub(super) name: &'a OsStr,
-    /// The attributes, if they are known.
-    pub(super) attributes: Option<Attributes>,
+/// An entry, with its attributes if the listing has them.
+pub(super) struct ListedNode<'a> {
+    shown: DirectoryEntry<'a>,
+    attributes: Option<Attributes>,
+}
+
+impl<'a> ListedNode<'a> {
+    /// The entry for the client.
+    pub(super) fn shown(&self) -> &DirectoryEntry<'a> {
+        &self.shown
+    }
+
+    /// Whether it is `.` or `..`, which are no lookups.
+    pub(super) fn is_dots(&self) -> bool {
+        matches!(self.shown.name.as_encoded_bytes(), b"." | b"..")
+    }
+
+    /// The attributes; `None` if the inode is damaged, or has another type than its number encodes.
+    pub(super) fn attributes(&self, tree: &MountTree, caller: &Caller) -> Result<Option<Attributes>> {
+        if self.attributes.is_some() {
+            return Ok(self.attributes);
+        }
+        let DirectoryEntry { inode, kind, .. } = self.shown;
+        match tree.attributes(caller, inode) {
+            Ok(found) if MountTree::is_guest(inode) && found.kind != kind => Ok(None),
+            Err(error) if MountTree::is_guest(inode) => match error.kind() {
+                ErrorKind::Corrupt | ErrorKind::Unsupported => Ok(None),
+                _ => Err(error),
+            },
+            found => found.map(Some),
+        }
+    }
 }
 
 /// An open directory.
@@ -35,8 +62,8 @@ enum OpenDirectory {
     Guest(Arc<GuestDirectory>, GuestNode),
 }
 
-fn entries(tree: &MountTree, inode: u64, handle: u64) -> Result<OpenDirectory> {
-    match (tree.handle(handle)?, tree.node(inode)?) {
+fn entries(tree: &MountTree, file: OpenFile) -> Result<OpenDirectory> {
+    match (tree.handle(file.handle)?, tree.node(file.inode)?) {
         (Handle::Directory(listed), _) => Ok(OpenDirectory::Store(listed)),
         (Handle::GuestDirectory(directory), Node::Guest(node)) => Ok(OpenDirectory::Guest(directory, node)),
         _ => Err(Error::new(ErrorKind::Usage, "not a directory")),
@@ -47,27 +74,25 @@ fn entries(tree: &MountTree, inode: u64, handle: u64) -> Result<OpenDirectory> {
 /// `true`. Entries are not copied: the kernel reads a large directory in hundreds of small parts.
 pub(super) fn each(
     tree: &MountTree,
-    inode: u64,
-    handle: u64,
+    file: OpenFile,
     offset: u64,
-    take: &mut dyn FnMut(&ListingEntry<'_>) -> bool,
+    take: &mut dyn FnMut(&ListedNode<'_>) -> bool,
 ) -> Result<()> {
-    let entries = entries(tree, inode, handle)?;
-    for (name, next) in [(".", 1), ("..", 2)] {
-        let kind = NodeKind::Directory;
-        if offset < next
-            && take(&ListingEntry { next, inode, kind, name: OsStr::new(name), attributes: None })
-        {
+    let entries = entries(tree, file)?;
+    for (name, next) in [(".", 1), ("..", DOTS)] {
+        let (name, inode, kind) = (OsStr::new(name), file.inode, NodeKind::Directory);
+        let shown = DirectoryEntry { name, inode, kind, next };
+        if offset < next && take(&ListedNode { shown, attributes: None }) {
             return Ok(());
         }
     }
     match entries {
         OpenDirectory::Store(listed) => {
-            for (entry, next) in listed.iter().zip(3..).skip(offset.saturating_sub(DOTS) as usize) {
+            for (entry, next) in listed.iter().zip(DOTS + 1..).skip(offset.saturating_sub(DOTS) as usize) {
                 // A node without a kind is the root of a guest's file system.
                 let kind = entry.node.kind().unwrap_or(NodeKind::Directory);
-                if take(&ListingEntry { next, inode: entry.inode, kind, name: &entry.name, attributes: None })
-                {
+                let shown = DirectoryEntry { name: &entry.name, inode: entry.inode, kind, next };
+                if take(&ListedNode { shown, attributes: None }) {
                     break;
                 }
             }
@@ -101,7 +126,7 @@ fn add_entries(
     parent: GuestNode,
     listing: &Listing,
     skip: usize,
-    take: &mut dyn FnMut(&ListingEntry<'_>) -> bool,
+    take: &mut dyn FnMut(&ListedNode<'_>) -> bool,
 ) -> bool {
     for ListedEntry { entry, attributes, is_plain } in &listing.entries[skip..] {
         if *is_plain {
@@ -111,34 +136,16 @@ fn add_entries(
         // A damaged inode is listed as a file; a lookup returns the error.
         let kind_shown = kind.unwrap_or(crate::guest::FileKind::File);
         let node = guest_node(&directory.slot, parent, entry.ino, kind_shown);
-        let shown = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
-        let entry = ListingEntry {
-            next: entry.next + DOTS,
-            inode: node.number(),
-            kind: shown.map_or_else(|| tree.shown_kind(kind_shown), |shown| shown.kind),
+        let attributes = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
+        let shown = DirectoryEntry {
             name: OsStr::from_bytes(&entry.name),
-            attributes: shown,
+            inode: node.number(),
+            kind: attributes.map_or_else(|| tree.shown_kind(kind_shown), |found| found.kind),
+            next: entry.next + DOTS,
         };
-        if take(&entry) {
+        if take(&ListedNode { shown, attributes }) {
             return true;
         }
     }
     false
-}
-
-/// The attributes of a listed entry; `None` if the inode is damaged, or has another type than its number
-/// encodes.
-pub(super) fn known(
-    tree: &MountTree,
-    caller: &Caller,
-    entry: &ListingEntry<'_>,
-) -> Result<Option<Attributes>> {
-    match tree.attributes(caller, entry.inode) {
-        Ok(found) if MountTree::is_guest(entry.inode) && found.kind != entry.kind => Ok(None),
-        Err(error) if MountTree::is_guest(entry.inode) => match error.kind() {
-            ErrorKind::Corrupt | ErrorKind::Unsupported => Ok(None),
-            _ => Err(error),
-        },
-        found => found.map(Some),
-    }
 }
