@@ -15,8 +15,8 @@ use support::store::Store as Files;
 
 const MIB: u64 = 1 << 20;
 
-/// Several chains: two on one base with an internal snapshot, one in a directory with an external data file, a
-/// raw one, and an image whose header is damaged.
+/// Several chains: two on one base with an internal snapshot, one in a directory on an image with an external
+/// data file, a raw one, and an image whose header is damaged.
 fn files() -> Files {
     let files = Files::new();
     files.create("base.qcow2", 2 * MIB, "");
@@ -27,12 +27,10 @@ fn files() -> Files {
     }
     files.img(["snapshot", "-c", "inner", "two.qcow2"]);
     files.scribble("two.qcow2", "qcow2", 4);
+    files.create("low.qcow2", MIB, "data_file=data.raw,data_file_raw=on");
+    files.scribble("low.qcow2", "qcow2", 5);
     files.dir("sub");
-    files.create("sub/low.qcow2", MIB, "data_file=sub/data.raw,data_file_raw=on");
-    // The name in the header is meant from where the image is.
-    files.img(["amend", "-f", "qcow2", "-o", "data_file=data.raw", "sub/low.qcow2"]);
-    files.scribble("sub/low.qcow2", "qcow2", 5);
-    files.overlay("sub/top.qcow2", "low.qcow2", "qcow2", "");
+    files.overlay("sub/top.qcow2", "../low.qcow2", "qcow2", "");
     files.raw("disk.raw", MIB, 6);
     files.create("broken.qcow2", MIB, "");
     let mut bytes = fs::read(files.path("broken.qcow2")).expect("an image");
