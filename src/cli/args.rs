@@ -353,8 +353,8 @@ Examples:
 --repair reports the damage, repairs it, and checks again. It changes no disk and no snapshot. \
 The image must not be in use.
 
-Exit codes, as for qemu-img: 0 no damage, 1 check failed, 2 corrupt, 3 leaks, 63 checks not supported by this format. \
-After a repair, the code describes the remaining damage.")]
+Exit codes, as for qemu-img: 0 no damage, 1 check failed, 2 corrupt, 3 leaks, 63 checks not supported by \
+this format. After a repair, the code describes the remaining damage.")]
 pub struct CheckArgs {
     /// A store, an image, or a path in a mount
     pub path: PathBuf,

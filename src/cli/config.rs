@@ -175,9 +175,9 @@ mod tests {
             format = ["*.img:raw"]
             rescan = 30
         "#;
-        let options = [
-            r"ro,uid=1000,umask=027,cache=64M,backing_dir=/srv/a,backing_dir=/srv/b\,c,map=/old=/new,rescan=30",
-        ];
+        let options =
+            ["ro,uid=1000,umask=027,cache=64M,backing_dir=/srv/a,backing_dir=/srv/b\\,c,map=/old=/new,\
+             rescan=30"];
         let mut expected = MountOptions::parse(&options, false).unwrap();
         expected.formats = MountOptions::parse(&["format=*.img:raw"], false).unwrap().formats;
         assert_eq!(parse(file, "f").unwrap(), expected);

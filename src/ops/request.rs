@@ -1,7 +1,7 @@
 //! The requests of users, as values that are valid by themselves, and the table of all verbs.
 //!
-//! A verb is a file of its own: its words, its plan and its job. The table here has a row for it. A verb's plan
-//! checks whether the store has the files that a request names.
+//! A verb is a file of its own: its words, its plan and its job. The table here has a row for it. A verb's
+//! plan checks whether the store has the files that a request names.
 
 use crate::error::Result;
 

@@ -113,12 +113,20 @@ mod tests {
 
     #[test]
     fn the_json_matches_qemu_img() {
-        let expected = r#"[{ "start": 0, "length": 131072, "depth": 1, "present": true, "zero": false, "data": true, "compressed": false, "offset": 589824},
-{ "start": 131072, "length": 65536, "depth": 0, "present": true, "zero": true, "data": false, "compressed": false},
-{ "start": 196608, "length": 65536, "depth": 0, "present": true, "zero": false, "data": true, "compressed": true}]
-"#;
+        let expected = [
+            r#"[{ "start": 0, "length": 131072, "depth": 1, "present": true, "#,
+            r#""zero": false, "data": true, "compressed": false, "offset": 589824},"#,
+            "\n",
+            r#"{ "start": 131072, "length": 65536, "depth": 0, "present": true, "#,
+            r#""zero": true, "data": false, "compressed": false},"#,
+            "\n",
+            r#"{ "start": 196608, "length": 65536, "depth": 0, "present": true, "#,
+            r#""zero": false, "data": true, "compressed": true}]"#,
+            "\n",
+        ]
+        .concat();
         assert_eq!(json(&sample()), expected);
-        let parsed: serde_json::Value = serde_json::from_str(expected).unwrap();
+        let parsed: serde_json::Value = serde_json::from_str(&expected).unwrap();
         assert_eq!(serde_json::to_value(sample()).unwrap(), parsed);
         assert_eq!(json(&[]), "[]\n");
     }
@@ -126,8 +134,8 @@ mod tests {
     #[test]
     fn a_lost_run_is_neither_data_nor_zero() {
         let lost = MapEntry { present: false, data: false, lost: true, ..entry(0, 512) };
-        let expected = "[{ \"start\": 0, \"length\": 512, \"depth\": 0, \"present\": false, \"zero\": false, \"data\": false, \
-                        \"compressed\": false, \"lost\": true}]\n";
+        let expected = "[{ \"start\": 0, \"length\": 512, \"depth\": 0, \"present\": false, \"zero\": false, \
+                        \"data\": false, \"compressed\": false, \"lost\": true}]\n";
         assert_eq!(json(std::slice::from_ref(&lost)), expected);
         assert!(human(&[lost]).ends_with("\n0               0x200           missing\n"));
     }

@@ -21,8 +21,9 @@ const NAME_CHARS_MAX: usize = 48;
 
 const STYLE: &str = "\
 svg{background:#fff;color:#1f2328;font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}\
-text{fill:currentColor;white-space:pre}.title{font-weight:700;font-size:14px}.dim{fill:#656d76}.flag{fill:#0969da}\
-.line{fill:none;stroke:#8c959f;stroke-width:2}.frozen{fill:#6e7781}.internal{fill:#fff;stroke:#6e7781;stroke-width:2}\
+text{fill:currentColor;white-space:pre}.title{font-weight:700;font-size:14px}\
+.dim{fill:#656d76}.flag{fill:#0969da}.line{fill:none;stroke:#8c959f;stroke-width:2}\
+.frozen{fill:#6e7781}.internal{fill:#fff;stroke:#6e7781;stroke-width:2}\
 .active{fill:#1a7f37}.broken{fill:#cf222e}.fold{fill:#fff;stroke:#8c959f;stroke-width:2;stroke-dasharray:2 3}\
 @media(prefers-color-scheme:dark){svg{background:#0d1117;color:#e6edf3}.dim{fill:#8d96a0}.flag{fill:#58a6ff}\
 .internal,.fold{fill:#0d1117}.active{fill:#3fb950}.broken{fill:#f85149}}";

@@ -1,11 +1,11 @@
-//! The arrows of docs/ARCHITECTURE.md, held: a layer uses only those to its right.
+//! Checks the arrows of docs/ARCHITECTURE.md: a layer uses only those to its right.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use support::project;
 
-/// From the outermost to the innermost. `format`, `io` and `guest` stand side by side.
+/// From the outermost to the innermost. `format`, `io` and `guest` are side by side.
 const LAYERS: [(&str, usize); 14] = [
     ("cli", 9),
     ("fs", 8),

@@ -1,4 +1,4 @@
-//! The commands that need no mount, with qemu-img as the judge of what they say.
+//! The commands that need no mount, compared with qemu-img.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use support::*;
 
-/// Our binary in the store's directory; nobody's configuration is read.
+/// The chainfs binary in the store's directory, without a user's configuration.
 fn chainfs(store: &Store, args: &[&str]) -> Command {
     let mut command = tool(chainfs_binary());
     command.args(args).current_dir(store.root()).env("XDG_CONFIG_HOME", store.beside("config"));
@@ -73,7 +73,7 @@ fn info_for_people_has_qemu_imgs_lines() {
         let format = if name == "base.raw" { "raw" } else { "qcow2" };
         let theirs = store.img(["info", "-f", format, name]);
         let ours = chainfs(&store, &["info", name]).succeeds();
-        // What the file below is like, qemu-img repeats at the end.
+        // qemu-img repeats the lower file's details at the end.
         let expected = theirs.split("Child node").next().unwrap_or_default();
         assert_eq!(ours, expected, "{name}");
     }
@@ -212,7 +212,7 @@ fn internal_snapshots_are_disks_of_their_own() {
         code == 1 && err.contains("web.qcow2 has no view c; there is active, active@a@b"),
         "{code} {err}"
     );
-    // A file of that very name is what is meant.
+    // A file of exactly that name is used.
     store.create("web.qcow2@1", 2 * MIB, "");
     let found = json(&chainfs(&store, &["info", "--json", "web.qcow2@1"]).succeeds());
     assert_eq!(found["virtual-size"], 2 * MIB);
@@ -249,7 +249,7 @@ fn a_repair_reports_damage_repairs_it_and_checks_again() {
         store.create("web.qcow2", MIB, "");
         store.io("web.qcow2", "qcow2", [store.write(&mut Rng::new(1), 0, MIB)]);
         let web = Damage::to(store.path("web.qcow2"));
-        // One cluster more in use than is counted, one counted that is not in use.
+        // One more cluster in use than is counted, one counted that is not in use.
         let entry = web.l2_entry_at(65_536);
         web.put_u64(entry, web.u64(entry) + 65_536);
         fs::read(store.path("web.qcow2")).unwrap()
@@ -277,7 +277,7 @@ fn a_repair_reports_damage_repairs_it_and_checks_again() {
     let text = chainfs(&store, &["check", "-r", "all", "web.qcow2"]).succeeds();
     assert_eq!(text.matches("No errors were found").count(), 1, "{text}");
 
-    // The words of qemu-img, and what it refuses.
+    // qemu-img's words, and its refusals.
     assert_eq!(chainfs(&store, &["check", "-r", "nonsense", "web.qcow2"]).outcome().0, 1);
     assert_eq!(chainfs(&store, &["check", "-U", "-r", "all", "web.qcow2"]).outcome().0, 1);
     store.raw("base.raw", MIB, 1);
@@ -312,7 +312,7 @@ fn qemu_img_finds_created_images_clean() {
     fs::remove_file(store.path("new.qcow2")).expect("it was made");
     let theirs = store.img(["create", "-f", "qcow2", "-o", "cluster_size=4k,compat=1.1", "new.qcow2", "10M"]);
     assert_eq!(ours, theirs.replace(" compat=1.1", ""));
-    // A backing file is looked for beside the new image, as it will be.
+    // A backing file is resolved relative to the new image.
     chainfs(&store, &["create", "-q", "-b", "../base.raw", "-F", "raw", "sub/web.qcow2"]).succeeds();
     store.img(["check", "sub/web.qcow2"]);
     store.img(["compare", "-F", "raw", "sub/web.qcow2", "base.raw"]);
@@ -391,7 +391,7 @@ fn options_state_formats_that_names_and_headers_lack() {
     fs::create_dir(store.beside("config/chainfs")).expect("a directory");
     fs::write(store.beside("config/chainfs/config.toml"), "format = \"*.img:qcow2\"").expect("a file");
     assert_eq!(chainfs(&store, &["map", "guest.img"]).outcome().0, 0);
-    // A link that leads out of its directory is the user's own word.
+    // A link that leads out of its directory is followed because the user named it.
     store.dir("links");
     std::os::unix::fs::symlink("../guest.img", store.path("links/here.img")).expect("a link");
     assert_eq!(chainfs(&store, &["map", "links/here.img"]).outcome().0, 0);

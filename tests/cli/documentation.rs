@@ -1,8 +1,8 @@
 //! The documents, held to the code: invariants, names of types and modules, links, and the width of lines.
 //!
 //! docs/DESIGN.md defines each invariant once, in a row `| **M5** | ... |`. Code that upholds it and a test
-//! that would notice have a comment line `// M5: ...` or `// M5`. Where these are stands at the end of that
-//! page, which this test writes when it is run with `BLESS=1`.
+//! that would notice have a comment line `// M5: ...` or `// M5`. The list of these at the end of that page
+//! is written by this test when it is run with `BLESS=1`.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// Columns of a line of a document.
 const WIDTH: usize = 110;
-/// Where the list that is written by this test begins.
+/// Start of the list that this test writes.
 const HEADING: &str = "## Where each is upheld\n";
 
 fn root() -> &'static Path {
@@ -158,8 +158,8 @@ fn each_invariant_is_cited_by_code_and_by_a_test() {
     }
 }
 
-/// What a source has names for: everything that it defines, and, since these stand first in their lines,
-/// variants and fields. Comments and uses do not count.
+/// The names that a source defines: all definitions, and, since these come first in their lines, variants and
+/// fields. Comments and uses do not count.
 fn names(source: &str) -> HashSet<&str> {
     let is_word = |char: char| char.is_alphanumeric() || char == '_';
     let mut found = HashSet::new();
@@ -187,7 +187,7 @@ fn inline_code(page: &str) -> Vec<&str> {
     prose.flat_map(|line| line.split('`').skip(1).step_by(2)).collect()
 }
 
-/// The parts of what looks like a path or a type of Rust.
+/// The parts of a word that looks like a path or a type of Rust.
 fn rust_name(code: &str) -> Option<Vec<&str>> {
     let parts: Vec<&str> = code.split("::").collect();
     let is_word =
@@ -251,7 +251,7 @@ fn no_line_is_too_long() {
         let mut is_block = false;
         for (number, line) in text(&path).lines().enumerate() {
             is_block ^= line.starts_with("```");
-            // What a program prints is as long as it is.
+            // Output of programs may be wider.
             let is_output = is_block && !line.starts_with("$ ");
             if line.chars().count() > WIDTH && !is_output {
                 long.push(format!("{}:{}", path.display(), number + 1));

@@ -1,4 +1,4 @@
-//! The command line, its sentences, and the documents held to their word.
+//! The command line, its messages, and tests of the documents.
 
 mod architecture;
 mod cli;

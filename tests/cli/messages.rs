@@ -1,8 +1,7 @@
-//! What users are told, tried in the situation in which they are told it: each sentence names the thing, the
-//! fact and the remedy.
+//! Messages to users, provoked in their situations: each names the thing, the fact and the remedy.
 //!
-//! Also what stands behind some of them: that an address means one disk, that layers drop out of a chain only
-//! when the user says so, and that plans know of QEMU's locks.
+//! Also the behaviour behind some of them: an address means one disk, layers drop out of a chain only when
+//! the user says so, and plans consider QEMU's locks.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -41,7 +40,7 @@ fn chainfs(store: &Store, words: &str) -> Command {
     command
 }
 
-/// What a command says on stderr, which ends with that code; places of this test left out.
+/// The stderr of a command, which ends with that code; paths of this test are removed.
 fn said(store: &Store, words: &str, code: i32) -> String {
     let (have, out, err) = chainfs(store, words).outcome();
     assert_eq!(have, code, "chainfs {words}\n{out}{err}");
@@ -49,7 +48,7 @@ fn said(store: &Store, words: &str, code: i32) -> String {
     err.replace(&format!("{}/", place.display()), "")
 }
 
-/// Each of these commands says this, and ends with this code.
+/// Each of these commands prints this, and ends with this code.
 fn all_say(store: &Store, table: &[(&str, i32, &str)]) {
     for (words, code, sentence) in table {
         let said = said(store, words, *code);
@@ -62,7 +61,7 @@ fn all_say(store: &Store, table: &[(&str, i32, &str)]) {
 struct Holder(Child);
 
 impl Holder {
-    /// What looks like the QEMU of a domain, and holds the byte by which writers are known.
+    /// A process that looks like the QEMU of a domain, and holds a writer's lock byte.
     fn domain(store: &Store, image: &str, name: &str) -> Self {
         let program = "import fcntl, struct, sys, time\n\
                        file = open(sys.argv[1], 'rb')\n\
@@ -88,7 +87,7 @@ impl Holder {
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        // timeout(1) hands it on.
+        // timeout(1) forwards the signal.
         let pid = Pid::from_raw(self.0.id().cast_signed()).expect("a process");
         let _ = kill_process(pid, Signal::TERM);
         let _ = self.0.wait();
@@ -397,10 +396,10 @@ fn a_plan_says_what_qemu_s_locks_would_refuse() {
             all.iter().any(|fact| fact.starts_with("web01.qcow2 is being ") && fact.contains("qemu-nbd["));
         assert!(is_told, "{command}: {all:?}");
     }
-    // Of a machine that runs, what lies below can be cloned.
+    // The layers below a running machine's disk can be cloned.
     assert_eq!(refused("clone new from=tuesday"), Vec::<String>::new());
     drop(held);
-    // What this very mount writes is no refusal, neither here nor to who plans beside it.
+    // Disks that this mount itself writes cause no refusal, neither here nor in a plan beside it.
     let disk = rw(&mount.path("web01/active.raw"));
     for command in ["snapshot new", "pull", "resize +1M"] {
         assert_eq!(refused(command), Vec::<String>::new(), "{command}");
@@ -763,7 +762,7 @@ fn the_creation_of_the_control_directory_is_reported_once() {
     assert!(output(&store).contains(MADE) && store.path(".chainfs").exists(), "{}", output(&store));
     Mount::new(&store).umount();
     assert!(!output(&store).contains("made"), "{}", output(&store));
-    // Else it is the first command that needs a place for its notes.
+    // Else it is the first command that needs a directory for its intents.
     let store = Store::new();
     store.create("a.qcow2", MIB, "");
     let mount = Mount::new(&store);
@@ -773,7 +772,7 @@ fn the_creation_of_the_control_directory_is_reported_once() {
     let second = said(&store, "snapshot mnt/a tuesday", 0);
     assert!(!second.contains("made"), "{second}");
     mount.umount();
-    // An image by itself leaves nothing beside it that nobody has asked for.
+    // A single image creates no file beside it without a command.
     let store = Store::new();
     store.raw("a.raw", MIB, 1);
     Mount::try_new(&store, &store.path("a.raw"), &store.beside("mnt"), "").expect("a mount").umount();

@@ -1,9 +1,9 @@
-//! docs/NOTES.md, held to its word: every step of the libvirt notes, by this tool's words and by qemu-img's.
+//! Tests docs/NOTES.md: every step of the libvirt notes, by chainfs' commands and by qemu-img's.
 //!
-//! A section of the page draws the store before and after it, and has the commands between the two: for the
-//! control files of a mount, for the program on a mount or on a store that is not mounted, and for qemu-img.
-//! Each of these starts from a copy of one store, and must end in the chains of the drawing; what qemu-img
-//! reads of every view there is what it read at the beginning of the view that the drawing names.
+//! A section of the page draws the store before and after it, with the commands between: for the control
+//! files of a mount, for the program on a mount or on an unmounted store, and for qemu-img. Each variant
+//! starts from a copy of one store, and must end in the chains of the drawing; QEMU must read in every view
+//! the bytes that the drawing's view had at the beginning.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -19,12 +19,12 @@ use support::*;
 
 const SIZE: u64 = 2 * MIB;
 const BLOCK: usize = 4096;
-/// Sections at work at one time; most of it is waiting.
+/// Number of sections run at one time; most of the time is waiting.
 const WORKERS: usize = 3;
 /// Where a guest writes before the commands, and where after them.
 const GUEST_PLACES: [(u64, u8); 2] = [(0, 0xa5), (8192, 0x5a)];
 
-/// Who does what a section is about, as its blocks are marked.
+/// The tool of a block, as its marker says.
 const CONTROL: &str = "console control";
 const PROGRAM: &str = "console program";
 const UNMOUNTED: &str = "console unmounted";
@@ -64,8 +64,8 @@ impl Item {
     }
 }
 
-/// The chains of a store, each base first; those behind the first begin where they branch off. Internal
-/// snapshots stand on lines of their own.
+/// The chains of a store, each base first; those after the first begin where they branch off. Internal
+/// snapshots are on lines of their own.
 type Chains = Vec<Vec<Item>>;
 
 /// A section that has commands.
@@ -74,9 +74,9 @@ struct Section<'a> {
     text: &'a str,
     before: Chains,
     after: Chains,
-    /// Whether somebody has the first chain's disk open all the time, and writes.
+    /// Whether the first chain's disk is open and written all the time.
     has_guest: bool,
-    /// Files that show nothing any more.
+    /// Files that are no longer valid.
     invalid: Vec<String>,
 }
 
@@ -150,12 +150,12 @@ fn copy(of: &Store) -> Store {
     store
 }
 
-/// The files of a store, without what chainfs keeps there.
+/// The files of a store, without chainfs' own.
 fn files(store: &Store) -> BTreeSet<String> {
     mount::names_in(&store.root()).into_iter().filter(|name| !name.starts_with(".chainfs")).collect()
 }
 
-/// What QEMU lists of an image's internal snapshots: names and ids.
+/// QEMU's list of an image's internal snapshots: names and ids.
 fn inner(store: &Store, file: &str) -> BTreeMap<String, String> {
     let info = store.info(file, extension(file));
     let listed = info["snapshots"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -163,7 +163,7 @@ fn inner(store: &Store, file: &str) -> BTreeMap<String, String> {
     listed.iter().map(|snapshot| (text(&snapshot["name"]), text(&snapshot["id"]))).collect()
 }
 
-/// What QEMU reads of a view.
+/// The bytes that QEMU reads of a view.
 fn content(store: &Store, item: &Item) -> Vec<u8> {
     let (file, name) = item.place();
     let id = name.map(|name| inner(store, &file).remove(name).unwrap_or_else(|| panic!("no {}", item.name)));
@@ -186,7 +186,7 @@ fn guest_disk(chains: &Chains) -> &Item {
     chains[0].last().expect("a chain has layers")
 }
 
-/// Writes as the guest does, here into what its disk should be.
+/// Writes as the guest does, here into the expected disk.
 fn guest_wrote(content: &mut [u8], write: usize) {
     let (at, byte) = GUEST_PLACES[write];
     content[at as usize..][..BLOCK].fill(byte);
@@ -197,7 +197,7 @@ fn guest_writes(disk: &File, write: usize) {
     disk.write_all_at(&[byte; BLOCK], at).expect("a write");
 }
 
-/// Says which section has failed, and which way.
+/// Names the section that has failed, and the tool.
 struct Teller<'a>(&'a str, &'a str);
 
 impl Drop for Teller<'_> {
@@ -208,10 +208,10 @@ impl Drop for Teller<'_> {
     }
 }
 
-/// Whether no chain has a command at work, and nothing is left to be taken up.
+/// Whether no chain has a running command, and no intent is left.
 fn is_idle(store: &Store, mount: &Mount) -> bool {
     let chains = mount.names("").into_iter().filter(|name| !name.starts_with('.'));
-    // A chain may go with the command that was given to it.
+    // A chain may disappear with the command that was given to it.
     let status =
         |chain: String| fs::read_to_string(mount.path(chain).join("control/status")).unwrap_or_default();
     let intents = store.path(".chainfs/intents");
@@ -247,8 +247,7 @@ impl Section<'_> {
         }
         let mut wanted = BTreeMap::new();
         for item in self.after.iter().flatten() {
-            // Where one chain branches off another, the layer that both have is explained where it first
-            // stands.
+            // Where one chain branches off another, the shared layer is explained at its first place.
             wanted.entry(item.name.clone()).or_insert_with(|| before[&item.shows].clone());
         }
         if has_guest {
@@ -283,7 +282,7 @@ impl Section<'_> {
         self.judge(&store, &wanted);
     }
 
-    /// Whether the mount has the chains of the drawing, and shows what it should.
+    /// Whether the mount has the chains of the drawing, and shows the right bytes.
     fn judge_mount(&self, mount: &Mount, wanted: &BTreeMap<String, Vec<u8>>) {
         for chain in self.after.iter().filter(|chain| !chain[0].is_inner()) {
             let leaf = chain.last().expect("a chain has layers");
@@ -322,7 +321,7 @@ impl Section<'_> {
         }
         for (number, chain) in self.after.iter().enumerate().filter(|(_, chain)| !chain[0].is_inner()) {
             let mut expected: Vec<String> = chain.iter().rev().map(Item::file).collect();
-            // One that begins within another goes on as that does.
+            // A chain that begins within another continues like it.
             let others = self.after[..number].iter();
             let branched = others.clone().find_map(|other| {
                 let at = other.iter().position(|item| item.name == chain[0].name)?;

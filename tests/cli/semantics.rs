@@ -1,6 +1,6 @@
-//! docs/SEMANTICS.md and README.md, held to their word: the examples of the one are run, its errno table is
-//! compared; of the other the picture, the tree, every one-liner, the commands of its installation and its
-//! configuration file.
+//! Tests docs/SEMANTICS.md and README.md: the examples of the former are run, its errno table is compared; of
+//! the latter the picture, the tree, every one-liner, the commands of its installation and its configuration
+//! file.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -188,7 +188,7 @@ fn the_readme_s_installation_and_configuration_work() {
     for program in ["chainfs", "mount-chainfs"] {
         fs::write(root.join("target/release").join(program), "").expect("a file");
     }
-    // As on a fresh system, but beneath a directory; what was built is not built once more.
+    // As on a fresh system, but beneath a directory, and without a second build.
     let script: Vec<String> = install[1..]
         .iter()
         .map(|line| {

@@ -1,5 +1,5 @@
-//! `ls`, `cat`, `cp`, `diff` and `versions` on guests' disks, judged by the kernel's own mount of what
-//! `qemu-img convert` reads of each view. Needs root, loop devices, ext4 and vfat.
+//! `ls`, `cat`, `cp`, `diff` and `versions` on guests' disks, compared with the kernel's own mount of
+//! `qemu-img convert`'s output for each view. Needs root, loop devices, ext4 and vfat.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -13,7 +13,7 @@ use serde_json::Value;
 use support::foreign::{Loop, Qemu};
 use support::*;
 
-/// Where the partitions lie, and their sizes: vfat, ext4, and something unknown.
+/// Offsets of the partitions, and their sizes: vfat, ext4, and an unknown one.
 const P1: (u64, u64) = (MIB, 16 * MIB);
 const P2: (u64, u64) = (17 * MIB, 60 * MIB);
 const P3: (u64, u64) = (77 * MIB, MIB);
@@ -44,7 +44,7 @@ impl Attached {
 
 impl Drop for Attached {
     fn drop(&mut self) {
-        // Whoever starts a program at this moment has what we had open, for a moment.
+        // A process that another test has just forked holds these descriptors for a moment.
         for _ in 0..100 {
             if tool("umount").arg(&self.0).outcome().0 == 0 {
                 return;
@@ -126,7 +126,7 @@ impl Guest {
         self.store.path(place)
     }
 
-    /// The ext4 of a view, as the kernel shows what QEMU reads.
+    /// The ext4 of a view, as the kernel shows QEMU's output.
     fn judge(&self, image: &str, snapshot: Option<&str>, name: &str) -> Attached {
         let oracle = self
             .store
@@ -136,7 +136,7 @@ impl Guest {
     }
 }
 
-/// What stat(2) and others say of a file.
+/// The attributes of a file, by stat(2) and others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Entry {
     kind: &'static str,
@@ -326,7 +326,7 @@ fn ls_and_cp_show_the_same_as_the_kernel() {
     drop(judge);
 }
 
-/// What a guest does between two snapshots: something of every kind of change.
+/// A guest's changes between two snapshots: one of every kind.
 fn changes(dir: &Path) {
     let at = |name: &str| dir.join(name);
     fs::write(at("new"), "new").expect("a file");
@@ -348,7 +348,7 @@ fn changes(dir: &Path) {
     fs::remove_file(at("kind")).and_then(|()| fs::create_dir(at("kind"))).expect("a directory");
     fs::write(at("kind/below"), "x").expect("a file");
     fs::rename(at("tree/moved"), at("tree/there")).expect("a rename");
-    // Rewritten with the same bytes elsewhere on the disk; only the time tells.
+    // Rewritten with the same bytes elsewhere on the disk; only the time differs.
     let same = fs::read(at("rewritten")).expect("a file");
     fs::write(at("copy"), &same).and_then(|()| fs::rename(at("copy"), at("rewritten"))).expect("a file");
     let _ = fs::read(at("large")).expect("a read, which may change the time of access");
@@ -378,7 +378,7 @@ fn before(dir: &Path) {
     symlink("somewhere", at("link")).expect("a link");
 }
 
-/// What differs between two mounted trees, each by what chainfs would call it; found by comparing everything.
+/// The differences between two mounted trees, each named as chainfs would; found by comparing everything.
 fn differences(a: &Path, b: &Path) -> BTreeMap<PathBuf, (String, Vec<String>)> {
     let (a, b) = (walk(a), walk(b));
     let paths: BTreeSet<&PathBuf> = a.keys().chain(b.keys()).collect();
@@ -461,7 +461,7 @@ fn diff_reports_every_changed_file_and_reads_little() {
     let last = text.lines().last().expect("a summary");
     assert!(last.contains(" added, ") && last.contains(" of 154 MiB read"), "{last}");
 
-    // Of a guest that runs, what its own layer does not hold is not read either.
+    // A running guest's own layer is not read if it holds no difference.
     let qemu = Qemu::running_on(&guest.store, "vm.qcow2", &[]);
     let running = json(chainfs(&["diff", "--files", "--json", "-U"]).args([&base, &vm]));
     qemu.shut_down();
@@ -482,7 +482,7 @@ fn diff_reports_every_changed_file_and_reads_little() {
     let (code, _, err) = chainfs(&["diff"]).arg(guest.place("base.qcow2:/p2/never")).arg(&vm).outcome();
     assert!(code == 2 && err.contains("neither"), "{code} {err}");
 
-    // The same disk, and one that was copied into images of its own: nothing shared, nothing different.
+    // The same disk, and one that was copied into images of its own: nothing shared, no difference.
     let same = chainfs(&["diff", "--files"]).args([&vm, &vm]).outcome();
     assert_eq!((same.0, same.1.starts_with("0 added, 0 removed, 0 changed;")), (0, true), "{same:?}");
     guest.freeze("other.qcow2", None);
@@ -495,7 +495,7 @@ fn diff_reports_every_changed_file_and_reads_little() {
         "what is not shared is read: {answer}"
     );
 
-    // What has no files we know is compared as bytes.
+    // Volumes without a known file system are compared as bytes.
     let file = File::options().write(true).open(&guest.disk).expect("the disk");
     file.write_all_at(b"changed", P3.0 + 5000).expect("a change");
     guest.freeze("third.qcow2", Some("vm.qcow2"));
@@ -563,7 +563,7 @@ fn diff_of_disks_reports_the_differing_sectors() {
             }
         }
     }
-    // Where it lies is told.
+    // Its location is reported.
     let guest = Guest::install();
     guest.freeze("base.qcow2", None);
     guest.store.overlay("vm.qcow2", "base.qcow2", "qcow2", "");
@@ -621,7 +621,7 @@ fn versions_reports_the_views_of_each_content() {
     assert_eq!(lines.len(), 3, "the chain of the leaf alone: {text}");
     assert!(lines[0].starts_with("absent ") && lines[0].ends_with(" base"), "{text}");
     assert!(lines[1].contains("  3  -rw-r--r--  sn1@in:ner, sn1, sn2"), "{text}");
-    // A place inside a mount means the same, also where nothing is there.
+    // A path inside a mount means the same, even without a file there.
     let mount = Mount::new(&guest.store);
     for place in ["vm/files/sn1/p2/motd", "vm/files/base/p2/motd"] {
         let by_mount = chainfs(&["versions"]).arg(mount.path(place)).succeeds();
@@ -756,11 +756,11 @@ fn places_are_found_whatever_images_and_snapshots_are_called() {
     refused(&["cat", "base.qcow2:/p3/x"], 1, "the files of p3 cannot be shown");
     refused(&["cat", "base.qcow2"], 1, "names no volume");
     refused(&["ls", ""], 1, "is a directory; name one of its images");
-    // What is wrong with one leaves the others.
+    // An error of one file does not affect the others.
     let both = [guest.place("base.qcow2:/p2/none"), guest.place("base.qcow2:/p2/etc/hostname")];
     let (code, out, _) = chainfs(&["cat"]).args(both).outcome();
     assert_eq!((code, out.as_str()), (1, "one\n"));
-    // Nobody who stops reading is told of it.
+    // A reader that stops early causes no error message.
     let place = guest.place("base.qcow2:/p1/EFI/A long Name.txt");
     let head = tool("sh")
         .args(["-c", "\"$1\" cat \"$2\" | head -c 1 | wc -c", "sh", chainfs_binary()])
@@ -768,7 +768,7 @@ fn places_are_found_whatever_images_and_snapshots_are_called() {
         .succeeds();
     assert_eq!(head.trim(), "1");
 
-    // A guest that runs keeps its own disk to itself; what is below it can be looked into.
+    // A running guest has its disk locked; the layers below can be inspected.
     let qemu = Qemu::running_on(&guest.store, "./od:d@x.qcow2", &[]);
     refused(&["cat", "od:d@x.qcow2:/p2/etc/hostname"], 1, "qemu-nbd");
     assert_eq!(cat("base.qcow2:/p2/etc/hostname"), "one\n");
@@ -828,7 +828,7 @@ fn the_other_disks_of_a_volume_group_are_found_beside_the_image() {
         .arg(store.path("sys.qcow2"))
         .outcome();
     assert_eq!(same.0, 0, "{same:?}");
-    // Without the other disk it is said what is missing.
+    // Without the other disk the missing part is reported.
     let apart = store.dir("apart");
     fs::rename(store.path("sys.qcow2"), apart.join("sys.qcow2")).expect("a move");
     let (code, _, err) = chainfs(&["cat"]).arg(apart.join("sys.qcow2:/vg-far/f")).outcome();
@@ -866,7 +866,7 @@ fn damaged_files_are_reported_and_the_rest_is_listed() {
     let lines: Vec<&str> = out.lines().collect();
     assert!(lines[0].starts_with("! /p2/bad   not readable in the second: "), "{out}");
     assert_eq!(lines[1], "~ /p2/c   content, size, time", "{out}");
-    // What cannot be listed may still be there.
+    // A directory that cannot be listed may still exist.
     assert!(lines[2].starts_with("! /p2/lost   not readable in the second: "), "{out}");
     assert_eq!(lines[3], "+ /p2/sub/ring/again", "{out}");
     assert!(lines[4].starts_with("! /p2/sub/ring/again   not readable in the second: "), "{out}");

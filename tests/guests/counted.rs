@@ -1,4 +1,4 @@
-//! A disk that counts what is read of it: how much work a question is does not depend on the machine.
+//! A disk that counts reads: the amount of work for a query does not depend on the machine.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -1,5 +1,5 @@
-//! Many guests with damaged disks in one mount: whatever their disks say, each question gets its answer, and
-//! the daemon serves all others as before.
+//! Many guests with damaged disks in one mount: every request is answered, and the daemon serves all others
+//! as before.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -13,9 +13,9 @@ use support::*;
 
 /// Disks in one mount.
 const BATCH: u64 = 50;
-/// What the daemon and its workers may have in memory, together, however large the disks say that things are.
+/// Maximum memory of the daemon and its workers together, whatever sizes the disks state.
 const MEMORY: u64 = 1 << 30;
-/// Entries of one disk that are looked at: damage can make them endless.
+/// Maximum number of entries read of one disk: damage can make them endless.
 const ENTRIES: usize = 3000;
 /// Bytes of one file that are read, for the same reason.
 const CONTENT: usize = 8 << 20;
@@ -164,7 +164,7 @@ fn damaged_guests_cause_no_crash_or_hang() {
     }
 }
 
-/// Writes what is not zero.
+/// Writes the nonzero parts.
 fn sparse(path: &Path, bytes: &[u8]) {
     let file = File::create(path).expect("a disk");
     file.set_len(bytes.len() as u64).expect("its size");

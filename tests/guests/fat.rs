@@ -33,7 +33,7 @@ impl Lab {
         self.dir.path().join("image")
     }
 
-    /// What is to be copied to the volume.
+    /// The files to copy to the volume.
     fn tree(&self) -> PathBuf {
         self.dir.path().join("tree")
     }
@@ -50,7 +50,7 @@ impl Lab {
         command
     }
 
-    /// Copies all that is in the tree to the volume.
+    /// Copies all files of the tree to the volume.
     fn fill(&self) {
         let mut command = self.mtools("mcopy");
         command.args(["-s", "-p", "-m", "-Q", "-o"]);
@@ -68,7 +68,7 @@ impl Lab {
         Fat::open(Arc::new(self.bytes())).expect("a file system")
     }
 
-    /// What mtools reads from it.
+    /// The files that mtools reads from it.
     fn judged(&self, name: &str) -> BTreeMap<String, Seen> {
         let out = self.dir.path().join(name);
         fs::create_dir(&out).expect("a directory");
@@ -79,7 +79,7 @@ impl Lab {
     }
 }
 
-/// What is compared of a file.
+/// The compared properties of a file.
 #[derive(Debug, PartialEq, Eq, Clone)]
 struct Seen {
     is_directory: bool,
@@ -103,7 +103,7 @@ fn read_tree(dir: &Path, prefix: &str, seen: &mut BTreeMap<String, Seen>) {
     }
 }
 
-/// Everything, read in pieces of a size that fits nothing; each file's runs say the same as its bytes.
+/// Everything, read in pieces of an odd size; each file's runs agree with its bytes.
 fn walk(fat: &Fat, bytes: &[u8]) -> BTreeMap<String, Seen> {
     let mut seen = BTreeMap::new();
     let mut left = vec![(fat.root(), String::new())];
@@ -199,7 +199,7 @@ fn plant(dir: &Path, rng: &mut Rng, most: u64) {
         let path = dir.join(name);
         let len = [0, 1, 511, 512, 513, most][number % 6];
         fs::write(&path, rng.bytes(len)).expect("a file");
-        // Two seconds are what the format can tell.
+        // The format stores times in units of two seconds.
         set_time(&path, 315_532_800 + rng.below(2_000_000_000) / 2 * 2);
     }
     let mut deep = dir.to_path_buf();
@@ -220,7 +220,7 @@ fn reads_as_mtools_do(size: u64, options: &[&str], kind: FatWidth, most: u64) {
     assert_eq!(ours.len(), NAMES.len() + 1 + 40);
     assert_same_tree(&ours, &lab.judged("first"));
 
-    // Holes are torn, and something large is put into them.
+    // Punches holes, and adds a large file in them.
     lab.mtools("mdel").args(["::/Mixed.txt", "::/fourteen_chars", "::/level 0 of the tree/FILE"]).succeeds();
     lab.mtools("mren").args(["::/noextension", "::/now another much longer name"]).succeeds();
     lab.mtools("mmd").args(["::/empty"]).succeeds();
@@ -317,8 +317,7 @@ fn a_large_directory_is_searched_and_listed_in_parts() {
     assert_eq!(fat.lookup(fat.root(), b"the file with the number 2000").unwrap(), None);
 }
 
-/// A large file in single clusters, each apart from the next: reading it must not go along the chain from its
-/// beginning.
+/// A large file in single, separate clusters: reading it must not walk the chain from its beginning.
 #[test]
 fn a_file_in_a_hundred_thousand_pieces_is_read_in_time() {
     let lab = Lab::new(128 * MIB, &["-F", "32", "-s", "1"]);
@@ -329,7 +328,7 @@ fn a_file_in_a_hundred_thousand_pieces_is_read_in_time() {
     let ino = fat.lookup(fat.root(), b"large").unwrap().expect("the file");
     let runs = fat.runs(ino, 0, u64::MAX, 10).unwrap();
     assert_eq!(runs.len(), 1, "mtools have spread it");
-    // Every second cluster first, then the others: the chain is made anew.
+    // Every second cluster first, then the others: rewrites the chain.
     let table_at = usize::from(u16::from_le_bytes([bytes[14], bytes[15]])) * 512;
     let entry = ino.0 as usize * 32;
     let first =
@@ -383,7 +382,7 @@ fn attributes_match_those_of_linux() {
     let volume = FatVolume::detect(&lab.bytes()).expect("FAT");
     assert_eq!(volume.serial().as_deref(), Some("12AB-34CD"));
     assert_eq!(volume.label(&lab.bytes()).as_deref(), Some("A LABEL"));
-    // mdir says how many bytes are free.
+    // mdir prints the number of free bytes.
     let mdir = lab.mtools("mdir").arg("::/").succeeds();
     let free: String = mdir
         .lines()
@@ -414,7 +413,7 @@ fn orphaned_and_damaged_long_names_are_ignored() {
     assert_eq!(names(&fat, &bytes), ["FIRSTL~1", "SECOND~1", "third long name"]);
     let ino = fat.lookup(fat.root(), b"thirdl~1").unwrap().expect("by its short name");
 
-    // One that is deleted takes its names with it, and its number is nobody's.
+    // A deleted file takes its names with it, and its number is unused.
     bytes[entry(8)] = 0xe5;
     let fat = Fat::open(Arc::new(bytes.clone())).unwrap();
     assert_eq!(names(&fat, &bytes), ["FIRSTL~1", "SECOND~1"]);
@@ -477,13 +476,13 @@ fn the_second_table_is_used_where_the_first_cannot_be_read() {
     assert!(buf.iter().all(|byte| *byte == 7));
 }
 
-/// One question reads little, whatever the volume says; the free clusters of the largest take 2 MiB.
+/// One query reads little, whatever the volume states; the free clusters of the largest take 2 MiB.
 fn assert_little(source: &Counted<Vec<u8>>) {
     let (requests, bytes) = source.taken();
     assert!(requests <= 1000 && bytes <= 16 << 20, "{requests} requests, {bytes} bytes");
 }
 
-/// Whatever a walk over a damaged volume meets, it ends.
+/// A walk over a damaged volume always ends.
 fn survive(bytes: Vec<u8>) {
     let source = Arc::new(Counted::new(bytes));
     let opened = Fat::open(Arc::clone(&source) as Arc<dyn Source>);
@@ -528,7 +527,7 @@ fn no_damage_makes_it_panic_or_hang() {
         plant(&lab.tree(), &mut Rng::new(1), 3000);
         lab.fill();
         let good = lab.bytes();
-        // Where there is anything: boot sector, tables, directories and what comes first of the data.
+        // Where there is metadata: boot sector, tables, directories and the beginning of the data.
         let places: Vec<usize> = (0..good.len()).filter(|at| good[*at] != 0).take(20_000).collect();
         for seed in 0..count {
             let mut rng = Rng::new(seed);

@@ -1,5 +1,5 @@
-//! A guest whose volume group lies on several disks, each of them a chain of the store: put together in every
-//! view of the same moment, and never with another guest's disk. LVM itself makes the group.
+//! A guest whose volume group spans several disks, each of them a chain of the store: assembled in every view
+//! of the same moment, and never with another guest's disk. LVM itself makes the group.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
@@ -69,7 +69,7 @@ fn group(store: &Store, tree: &Path) -> [PathBuf; 2] {
     disks
 }
 
-/// A file large enough to lie on both disks.
+/// A file large enough to be on both disks.
 fn tree(store: &Store) -> (PathBuf, Vec<u8>) {
     let tree = store.beside("tree");
     fs::create_dir_all(tree.join("etc")).expect("a directory");
@@ -117,7 +117,7 @@ fn a_disk_of_another_guest_never_joins_a_group() {
         store.dir(guest);
         image(&store, &one, &format!("{guest}/one.qcow2"));
     }
-    // Of the second guest's other disk nothing is in the store; a clone's is.
+    // The second guest's other disk is not in the store; a clone's is.
     image(&store, &two, "a/two.qcow2");
     image(&store, &two, "a/two-copy.qcow2");
     let mount = Mount::new(&store);
@@ -130,7 +130,7 @@ fn a_disk_of_another_guest_never_joins_a_group() {
     assert_eq!(mount.text("a/one/files/active/vg-root/etc/hostname"), "grouped\n");
     assert_eq!(mount.text("a/two/files/active/vg-root/etc/hostname"), "grouped\n");
     mount.umount();
-    // Who may not read the one does not see it through the other.
+    // A user who may not read the one does not see it through the other.
     fs::set_permissions(store.path("a/two.qcow2"), fs::Permissions::from_mode(0o600)).expect("a mode");
     let mount = Mount::new(&store);
     assert_eq!(mount.names("a/one/files/active"), ["volumes.txt"]);

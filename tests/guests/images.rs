@@ -53,8 +53,8 @@ fn fill(dir: &Path, seed: u64) {
     fs::hard_link(top.join("sparse"), top.join("another name")).expect("a hard link");
 }
 
-/// A guest that works on a plain disk of its own; now and then the disk's state becomes a layer, which
-/// holds what differs from the layer below.
+/// A guest that works on a plain disk of its own; at times the disk's state becomes a layer, which holds the
+/// differences from the layer below.
 struct Guest<'a> {
     store: &'a Store,
     /// The disk as the guest sees it.
@@ -165,7 +165,7 @@ fn a_btrfs_guest_reads_through_a_loop_device() {
     reads_through_a_loop_device("btrfs", 160 * MIB, "ro,loop");
 }
 
-/// A server of QEMU's on one of our files.
+/// A QEMU server for one of the mount's files.
 struct Served(Child);
 
 impl Drop for Served {

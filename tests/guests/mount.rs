@@ -1,5 +1,5 @@
-//! Guests' partitions and files through real mounts: what the kernel's own mount of the same view shows, held
-//! still while it is written, read by a process that can do nothing else. Needs root, loop devices and ext4.
+//! Guests' partitions and files through real mounts, compared with the kernel's own mount of the same view:
+//! as a point-in-time view during writes, read by a sandboxed process. Needs root, loop devices and ext4.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -53,7 +53,7 @@ fn small_tree(store: &Store) -> PathBuf {
         ("deep/er/dot", "."),
         ("deep/er/winds", "dot/dot/../../../../../../etc/hostname"),
         ("to-still", "deep/er/still"),
-        // What is above `still` is `er`, wherever the link that leads there stands.
+        // `er` is the part of a link's target above the root, wherever the link is.
         ("through", "to-still/../inside"),
         ("root-itself", "/"),
     ];
@@ -137,7 +137,7 @@ fn attributes(path: &Path) -> Vec<(Vec<u8>, Vec<u8>)> {
     found
 }
 
-/// Everything beneath a directory, as anybody sees it.
+/// Everything beneath a directory, as any user sees it.
 fn walk(root: &Path) -> BTreeMap<PathBuf, Entry> {
     let mut inodes = BTreeMap::new();
     let mut found = BTreeMap::new();
@@ -211,7 +211,7 @@ fn assert_same_tree(shown: &Path, kernel: &Path) {
     assert!(kernel.len() > 5, "there is something to compare");
 }
 
-/// The kernel's mount of a copy of what a view shows: it replays the journal there.
+/// The kernel's mount of a copy of a view's bytes: it replays the journal there.
 fn kernel_mount(store: &Store, shown: &Path, name: &str) -> (Loop, Mounted) {
     let copy = store.beside(format!("{name}.copy"));
     tool("cp").arg("--sparse=always").arg(shown).arg(&copy).succeeds();
@@ -344,7 +344,7 @@ fn partitions_are_disks_and_only_active_ones_are_writable() {
     disk.read_exact_at(&mut beyond, START + PARTITION).expect("a read");
     assert!(beyond == whole[(START + PARTITION) as usize..][..64], "nothing beyond was written");
     drop((open, disk));
-    // A guest changes its table: the partitions are those of now.
+    // A guest changes its table: the new partitions are shown.
     tool("sgdisk").args(["-d1", "-n1:4096:+10M", "-n2:0:+5M"]).arg(mount.path("vm/active.raw")).succeeds();
     eventually("the new partitions", || mount.names("vm/partitions/active") == ["p1.raw", "p2.raw"]);
     assert_eq!(fs::metadata(&part).expect("a partition").len(), 10 * MIB);
@@ -398,7 +398,7 @@ fn a_worker_has_no_rights_and_its_crash_is_survived() {
             let target = target.to_str().expect("plain");
             assert!(target.starts_with("socket:"), "a worker has {target}");
         }
-        // The file is open while the worker goes, and while another is there.
+        // The file is open while the worker ends, and while another one runs.
         let open = File::open(mount.path("vm/files/sn1/p1/usr/lib/big")).expect("a file");
         tool("kill").args(["-9", &worker.to_string()]).succeeds();
         let mut bytes = vec![0; 3 * MIB as usize];
@@ -411,7 +411,7 @@ fn a_worker_has_no_rights_and_its_crash_is_survived() {
     }
 }
 
-/// How often the first thread of a process has gone to sleep.
+/// How often the first thread of a process has slept.
 fn sleeps(process: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/task/{process}/status")).expect("its status");
     let line =
@@ -436,7 +436,7 @@ fn an_idle_worker_sleeps_and_ends_with_its_daemon() {
     eventually("the worker ends", || !fs::exists(format!("/proc/{worker}")).expect("/proc"));
 }
 
-/// A file whose inode is damaged is an error by itself; its name and its neighbours stay.
+/// A file whose inode is damaged fails alone; its name and its neighbours stay.
 #[test]
 fn a_damaged_file_keeps_its_name_and_fails_alone() {
     let store = Store::new();
@@ -485,7 +485,7 @@ fn an_open_active_disk_shows_one_point_in_time_despite_writes() {
     assert!(bytes == big, "what is read is what it was");
     assert_eq!(fs::read_to_string(root.join("p1/etc/hostname")).expect("a file"), "web01\n");
     drop(open);
-    // Whoever opens the directory afresh sees what there is now.
+    // A new opening of the directory shows the current state.
     assert_eq!(mount.names("vm/files/active"), ["volumes.txt"]);
     assert!(
         mount.text("vm/files/active/volumes.txt").contains("unknown"),
@@ -505,7 +505,7 @@ fn memory(mount: &Mount) -> u64 {
     line.split_whitespace().nth(1).and_then(|number| number.parse::<u64>().ok()).expect("a number") << 10
 }
 
-/// Ten seconds, and what it takes to see that they are over.
+/// Ten seconds, and some time to detect their end.
 const NOBODY_LOOKS: Duration = Duration::from_secs(14);
 
 #[test]
@@ -554,7 +554,7 @@ fn an_open_partition_of_a_removed_disk_stays_readable() {
     let before = fs::read(store.oracle("sn1.qcow2", "qcow2")).expect("a disk");
     fs::rename(store.path("vm.qcow2"), store.beside("vm.qcow2")).expect("it goes");
     eventually("it is seen to have gone", || !mount.path("vm").exists());
-    // For as long the kernel believes what it was told.
+    // The kernel caches answers for that long.
     std::thread::sleep(Duration::from_millis(700));
     assert_eq!(open.metadata().expect("what it was").len(), PARTITION);
     let mut bytes = vec![0; MIB as usize];
@@ -608,7 +608,7 @@ fn the_owner_reads_all_and_others_by_the_modes_of_the_image() {
             sha256sum < base/p1/usr/lib/big && ls -lR . | wc -l",
         shown.display()
     ));
-    // Of what the kernel gives to root alone, nobody else is told.
+    // Attributes that the kernel shows to root only are hidden from other users.
     let copied = as_user(&format!(
         "copy=$(mktemp -d -p /dev/shm); cp --preserve=xattr {}/active/p1/home/joe/marked $copy; said=$?; rm \
             -r $copy; exit $said",
@@ -617,7 +617,7 @@ fn the_owner_reads_all_and_others_by_the_modes_of_the_image() {
     let unmounted = as_user(&format!("{} umount {}", chainfs_binary(), dir.display()));
     assert_eq!((code, copied.0, unmounted.0), (0, 0, 0), "{said}{}{}", copied.2, unmounted.2);
     assert!(out.starts_with("web01\nfor joe aloneweb01\n"), "{out}");
-    // With others let in, the kernel asks who may read the image, and then the guest's own modes.
+    // With allow_other, the image's permissions are checked, and then the guest's own modes.
     let mount = Mount::with(&store, "allow_other");
     assert_eq!(
         attributes(&mount.path("vm/files/sn1/p1/home/joe/marked")),
@@ -635,7 +635,7 @@ fn the_owner_reads_all_and_others_by_the_modes_of_the_image() {
     mount.umount();
 }
 
-/// An access control list as extended attributes have it: whom, what for, and whose number.
+/// An access control list in the format of the extended attribute: tag, permissions, id.
 fn access_list(entries: &[(u16, u16, u32)]) -> Vec<u8> {
     let bytes = |(tag, bits, id): &(u16, u16, u32)| {
         [tag.to_le_bytes().as_slice(), &bits.to_le_bytes(), &id.to_le_bytes()].concat()
@@ -649,7 +649,8 @@ fn access_control_lists_of_the_guest_grant_access() {
     let [owner, user, group, mask, other] = [1, 2, 4, 0x10, 0x20];
     let (store, nobody) = (Store::new(), 65_534);
     let tree = small_tree(&store);
-    // What the mode shows as the group's bits is the mask: more than the group may, or less than a user.
+    // The group bits of the mode are the mask: they may be more than the group's rights, or less than a
+    // user's.
     let lists = [
         (
             "let-in",
@@ -681,7 +682,7 @@ fn access_control_lists_of_the_guest_grant_access() {
         ("allow_other", 0, 1),
         // Modes alone.
         ("allow_other,noacl", 1, 0),
-        // The word of who mounts it.
+        // The mounting user decides.
         ("allow_other,umask=022", 0, 0),
         ("allow_other,umask=077", 1, 1),
     ] {
@@ -704,8 +705,7 @@ fn without_the_files_option_there_are_no_guest_files() {
     mount.umount();
 }
 
-/// A journal that cannot be replayed: what is shown is not what the guest wrote last, which nobody may
-/// overlook.
+/// A journal that cannot be replayed: the guest's last writes are missing, which must be reported.
 #[test]
 fn an_old_state_of_a_volume_is_reported_everywhere() {
     let store = Store::new();

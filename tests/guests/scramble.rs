@@ -1,15 +1,14 @@
-//! Random damage to what a disk says of itself.
+//! Random damage to the metadata of a disk.
 
 use support::Rng;
 
-/// Blocks of a kibibyte in which something is that is not only content: numbers of those that damage is worth
-/// while to.
+/// Blocks of a kibibyte that hold more than file content: the numbers of those worth damaging.
 pub(crate) fn telling_blocks(bytes: &[u8]) -> Vec<usize> {
     let tells = |block: &[u8]| block.iter().any(|byte| *byte != 0) && block[..1000] != [block[0]; 1000];
     (0..bytes.len() / 1024).filter(|at| tells(&bytes[at * 1024..][..1024])).collect()
 }
 
-/// Changes up to 40 places of those blocks: bits, bytes, numbers, and pieces of elsewhere.
+/// Changes up to 40 places of those blocks: bits, bytes, numbers, and pieces of other blocks.
 pub(crate) fn scramble(bytes: &mut [u8], blocks: &[usize], rng: &mut Rng) {
     for _ in 0..=rng.below(40) {
         let at = blocks[rng.below(blocks.len() as u64) as usize] * 1024 + rng.below(1024) as usize;

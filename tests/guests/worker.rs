@@ -1,5 +1,5 @@
-//! Workers that have been taken over: whatever one answers, whoever asks it gets an error or what can do no
-//! harm. A shell script says what such a worker would say.
+//! Compromised workers: whatever one answers, the client gets an error or a harmless value. A shell script
+//! gives the answers of such a worker.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -20,7 +20,7 @@ use support::Rng;
 /// Longer than anything here takes.
 const LONG: Duration = Duration::from_secs(30);
 
-/// What `work` gives; it is wrong if that takes long.
+/// The result of `work`; fails if that takes long.
 fn soon<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, wait) = mpsc::channel();
     std::thread::spawn(move || done.send(work()));
@@ -50,7 +50,7 @@ fn system_on(name: &str) -> String {
     answer(&[&[12, 1, name.len() as u8], name.as_bytes(), &[0; 8]].concat())
 }
 
-/// What stat(2) says of an inode of that kind.
+/// The attributes of an inode of that kind.
 fn attributes(kind: u8) -> Vec<u8> {
     [&[kind, 0, 0, 0, 0, 0, 1][..], &[0; 9]].concat()
 }
@@ -58,7 +58,7 @@ fn attributes(kind: u8) -> Vec<u8> {
 const DIRECTORY: u8 = 1;
 const SYMLINK: u8 = 2;
 
-/// A worker that says `first`, and then `again` and again, without listening.
+/// A worker that answers `first`, and then `again` repeatedly, without reading.
 fn worker(place: &Path, first: &str, again: &str) -> WorkerProgram {
     let path = place.join("worker");
     let text = format!("#!/bin/sh\nexec >&0\nprintf '{first}'\nwhile printf '{again}'; do :; done\n");
@@ -67,7 +67,7 @@ fn worker(place: &Path, first: &str, again: &str) -> WorkerProgram {
     WorkerProgram { path, seccomp: false }
 }
 
-/// A store of one disk, and who looks into it by such a worker.
+/// A store of one disk, read through such a worker.
 fn browser(first: &str, again: &str) -> (tempfile::TempDir, Arc<Store>, Arc<Browser>) {
     let place = tempfile::tempdir().expect("a directory");
     let images = place.path().join("store");
@@ -79,7 +79,7 @@ fn browser(first: &str, again: &str) -> (tempfile::TempDir, Arc<Store>, Arc<Brow
     (place, store, browser)
 }
 
-/// What such a worker makes of the disk.
+/// The disk's contents as such a worker reports them.
 fn inside(first: &str, again: &str) -> (tempfile::TempDir, Result<Arc<DiskContents>>) {
     let (place, store, browser) = browser(first, again);
     let catalog = store.catalog();
@@ -109,8 +109,8 @@ fn opening_a_set_that_the_worker_does_not_have_ends() {
     assert_eq!(mounted.expect_err("there is no set").kind(), ErrorKind::Io);
 }
 
-/// The number of an entry says how deep it lies, which is told by its being a directory or not, and how far
-/// up a link leads depends on that.
+/// The number of an entry encodes its depth, which depends on its being a directory or not, and the target of
+/// a link depends on the depth.
 #[test]
 fn type_and_inode_number_of_an_entry_come_from_one_answer() {
     let mounted = answer(&[&[3, 2, 1][..], &[0; 8]].concat());
@@ -235,7 +235,7 @@ const ATTRIBUTES: u8 = 6;
 const OPENED: u8 = 8;
 const RUNS: u8 = 9;
 
-/// Reads all that a worker says about, as far as it can be read.
+/// Reads everything that a worker reports, as far as it can be read.
 fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
     let mut buf = vec![0; 5000];
     for _ in 0..20 {

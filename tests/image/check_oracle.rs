@@ -7,7 +7,7 @@ use chainfs::image::check::{CheckReport, check};
 use serde_json::Value;
 use support::oracle::{COPIED, Disk, NAME, OFFSET, Places, Random, Scratch, damaged_entry, places};
 
-/// Our exit code and report; `None` for a report where there is none.
+/// chainfs' exit code and report; `None` if there is no report.
 fn ours(scratch: &Scratch) -> (i32, Option<CheckReport>) {
     match check(&Disk::open(scratch.path(NAME)), NAME) {
         Ok(report) => (report.exit_code().into(), Some(report)),
@@ -390,7 +390,7 @@ fn random_damage_is_judged_alike() {
             }
             println!("== {case}");
             let (ours, theirs) = (ours(&scratch), theirs(&scratch));
-            // Version 2 and extended entries have bits that only we object to.
+            // Version 2 and extended entries have bits that only chainfs refuses.
             let stricter = kind > 0 && ours.0 == 2 && [0, 3].contains(&theirs.0);
             assert!(ours.0 == theirs.0 || stricter, "{case}: {} and {}\n{:?}", ours.0, theirs.0, ours.1);
             let Some(report) = ours.1.filter(|_| !theirs.1.is_empty()) else { continue };

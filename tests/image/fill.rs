@@ -1,8 +1,8 @@
-//! Filling from below: whatever is written, snapshotted and filled in between, no view of an image
-//! changes, and at the end none needs the layers below any more.
+//! Filling from below: with any writes, snapshots and fills in between, no view of an image changes, and at
+//! the end none needs the layers below any more.
 //!
-//! The image stands on a backing image. What will be below it is a [`Lower`] disk, which is the same here,
-//! zero there, and other than the backing image elsewhere.
+//! The image is backed by a backing image. Its future backing is a [`Lower`] disk, which is equal in some
+//! ranges, zero in others, and different elsewhere.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,17 +21,17 @@ use support::sim::{
     mix, seed,
 };
 
-/// The tag of what only the new layer below has.
+/// The tag of bytes that only the new layer below has.
 const LOWER_TAG: u64 = 0x10;
 
-/// What will lie below the image.
+/// The future backing of the image.
 struct Lower {
     now: Backing,
     then: Backing,
 }
 
 impl Lower {
-    /// Runs of odd lengths: the same as now, nothing, or something else.
+    /// Runs of odd lengths: equal, zero, or different.
     fn new(now: &Backing, seed: u64) -> Self {
         let mut random = Random::new(mix(seed));
         let (mut then, mut at) = (Pages::default(), 0);
@@ -49,7 +49,7 @@ impl Lower {
         Self { now: now.clone(), then: Backing(Arc::new(then)) }
     }
 
-    /// Nothing at all.
+    /// Always zero.
     fn none(now: &Backing) -> Self {
         Self { now: now.clone(), then: Backing(Arc::new(Pages::default())) }
     }
@@ -136,7 +136,7 @@ fn kinds() -> Vec<(&'static str, Start, u64)> {
     ]
 }
 
-/// What must be true at any time, of the files as they are: sound, all views as they should be.
+/// The conditions at any time, checked on the files: sound, and all views right.
 fn judge(files: &[Pages], active: &Pages, snapshots: &[Pages], below: &Backing, what: &str) {
     let report = check(&files[0], IMAGE).unwrap();
     assert!(report.corruptions == 0 && report.check_errors == 0 && report.leaks == 0, "{what}: {report}");
@@ -210,7 +210,7 @@ fn judge_by_qemu(
     }
 }
 
-/// What the internal snapshots hold before anything is done, to the ends of their own disks.
+/// The bytes of the internal snapshots before anything is done, to the ends of their own disks.
 fn at_first(image: &StartImage) -> Vec<Pages> {
     let opened = Opened::new(&image.files).unwrap();
     let by_qemu = image.snapshots.iter().enumerate();
@@ -318,7 +318,7 @@ fn a_crash_leaves_every_view_as_it_was() {
     }
 }
 
-/// Who has left a table in memory still refers to it on disk: what is filled meanwhile must not show there.
+/// A view that has dropped a table in memory still refers to it on disk: a fill must not be visible there.
 #[test]
 // M1
 fn a_crash_between_dropping_a_table_and_filling_it_loses_nothing() {
@@ -342,7 +342,7 @@ fn a_crash_between_dropping_a_table_and_filling_it_loses_nothing() {
     }
 }
 
-/// Whatever a crash has left, leaks and all: opened again, it is filled, and needs the layers no more.
+/// After any crash, with leaks: reopened and filled, it needs the layers no more.
 #[test]
 fn filling_continues_after_a_crash() {
     for (name, start, longest) in kinds() {
@@ -394,7 +394,7 @@ fn filling_continues_after_a_crash() {
     }
 }
 
-/// While one fills and one takes snapshots, others write what is theirs alone.
+/// While one thread fills and one takes snapshots, others write their own sectors.
 #[test]
 fn concurrent_writes_win() {
     const WRITERS: u64 = 3;
@@ -446,7 +446,7 @@ fn concurrent_writes_win() {
         writer.close().unwrap();
         let files: Vec<_> = disks.iter().map(|disk| disk.snapshot()).collect();
         let opened = Opened::new(&files).unwrap();
-        // What the snapshots of a disk in use hold is what they show over the layers of that time.
+        // The bytes of the snapshots of a disk in use are those over the layers of that time.
         let mut snapshots = image.snapshots.clone();
         for index in snapshots.len()..opened.snapshots.len() {
             snapshots.push(whole(&opened, Some(index), Some(&backing)));

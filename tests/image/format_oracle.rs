@@ -1,4 +1,4 @@
-//! What QEMU writes, the format layer reads: headers swept over the options of `qemu-img create`.
+//! The format layer reads QEMU's output: headers over the options of `qemu-img create`.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Any bytes as an image: no panic, no endless loop, and what parses keeps its promises.
+//! Any bytes as an image: no panic, no endless loop, and parsed values keep their invariants.
 //!
 //! Seeded mutations of good structures, on stable Rust; fuzz/mod.rs says how to replay them. The
 //! directory fuzz at the project's root has the same for cargo-fuzz.

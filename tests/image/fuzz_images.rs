@@ -1,8 +1,8 @@
-//! Whole damaged images, read to their end through the library: no panic, bounded time and memory,
-//! and one answer whichever way one reads.
+//! Whole damaged images, read to their end through the library: no panic, bounded time and memory, and the
+//! same answer by every path.
 //!
-//! The good images are QEMU's; see fuzz/ for what is done to them and how they are read. A failing
-//! chain is left in the temporary directory. `fuzz/fuzz_targets/image.rs` has the same for cargo-fuzz.
+//! The undamaged images are QEMU's; see fuzz/ for the damage and the reads. A failing chain is kept in the
+//! temporary directory. `fuzz/fuzz_targets/image.rs` has the same for cargo-fuzz.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use support::fuzz::reader::{File, Tally, read_chain};
 use support::is_alone;
 use support::oracle::Scratch;
 
-/// Seconds of a run if nobody says otherwise.
+/// Default duration of a run in seconds.
 const SECONDS: u64 = 8;
 /// Of a run that may take its time.
 const LONG_SECONDS: u64 = 60;
@@ -74,7 +74,7 @@ fn damaged_chain(corpus: &[Specimen], random: &mut Random) -> Vec<File> {
     chain
 }
 
-/// Reads a chain, and keeps it for whoever looks into a failure.
+/// Reads a chain, and keeps it if it fails.
 fn read(chain: &[File], random: &mut Random, tally: &mut Tally) {
     let _kept_on_panic = Evidence(chain);
     read_chain(chain, random, tally);
@@ -123,7 +123,7 @@ impl Maker {
     fn take(&mut self, name: &str, below: &[usize]) -> usize {
         let path = |name: &str| self.scratch.path(name);
         let bytes = std::fs::read(path(name)).unwrap();
-        // A guest's data for those that lose their own, or come to believe that they have some.
+        // A guest's data for images that lose their own, or seem to have some after damage.
         let data = std::fs::read(path(&format!("{name}.data"))).unwrap_or_else(|_| pattern(200_000));
         self.specimens.push(Specimen::new(name, bytes, data, below.to_vec()));
         self.specimens.len() - 1
@@ -154,7 +154,7 @@ impl Maker {
             ("base.raw", pattern(65_536)),
             ("holes.raw", [pattern(10_000), zeroes(), pattern(20_001), zeroes()].concat()),
             ("short.raw", pattern(777)),
-            // What compresses to about half.
+            // Bytes that compress to about half.
             ("half.raw", pattern(65_536).iter().map(|byte| byte & 15).collect()),
             ("empty.raw", Vec::new()),
         ] {
@@ -392,7 +392,7 @@ impl Maker {
     }
 }
 
-/// Bytes in which each place can be told from others.
+/// Bytes that differ at each offset.
 fn pattern(len: usize) -> Vec<u8> {
     let mut random = Random::new(len as u64);
     (0..len).map(|_| random.next() as u8).collect()
@@ -406,7 +406,7 @@ fn compressed_write(at: u64, len: u64, pattern: u8) -> String {
     format!("write -q -c -P {pattern} {at} {len}")
 }
 
-/// Data, zeroes and what was given back, at both ends of a disk and between.
+/// Data, zeroes and discarded ranges, at both ends of a disk and between.
 fn scribbles(cluster: u64, size: u64) -> Vec<String> {
     vec![
         write(0, 5 * cluster / 2, 1),

@@ -34,7 +34,7 @@ fn no_mark() -> HeaderChange {
     HeaderChange { backing: None, frozen: Some(None) }
 }
 
-/// What QEMU says of the image: the name and the format of its backing file. Panics unless it is clean.
+/// QEMU's description of the image: name and format of its backing file. Panics unless it is clean.
 fn by_qemu(scratch: &Scratch, pages: &Pages) -> (Option<String>, Option<String>) {
     pages.save(scratch.path(IMAGE));
     scratch.img(&format!("check -q -f qcow2 {IMAGE}"));
@@ -46,7 +46,7 @@ fn by_qemu(scratch: &Scratch, pages: &Pages) -> (Option<String>, Option<String>)
 }
 
 fn header(pages: &Pages) -> Arc<Header> {
-    // Whether there is a data file or not, nothing is read from this one.
+    // The data file may be missing; nothing is read from it.
     Opened::new(&[pages.clone(), Pages::default()]).unwrap().header
 }
 
@@ -55,14 +55,14 @@ fn nameless(header: &Header) -> Header {
     Header { feature_names: Vec::new(), ..header.clone() }
 }
 
-/// The same, by our parser.
+/// The same, by chainfs' parser.
 fn by_us(pages: &Pages) -> (Option<String>, Option<String>) {
     let backing = header(pages).backing.clone();
     let name = backing.as_ref().map(|backing| String::from_utf8(backing.name.clone()).unwrap());
     (name, backing.and_then(|backing| backing.format))
 }
 
-/// Makes a change, looks at every crash during it, and returns what it has made; `None` if it was refused.
+/// Makes a change, checks every crash during it, and returns the result; `None` if it was refused.
 fn changed(scratch: &Scratch, pages: &Pages, change: &HeaderChange, what: &str) -> Option<Pages> {
     let machine = Machine::honest();
     let disk = SimDisk::new(&machine, 0, pages.clone());
@@ -91,7 +91,7 @@ fn changed(scratch: &Scratch, pages: &Pages, change: &HeaderChange, what: &str) 
     Some(new)
 }
 
-/// Headers as QEMU makes them, and ours.
+/// Headers as QEMU makes them, and as chainfs does.
 fn images(scratch: &Scratch) -> Vec<(String, Pages)> {
     let mut found = Vec::new();
     for options in [
@@ -166,7 +166,7 @@ fn qemu_accepts_every_intermediate_header() {
                 None => refused.push(format!("{what}: {step}")),
             }
         }
-        // QEMU writes the whole header anew, and keeps what is ours.
+        // QEMU rewrites the whole header, and keeps chainfs' extension.
         pages.save(scratch.path(IMAGE));
         assert_eq!(header(&pages).feature_names.len(), names, "{what}: the names of features");
         scratch.img(&format!("rebase -u -f qcow2 -F qcow2 -b other.qcow2 {IMAGE}"));

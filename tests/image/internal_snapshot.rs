@@ -1,5 +1,5 @@
-//! Internal snapshots taken by the writer: each holds what the disk held, whatever is written
-//! afterwards, wherever a crash cuts, and QEMU takes them for its own.
+//! Internal snapshots taken by the writer: each keeps the disk's bytes, whatever is written afterwards and
+//! wherever a crash comes, and QEMU accepts them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -79,7 +79,7 @@ fn tables_larger_than_the_cache_are_shared() {
     });
 }
 
-/// QEMU lists, reads, applies and deletes what was taken here.
+/// QEMU lists, reads, applies and deletes chainfs' snapshots.
 #[test]
 // M2
 fn qemu_accepts_internal_snapshots_of_chainfs() {
@@ -144,8 +144,8 @@ fn same(have: &Pages, want: &Pages, what: &str) {
     }
 }
 
-/// Each thread writes its sectors over and over with growing numbers; a snapshot is of one moment, so that
-/// what was acknowledged before it is in it, and nothing that was begun after it.
+/// Each thread writes its sectors repeatedly with growing numbers; a snapshot is of one moment, so it
+/// contains all writes acknowledged before it, and none begun after it.
 #[test]
 // M8
 fn a_snapshot_shows_one_moment_during_writes() {

@@ -1,5 +1,5 @@
-//! Internal snapshots deleted and applied by the writer: the others and the disk show what they did,
-//! wherever a crash cuts and whatever call fails, and QEMU finds what it would have left itself.
+//! Internal snapshots deleted and applied by the writer: the others and the disk keep their bytes, wherever a
+//! crash comes and whatever call fails, and the result equals QEMU's.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -109,7 +109,7 @@ fn rounds(number: usize) -> Vec<u64> {
     if is_long() { (0..4).collect() } else { (0..2).map(|round| (number as u64 + round) % 4).collect() }
 }
 
-/// What the files hold is sound, without leaks, for us and for QEMU.
+/// The files are sound, without leaks, by chainfs' check and by QEMU's.
 fn judge_end(name: &str, image: &StartImage, ledger: &Ledger) {
     ledger.verify().unwrap_or_else(|sentence| panic!("{name}: {sentence}"));
     ledger.writer.close().unwrap();
@@ -246,7 +246,7 @@ fn after_some_writes(random: u64, longest: u64) -> impl Fn(&mut Ledger) {
     }
 }
 
-/// Cuts a change of every kind of image, which is told the place of one of its snapshots.
+/// Crashes a change of every kind of image; the change gets the index of one of its snapshots.
 fn cut_everywhere(
     act: &dyn Fn(&mut Ledger, usize) -> chainfs::error::Result<()>,
     again: bool,
@@ -364,8 +364,8 @@ fn a_failing_call_leaves_the_old_or_the_new_state() {
     }
 }
 
-/// Threads write sectors of their own all over the disk while snapshots come and go: each reads what it
-/// wrote, and nothing is lost, shared or left behind.
+/// Threads write their own sectors all over the disk while snapshots are taken and deleted: each reads back
+/// its writes, and nothing is lost, shared or leaked.
 #[test]
 fn reads_and_writes_continue_during_snapshot_changes() {
     const WRITERS: u64 = 3;
@@ -435,7 +435,7 @@ fn reads_and_writes_continue_during_snapshot_changes() {
             ledger.views.disk[at..at + SECTOR as usize]
                 .copy_from_slice(&pattern_range(*tag, at as u64, SECTOR));
         }
-        // Those that are left, of moments that nobody knows, have only to be sound.
+        // The remaining ones, of unknown moments, only have to be sound.
         ledger.writer.close().unwrap();
         ledger.views.snapshots =
             Views::read(&image, &Opened::new(&ledger.files()).unwrap()).unwrap().snapshots;
@@ -489,7 +489,7 @@ fn a_snapshot_whose_refcounts_overflow_is_not_applied() {
     assert_eq!((refused.kind(), machine.changes()), (ErrorKind::Unsupported, changes), "{refused}");
     assert!(refused.to_string().contains("refcount_bits=16"), "{refused}");
     judge_end("2 bits", &image, &ledger);
-    // With one fewer, there is a count for it.
+    // With one fewer, a count fits.
     ledger.delete(1).unwrap();
     ledger.apply(0).unwrap();
     judge_end("2 bits", &image, &ledger);
@@ -515,7 +515,7 @@ fn the_writer_continues_as_if_newly_opened() {
         ledger.apply(0).unwrap();
         ledger.delete(0).unwrap();
         ledger.writer.close().unwrap();
-        // What it has in memory says the same as what is read again.
+        // Its state in memory equals the state read again.
         let afresh = open_writer(&ledger.disks, image.backing.as_ref(), WriterOptions::default()).unwrap();
         let mut random = Random::new(mix(seed()));
         for _ in 0..40 {

@@ -17,13 +17,13 @@ fn is_long() -> bool {
     std::env::var_os("CHAINFS_LONG").is_some()
 }
 
-/// What QEMU reads of the active disk and of some snapshots; `None` where it fails.
+/// QEMU's reads of the active disk and of some snapshots; `None` where it fails.
 fn seen_by_qemu(scratch: &Scratch, name: &str) -> Vec<Option<Vec<u8>>> {
     let read = |args: &[&str]| {
         let args = [&["convert", "-U", "-O", "raw"], args, &[name, "seen.raw"]].concat();
         scratch.run("qemu-img", &args).status.success().then(|| fs::read(scratch.path("seen.raw")).unwrap())
     };
-    // Of an image whose header has none, there is no need to ask.
+    // An image without snapshots in its header needs no query.
     let has_snapshots = Disk::open(scratch.path(name)).bytes::<4>(60) != [0; 4];
     let snapshot = |words: &str| has_snapshots.then(|| read(&["-l", words])).flatten();
     vec![read(&[]), snapshot("snapshot.name=first"), snapshot("snapshot.name=second")]
@@ -58,8 +58,8 @@ fn repaired(scratch: &Scratch, scope: Scope, case: &str) -> (i32, i32) {
         println!("{told}--\n{}--\n{:?}\n{}", done.actions, done.notes, done.report);
         let numbers: BTreeMap<String, Value> = serde_json::from_slice(&theirs.stdout).unwrap_or_default();
         let number = |key: &str| numbers.get(key).and_then(Value::as_u64).unwrap_or(0);
-        // Nothing is given back while something is in doubt, and counts of clusters that QEMU's own new
-        // tables lie on are its own.
+        // No cluster is freed while an entry is in doubt, and counts of clusters under QEMU's own new tables
+        // are its own.
         if ours == 0 && theirs.status.code() == Some(0) {
             assert_eq!(done.report.leaks_fixed, number("leaks-fixed"), "{case}: leaks");
             if !case.contains("beyond") && !case.starts_with("table on") {
@@ -78,7 +78,7 @@ fn repaired(scratch: &Scratch, scope: Scope, case: &str) -> (i32, i32) {
     }
     let now = check(&tape.bytes(), NAME).map_or(1, |report| report.exit_code().into());
     assert_eq!(now, if done.is_ok() { ours } else { now }, "{case}");
-    // Once more changes nothing.
+    // A second repair changes nothing.
     if done.is_ok() {
         let again = Tape::new(tape.bytes());
         let report = repair(&again, NAME, scope, &mut |_| Ok(())).unwrap().report;
@@ -139,7 +139,7 @@ fn refcounts_that_are_wrong() {
     assert_eq!(both("table beyond the end", &|p| p.disk.poke_u64(48, 0x1000_0000)), same(1, 0));
     assert_eq!(both("table on the L1 table", &|p| p.disk.poke_u64(48, p.l1)).map(|(ours, _)| ours), [1, 0]);
     assert_eq!(both("count beyond the end of the file", &|p| p.count(500, 2)), same(0, 0));
-    // What QEMU cannot mend.
+    // Damage that QEMU cannot repair.
     let reserved = both("reserved bit", &|p| p.disk.poke_u64(p.refcount_table, p.refcount_block | 1));
     assert_eq!(reserved, [(1, 1), (0, 1)]);
     let unaligned = both("block unaligned", &|p| p.disk.poke_u64(p.refcount_table, p.refcount_block | 0x200));
@@ -175,7 +175,7 @@ fn entries_that_are_wrong() {
     assert_eq!(compressed, [(2, 2), (0, 2)]);
 }
 
-/// A file that was cut must not grow over what it has lost.
+/// A truncated file must not grow over lost data.
 #[test]
 fn nothing_is_appended_while_an_entry_points_beyond_the_end() {
     let scratch = Scratch::new();
@@ -397,8 +397,8 @@ fn interrupted_images_are_recounted_before_they_are_written() {
     }
 }
 
-/// Whatever is wrong: nothing that could be read reads otherwise, and what we call sound is. Only our
-/// own judges are asked, so that there can be many.
+/// For any damage: all readable bytes stay the same, and an image that chainfs calls sound is sound. Only
+/// chainfs' own checks are used, so that there can be many.
 #[test]
 fn random_damage_never_changes_what_could_be_read() {
     let scratch = Scratch::new();

@@ -1,5 +1,5 @@
-//! Repairs that are interrupted, by a crash at any call or by an error of any call: no disk reads
-//! otherwise, and the next repair comes to the end.
+//! Repairs that are interrupted, by a crash at any call or by an error of any call: no disk changes, and the
+//! next repair completes.
 
 use std::fs;
 
@@ -69,7 +69,7 @@ fn exit_code(file: &[u8]) -> u8 {
     check(&file.to_vec(), NAME).map_or(1, |report| report.exit_code())
 }
 
-/// Clusters that have more users than their count says: the next writer could give them away.
+/// Clusters with more references than their count: the next writer could allocate them.
 fn too_low(file: &[u8]) -> usize {
     let report = check(&file.to_vec(), NAME).expect("an image that can be checked");
     report.findings.iter().filter(|finding| finding.starts_with("ERROR cluster")).count()

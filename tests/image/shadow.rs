@@ -1,6 +1,6 @@
-//! Undoable writing: until it is published nothing shows and nothing is lost, afterwards everything is
-//! there, in between it is one or the other as a whole. Crashes at every point, faults at every call, any
-//! operations against a vector of bytes; and copies from file to file.
+//! Undoable writing: before publishing nothing is visible and nothing is lost, afterwards everything is
+//! there, in between it is the old or the new state as a whole. Crashes at every point, faults at every call,
+//! any operations against a vector of bytes; and copies from file to file.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -25,7 +25,7 @@ const STATES: usize = 160;
 /// One of so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 25;
 
-/// A disk that is written and can be undone, and what it must show.
+/// An undoable disk, and its expected bytes.
 struct Shadow {
     disk: Arc<SimDisk>,
     writer: Arc<Writer>,
@@ -129,8 +129,8 @@ fn shown(image: &StartImage, opened: &Opened, snapshot: Option<usize>, size: u64
     bytes
 }
 
-/// What is left is sound, and shows one of these, whose index is returned. `leaks` says how many there may
-/// be.
+/// The result is sound, and shows one of these, whose index is returned. `leaks`: the allowed number of
+/// leaks.
 fn judge(image: &StartImage, files: &[Pages], legal: &[&[u8]], leaks: u64) -> Result<usize, String> {
     let report = check(&files[0], IMAGE).map_err(|error| error.to_string())?;
     if report.corruptions > 0 || report.check_errors > 0 || report.leaks > leaks {
@@ -374,7 +374,7 @@ fn after_a_failing_call_the_writer_can_be_abandoned() {
                     }
                 }
                 (Err(_), Some(_)) => {
-                    // One or the other, with leaks: after the header was written, nobody knows.
+                    // The old or the new state, with leaks: after the header's write, the outcome is unknown.
                     judge(&image, &[shadow.disk.snapshot()], &[&old, &new], u64::MAX).unwrap_or_else(at);
                 }
                 (Err(_), None) => {

@@ -1,5 +1,5 @@
-//! Disks made smaller: what is left shows what it did, what lay behind the end is given back and never seen
-//! again, whoever makes the disk longer, and a crash on the way leaves the old size or the new one.
+//! Smaller disks: the rest keeps its bytes, clusters beyond the end are freed and never visible again after a
+//! growth, and a crash leaves the old size or the new one.
 
 use chainfs::error::ErrorKind;
 use chainfs::image::check::check;
@@ -67,7 +67,7 @@ fn kinds() -> Vec<(&'static str, Start)> {
     ]
 }
 
-/// Nothing in the active tables names anything behind the end of the disk.
+/// The active tables name nothing beyond the end of the disk.
 fn nothing_behind(files: &[Pages]) -> Result<(), String> {
     let header = Opened::new(files)?.header;
     let word = |at: u64| u64::from_be_bytes(files[0].bytes(at, 8).try_into().unwrap());
@@ -114,7 +114,7 @@ const SIZES: [u64; 12] = [
 fn a_smaller_disk_keeps_its_remaining_bytes() {
     for (number, (name, start)) in kinds().into_iter().enumerate() {
         let image = start.load();
-        // One of three rounds is another kind's, where there is no time for all.
+        // One of three rounds uses another kind, if there is no time for all.
         for round in (0..3u64).filter(|round| is_long() || *round != number as u64 % 3) {
             let mut random = Random::new(mix(seed() ^ round));
             let options = if round == 1 { LITTLE } else { WriterOptions::default() };
@@ -136,14 +136,14 @@ fn a_smaller_disk_keeps_its_remaining_bytes() {
     }
 }
 
-/// Whoever makes it longer finds zeroes: QEMU, too, which writes none where nothing shows through.
+/// A growth shows zeroes: also one by QEMU, which writes none where nothing is visible.
 #[test]
 fn data_beyond_the_new_end_never_comes_back() {
     // Over a longer one, QEMU makes no image of version 2 longer.
     let kinds = kinds().into_iter().filter(|(name, _)| *name != "version 2 over");
     for (number, (name, start)) in kinds.enumerate() {
         let image = start.load();
-        // Every other kind has every other size, where there is no time for all.
+        // Every other kind has every other size, if there is no time for all.
         let step = if is_long() { 1 } else { 2 };
         for size in SIZES.into_iter().skip(number % step).step_by(step) {
             let mut ledger = Ledger::new(&image, &Machine::forgetful(), LITTLE);
@@ -185,7 +185,7 @@ fn shrinking_frees_as_much_as_qemu() {
             judge_end(name, &image, &ledger);
             let used = |pages: &Pages| check(pages, IMAGE).unwrap().allocated_clusters;
             let (ours, theirs) = (used(&ledger.files()[0]), used(&theirs));
-            // One more where a cluster that was shared has come to be the disk's own.
+            // One more where a shared cluster has become the disk's own.
             assert!(ours <= theirs + 1, "{name}, {size}: {ours} clusters in use, QEMU leaves {theirs}");
             if let Some(data) = ledger.files().get(1).filter(|_| name.starts_with("raw")) {
                 assert_eq!(data.len(), size, "{name}: the data file");

@@ -1,5 +1,5 @@
-//! The writer of qcow2 before images and disks that mean it no good: entries that point at tables or
-//! past the end of the file, a sync that fails while others write, disks that grow into what is not theirs.
+//! The writer of qcow2 on hostile images and disks: entries that point at tables or past the end of the file,
+//! a sync that fails during writes, disks that grow into other data.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -23,7 +23,7 @@ const CAP: u64 = 64 * MIB;
 
 type Hook = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
-/// A file in memory, which tells of what is done to it.
+/// A file in memory that records its operations.
 #[derive(Default)]
 struct Memory {
     bytes: Mutex<Vec<u8>>,
@@ -33,7 +33,7 @@ struct Memory {
     syncs: AtomicU64,
     /// First and end of ranges that were punched.
     punched: Mutex<Vec<(u64, u64)>>,
-    /// The farthest byte that anybody wanted space for.
+    /// The largest offset for which space was requested.
     farthest: AtomicU64,
     /// Some calls take their time before they do anything.
     is_slow: AtomicBool,
@@ -166,7 +166,7 @@ impl WriteStorage for Memory {
     }
 }
 
-/// A disk below that is never known to be zero, and counts how often it is asked.
+/// A backing disk that is never known to be zero, and counts the queries.
 struct Sevens {
     size: u64,
     asked: Mutex<Vec<u64>>,
@@ -214,7 +214,7 @@ fn small(scratch: &Scratch) -> (Arc<Memory>, Vec<(&'static str, u64)>) {
     (file, tables)
 }
 
-/// Does `work` to the disk of an image whose second cluster lies on a table, each in turn.
+/// Runs `work` on the disk of an image whose second cluster overlaps a table, each in turn.
 fn tables_survive(flags: u64, work: impl Fn(&Writer) -> Result<()>) {
     let scratch = Scratch::new();
     let (_, tables) = small(&scratch);
@@ -415,7 +415,7 @@ fn growing_over_a_larger_backing_disk_uses_little_memory() {
     assert!(asked.len() > 1, "all changed tables were kept until the end");
 }
 
-/// Cuts the disk short, grows it again with the writer, and lets QEMU look.
+/// Truncates the disk, grows it again with the writer, and checks it with QEMU.
 fn regrown(options: &str, is_compressed: bool, cut: u64) {
     let scratch = Scratch::new();
     scratch.create("a.qcow2", options, "2M");
@@ -541,7 +541,7 @@ fn garbage_past_the_last_counted_cluster_is_overwritten() {
     }
 }
 
-/// Numbers that look random.
+/// Pseudo-random numbers.
 struct Dice(u64);
 
 impl Dice {
@@ -553,7 +553,7 @@ impl Dice {
     }
 }
 
-/// Each thread has every fourth sector for itself; thread 0 has whole clusters, too.
+/// Each thread owns every fourth sector; thread 0 has whole clusters, too.
 fn crowd(name: &str, file: &Arc<Memory>, below: bool, before: &[u8], seed: u64) -> Vec<u8> {
     const SIZE: u64 = 4 * MIB;
     let below = below.then(|| {

@@ -1,8 +1,8 @@
-//! A writer that is interrupted anywhere: whatever a crash leaves is an image without corruption in
-//! which every sector has its last flushed bytes or later ones.
+//! A writer that is interrupted anywhere: every crash leaves an image without corruption in which every
+//! sector has its last flushed bytes or later ones.
 //!
-//! Each test is a workload; `support::sim::crash` makes the states, `support::sim::judge` looks at them. The
-//! last tests break the simulated disk's promises and want that to be seen.
+//! Each test is a workload; `support::sim::crash` makes the states, `support::sim::judge` checks them. The
+//! last tests break the simulated disk's promises and require that to be detected.
 
 use std::thread;
 
@@ -376,7 +376,7 @@ fn persistent_bitmaps() {
     mix_it("bitmaps", start, 40, 100 * KIB);
 }
 
-/// What a QEMU leaves that was killed with lazy refcounts.
+/// The image of a QEMU that was killed with lazy refcounts.
 fn dirty(scratch: &Scratch) {
     let words = ["-c", "write -P 3 0 50k", "-c", "write -P 4 700k 9k", "-c", "abort", IMAGE];
     assert!(!scratch.run("qemu-io", &words).status.success(), "abort ends it");

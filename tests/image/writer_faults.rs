@@ -1,5 +1,5 @@
-//! Storage that fails: whichever call it is, nothing panics, somebody hears of it, what was acknowledged
-//! can be read, what was flushed is there after opening again, and no image is corrupt.
+//! Failing storage: for every failing call, nothing panics, the error is reported, acknowledged data can be
+//! read, flushed data is there after reopening, and no image is corrupt.
 //!
 //! Each workload runs once to count its calls, then once for each of them with that call failing.
 
@@ -54,7 +54,7 @@ impl Step {
     }
 }
 
-/// What came of a sweep.
+/// The result of a sweep.
 #[derive(Default)]
 struct Sweep {
     runs: u64,
@@ -242,7 +242,7 @@ fn taking_internal_snapshots() {
     }
 }
 
-/// Everything that is silent gets what shows through.
+/// Every unallocated range gets the visible bytes.
 struct All;
 
 impl write::Fill for All {

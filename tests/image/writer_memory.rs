@@ -1,4 +1,4 @@
-//! A writer of a disk far larger than its cache keeps to the cache.
+//! A writer of a disk far larger than its cache stays within the cache.
 //!
 //! Measured where memory can be: in a process of its own, by the kernel.
 
@@ -15,7 +15,7 @@ use chainfs::io::{Storage, WriteStorage};
 use support::is_alone;
 
 const CACHE: usize = 2 << 20;
-/// What the writer may take besides: lists of what is free, of tables and their places, buffers.
+/// The writer's other memory: free lists, lists of tables and their offsets, buffers.
 const BESIDES: u64 = 4 << 20;
 const WRITES: u64 = 12_000;
 const SIZE: u64 = 1 << 40;

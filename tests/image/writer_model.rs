@@ -1,5 +1,5 @@
-//! The writer against a plain vector of bytes: any operations in any order, on every kind of image,
-//! and what it shows is what the vector holds.
+//! The writer against a plain vector of bytes: any operations in any order, on every kind of image, and its
+//! bytes equal the vector's.
 //!
 //! `CHAINFS_SEED` replays a run, `CHAINFS_MODEL_OPS` is the number of operations of all kinds of image
 //! together; `CHAINFS_LONG=1` makes it a million.
@@ -19,7 +19,7 @@ use support::sim::{
     from_environment, is_long, mix, seed,
 };
 
-/// Operations of all kinds of image together, unless said otherwise.
+/// Default number of operations over all kinds of image.
 const OPERATIONS: u64 = 80_000;
 
 /// Operations for each of `kinds` kinds of image.
@@ -29,7 +29,7 @@ fn operations(kinds: usize) -> u64 {
     (total / kinds as u64).max(20)
 }
 
-/// A disk that is written, and what it must show.
+/// A writable disk, and its expected bytes.
 struct Model<'a> {
     image: &'a StartImage,
     disks: Vec<Arc<SimDisk>>,
@@ -119,7 +119,7 @@ impl<'a> Model<'a> {
         same(at, &have, &self.bytes.bytes(at, len), "the writer")
     }
 
-    /// What is said to be a hole is zero; what is said to be data comes after what is not.
+    /// A reported hole is zero; reported data comes after a hole.
     fn seek(&mut self) -> Result<(), String> {
         let size = self.size();
         let mut at = self.random.next() % size;
@@ -142,7 +142,7 @@ impl<'a> Model<'a> {
         Ok(())
     }
 
-    /// Closes, has everything else judge the file, and opens again.
+    /// Closes, checks the file by all other means, and opens again.
     fn reopen(&mut self) -> Result<(), String> {
         let text = |error: chainfs::error::Error| error.to_string();
         self.writer.close().map_err(text)?;
@@ -339,12 +339,13 @@ fn external_data_files() {
     run_all(kinds);
 }
 
-/// How many threads write what is theirs alone.
+/// The number of threads with their own sectors.
 const WRITERS: u64 = 4;
-/// So many own a stripe: the last one is written by two threads, which do not look at what the other does.
+/// The number of threads with a stripe of their own: the last one is shared by two threads, which ignore each
+/// other's writes.
 const OWNERS: u64 = WRITERS + 1;
 
-/// What one thread has put into its sectors.
+/// The bytes that one thread has written to its sectors.
 struct Stripe {
     owner: u64,
     /// Bytes of each stripe of the disk.
@@ -411,7 +412,7 @@ impl Stripe {
     }
 }
 
-/// Threads that read anywhere: each sector holds what its owner may have written, never anything else.
+/// Threads that read anywhere: each sector holds bytes that its owner may have written, never others.
 fn read_anywhere(
     writer: &Writer,
     image: &StartImage,
@@ -533,7 +534,7 @@ fn threads_whose_clusters_are_their_own() {
     for options in ["cluster_size=4k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {
         in_parallel(options, &Start::over(3 * MIB, options, 4 * MIB), 16 * KIB, turns);
     }
-    // So few clusters that each changes hands all the time.
+    // So few clusters that each is reallocated all the time.
     for options in ["cluster_size=4k", "cluster_size=8k"] {
         in_parallel(options, &Start::new(options, 160 * KIB), 16 * KIB, 2 * turns);
     }

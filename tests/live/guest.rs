@@ -1,6 +1,6 @@
 //! A guest under QEMU, with the kernel of a distribution: its disk is an `active.raw`, and is snapshotted,
-//! committed and pulled while it writes and verifies. The guest itself says what it has found, and what it
-//! synced last is what QEMU reads of the image afterwards.
+//! committed and pulled while it writes and verifies. The guest itself reports its result, and QEMU reads its
+//! last synced bytes in the image afterwards.
 
 use std::ffi::OsString;
 use std::fs;
@@ -21,7 +21,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(90);
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 4096;
 
-/// What the kernel needs to see its disk, each after those it needs itself.
+/// The kernel's modules for its disk, each after its dependencies.
 const MODULES: [&str; 6] = [
     "virtio/virtio_ring",
     "virtio/virtio",
@@ -88,7 +88,7 @@ fn initramfs(store: &Store, kernel: &Path) -> PathBuf {
     path
 }
 
-/// A virtual machine that goes with this.
+/// A virtual machine that ends with this.
 struct Machine {
     child: Child,
     console: Option<ChildStdin>,
@@ -144,7 +144,7 @@ impl Machine {
         machine
     }
 
-    /// Waits until the guest says something that contains `words`.
+    /// Waits until the guest prints `words`.
     fn says(&mut self, words: &str, limit: Duration) -> String {
         let ends = Instant::now() + limit;
         loop {
@@ -185,7 +185,7 @@ fn mix(mut x: u64) -> u64 {
     x ^ x >> 31
 }
 
-/// The guest's sum, from the bytes of its disk, each of which is looked at.
+/// The guest's sum, from the bytes of its disk, all of which are checked.
 fn sum(disk: &[u8]) -> String {
     let mut sum = 0;
     for (block, bytes) in (0..BLOCKS).zip(disk.chunks_exact(BLOCK as usize)) {

@@ -1,5 +1,5 @@
-//! Commands on chains of a real mount that are cut off, stopped, or stand in each other's way: every view is
-//! right afterwards, and what was begun is done or was never there. Needs root and loop devices.
+//! Commands on chains of a real mount that are interrupted, stopped, or conflict: every view is right
+//! afterwards, and each command is complete or has not happened. Needs root and loop devices.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use support::jobs::{assert_snapshots, at_work, contents, intents, kill, settled,
 use support::lab::{Kind, Lab, extension};
 use support::*;
 
-/// QEMU finds nothing in an image but leaks, and clusters that are counted once and not flagged, which are
+/// QEMU finds nothing in an image but leaks, and clusters with a count of 1 and without a flag, which are
 /// copied before they are written.
 fn assert_sound(lab: &Lab, name: &str, context: &str) {
     let (code, out, err) = tool("qemu-img").args(["check", name]).current_dir(lab.store.root()).outcome();
@@ -49,12 +49,12 @@ fn a_command_of_a_killed_daemon_resumes_at_the_next_mount() {
     let mut met = 0;
     for round in 0..rounds {
         let mut rng = Rng::new(round * 7 + 1);
-        // Every other time it is a snapshot that comes first, and may be what is cut off.
+        // Every other time a snapshot comes first, and may be the interrupted command.
         let (command, merged) = commands[round as usize % commands.len()];
         let raw_base = round % 4 >= 2;
         let inner: &[&str] = if command.contains('@') { &["sn2"] } else { &[] };
         let kind = Kind { raw_base, options: "cluster_size=512", sizes: [8 << 20; 5], inner };
-        // The first is surely cut off at work: its chain takes long.
+        // The first one is certainly interrupted while running: its chain takes long.
         let is_slow = round == 0;
         let lab = if is_slow { Lab::slow(raw_base) } else { Lab::new(kind) };
         let mut before = contents(&lab);
@@ -74,7 +74,7 @@ fn a_command_of_a_killed_daemon_resumes_at_the_next_mount() {
             let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
             let giving = scope.spawn(move || {
                 if round % 3 == 2 {
-                    // Nobody may be left to answer.
+                    // The daemon may be unable to answer.
                     let _ = control.give("snapshot monday");
                 }
                 let _ = control.give(command);
@@ -99,7 +99,7 @@ fn a_command_of_a_killed_daemon_resumes_at_the_next_mount() {
         settled(&lab, &mount, &context);
         assert_snapshots(&mount, &before, merged, &context);
         guest.assert_there(&mount.path("web/active.raw"), &context);
-        // The rest of the disk is what it was.
+        // The rest of the disk is unchanged.
         let shown = fs::read(mount.path("web/active.raw")).expect("the disk");
         let (from, to) = (PLACE as usize, (PLACE + 64 * BLOCK) as usize);
         assert!(shown[..from] == before["web"][..from] && shown[to..] == before["web"][to..], "{context}");
@@ -114,7 +114,7 @@ fn a_command_of_a_killed_daemon_resumes_at_the_next_mount() {
     assert!(met > 0, "no command was met at work");
 }
 
-/// Those for which the disk is closed.
+/// The commands that need the disk closed.
 #[test]
 fn a_daemon_killed_during_a_revert_leaves_the_old_disk_or_the_new() {
     let commands = [
@@ -136,7 +136,7 @@ fn a_daemon_killed_during_a_revert_leaves_the_old_disk_or_the_new() {
             before.insert(format!("{inner}@inner"), lab.content(&format!("{inner}.qcow2@inner")));
         }
         before.insert("kept".to_owned(), before["web"].clone());
-        // What the disk may be afterwards.
+        // The allowed states of the disk afterwards.
         let unsafely = if command.contains("unsafe") {
             let twin = Lab::new(kind);
             twin.store.img(["rebase", "-u", "-b", "sn2.qcow2", "-F", "qcow2", "web.qcow2"]);
@@ -160,7 +160,7 @@ fn a_daemon_killed_during_a_revert_leaves_the_old_disk_or_the_new() {
             let giving = scope.spawn(|| control.give(command));
             thread::sleep(Duration::from_micros(Rng::new(round * 11 + 3).below(40_000)));
             kill_process(daemon, Signal::KILL).expect("the daemon is ours");
-            // Nobody may be left to answer.
+            // The daemon may be unable to answer.
             let _ = giving.join().expect("a command");
         });
         mount.abandon();
@@ -190,7 +190,7 @@ fn unfinished_files_of_a_killed_daemon_are_removed_at_the_next_mount() {
     let drafts =
         [(draft(now, 0), &b""[..]), (draft(now, 1), begun), (draft(now, 2), &[0; 4096]), (intent, b"half")];
     let left = drafts.map(|(name, bytes)| lab.store.put(name, bytes));
-    // Names that are like those, and files of theirs that hold, or are, something else.
+    // Similar names, and foreign files with other content or of other types.
     let names = [".chainfs-notes", "mine.new", ".chainfs.new", ".chainfs-notes.new", ".chainfs-1-2-3-0.new"];
     let own = [".chainfs/mine.new", ".chainfs/intents/mine.new", ".chainfs/intents/1.new"];
     let mut kept: Vec<PathBuf> =
@@ -203,7 +203,7 @@ fn unfinished_files_of_a_killed_daemon_are_removed_at_the_next_mount() {
     kept.push(lab.store.dir(&draft(now, 7)));
     let mount = Mount::new(&lab.store);
     eventually("nothing is left", || left.iter().all(|path| !path.exists()));
-    // Who comes after the first look has found nothing more to remove.
+    // A second sweep finds nothing more to remove.
     Control::of(&mount, "web").done("snapshot tuesday");
     let gone: Vec<_> = kept.iter().filter(|path| !path.exists()).collect();
     assert!(gone.is_empty(), "only what chainfs makes itself goes: {gone:?}");
@@ -229,7 +229,7 @@ fn an_unmount_during_a_job_leaves_it_to_the_next_mount() {
                 mount.umount();
             }
             assert_eq!(intents(&lab), 1, "{context}");
-            // Who only looks does not go on with it, and sees nothing of what it has spoilt.
+            // A read-only mount does not resume it, and shows no invalidated view.
             let mount = Mount::with(&lab.store, "ro");
             assert_snapshots(&mount, &before, None, &context);
             assert!(fs::read(mount.path("web/active.raw")).expect("the disk") == before["web"], "{context}");
@@ -264,7 +264,7 @@ fn layers_locked_by_qemu_are_refused_and_the_holder_named() {
         let files = lab.files();
         let holder = Qemu::running_on(&lab.store, held, if read_only { &["--read-only"] } else { &[] });
         let who = format!("qemu-nbd[{}]", holder.pid());
-        // Who has come within the last moments is met, and may not be known by name yet.
+        // A process that has opened it within the last moments is found, and may not be named yet.
         let names_it = || control.refused(command, Errno::BUSY).contains(&who);
         eventually(&format!("{held}: {command} is refused, and {who} named"), names_it);
         assert_eq!((lab.files(), intents(&lab)), (files, 0), "{held}: {command}");
@@ -303,13 +303,13 @@ fn two_daemons_never_change_one_chain_at_once() {
             .arg(&web)
             .env("XDG_CONFIG_HOME", lab.store.beside("config"))
             .outcome();
-        // Refused while the pull is at work. Once it is done there is nothing to be committed, and a pull has
-        // nothing left to do.
+        // Refused while the pull is running. Afterwards there is nothing to commit, and a pull has nothing to
+        // do.
         let is_done = words == ["pull"] && ours.status("state") == "done";
         assert!(is_done || code != 0 && !err.is_empty(), "{words:?}: {code} {err}");
     }
     assert_eq!(ours.wait(), "done", "{}", ours.status("error"));
-    // Now it is theirs, and then ours again.
+    // Now QEMU has it, and then the mount again.
     eventually("the second has noticed", || theirs.give("snapshot monday").is_none());
     eventually("the first has noticed", || mount.names("web/snapshots").contains(&"monday.raw".to_owned()));
     eventually("the first may", || ours.give("commit").is_none());
@@ -361,7 +361,7 @@ fn lack_of_space_is_refused_or_fails_without_leftovers() {
         let sentence = control.refused(command, Errno::NOSPC);
         assert!(sentence.contains("base.qcow2") && sentence.contains("free"), "{sentence}");
     }
-    // There is room when it begins, and none when it goes on: a guest takes it.
+    // There is room when it begins, and none later: a guest fills it.
     fs::remove_file(store.path("ballast")).expect("a file");
     full(1 << 20);
     assert_eq!(control.give("snapshot monday"), None, "{}", control.status("error"));
@@ -396,7 +396,7 @@ fn names_of(store: &Store) -> Vec<String> {
     names
 }
 
-/// Commits into raw bases cannot be called back.
+/// Commits into raw bases cannot be rolled back.
 #[test]
 fn a_read_only_mount_hides_views_of_an_interrupted_commit() {
     let (lab, before) = slow(true);

@@ -1,6 +1,6 @@
-//! A daemon that is killed in the midst of a command while a guest writes; before the store is mounted again,
-//! others change it. No view shows other bytes, nothing that others have made is changed, and what the guest
-//! synced is there.
+//! A daemon that is killed during a command while a guest writes; before the store is mounted again, other
+//! programs change it. No view shows other bytes, no foreign change is undone, and the guest's synced data is
+//! there.
 //!
 //! `CHAINFS_ROUNDS` says how many times; needs root.
 
@@ -20,7 +20,7 @@ use support::foreign::amount;
 use support::lab::{Kind, LAYERS, Lab};
 use support::*;
 
-/// What is killed in turn: the command, and for a commit its top and base.
+/// The commands to kill in turn; for a commit its top and base.
 const COMMANDS: [(&str, Option<(&str, &str)>); 10] = [
     ("commit top=sn2 base=base", Some(("sn2", "base"))),
     ("commit top=sn3 base=sn1", Some(("sn3", "sn1"))),
@@ -34,7 +34,7 @@ const COMMANDS: [(&str, Option<(&str, &str)>); 10] = [
     ("snapshot monday", None),
 ];
 
-/// How often what happened, so that a run in which nothing did is noticed.
+/// Counters of events, so that a run without any is noticed.
 #[derive(Debug, Default)]
 struct Tally {
     cut_off: u64,
@@ -44,10 +44,10 @@ struct Tally {
     compared: u64,
 }
 
-/// What others have done to the store.
+/// Changes by other programs.
 #[derive(Default)]
 struct Others {
-    /// Files of theirs, with what each has to show.
+    /// Foreign files, with their expected bytes.
     files: BTreeMap<String, Vec<u8>>,
     /// Options of the next mount.
     options: String,
@@ -58,18 +58,18 @@ fn intents(lab: &Lab) -> u64 {
     fs::read_dir(lab.store.path(".chainfs/intents")).map_or(0, |found| found.count() as u64)
 }
 
-/// Others change the store while nobody has it mounted.
+/// Other programs change the unmounted store.
 fn others(lab: &Lab, raw_base: bool, rng: &mut Rng) -> Others {
     let mut others = Others::default();
     let (base, format) = (lab.file("base"), if raw_base { "raw" } else { "qcow2" });
-    // What a command has left behind may rest on a file that has another name by now.
+    // Leftovers of a command may depend on a file that has another name by now.
     let is_readable = |name: &str| {
         let info = ["info", "--backing-chain", name];
         tool("qemu-img").args(info).current_dir(lab.store.root()).outcome().0 == 0
     };
     match rng.below(7) {
         0 | 1 if is_readable(&base) => {
-            // Whatever it is that base shows now, who makes an overlay of it relies on that.
+            // Whatever base shows now, a new overlay of it relies on that.
             lab.store.overlay("theirs.qcow2", &base, format, "");
             others.files.insert("theirs.qcow2".to_owned(), lab.content("theirs.qcow2"));
         }
@@ -96,7 +96,7 @@ fn others(lab: &Lab, raw_base: bool, rng: &mut Rng) -> Others {
     others
 }
 
-/// Waits until nothing is at work any more; whether everything that was begun has come to its end.
+/// Waits until no command runs any more; returns whether every command was completed.
 fn settled(lab: &Lab, mount: &Mount, context: &str) -> bool {
     let (control, start) = (Control::of(mount, "web"), Instant::now());
     let mut quiet = 0;
@@ -109,7 +109,7 @@ fn settled(lab: &Lab, mount: &Mount, context: &str) -> bool {
     intents(lab) == 0
 }
 
-/// Every snapshot that is listed shows what it did, or what a commit was to give it.
+/// Every listed snapshot has its bytes, or those that a commit was to give it.
 fn assert_snapshots(mount: &Mount, before: &BTreeMap<String, Vec<u8>>, legal: &[&str], context: &str) -> u64 {
     let mut compared = 0;
     for chain in mount.names(".").iter().filter(|name| *name != ".chainfs" && *name != "theirs") {
@@ -132,7 +132,7 @@ fn round(number: u64, tally: &mut Tally) {
     let (command, merged) = COMMANDS[number as usize % COMMANDS.len()];
     let raw_base = (number / COMMANDS.len() as u64).is_multiple_of(2);
     let kind = Kind { raw_base, options: "cluster_size=512", sizes: [8 << 20; 5], inner: &[] };
-    // The first command is surely cut off at work: its chain takes long.
+    // The first command is certainly interrupted while running: its chain takes long.
     let is_slow = number == 0;
     let lab = if is_slow { Lab::slow(raw_base) } else { Lab::new(kind) };
     let before: BTreeMap<String, Vec<u8>> =
@@ -148,7 +148,7 @@ fn round(number: u64, tally: &mut Tally) {
         let control = Control::of(&mount, "web");
         let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
         let giving = scope.spawn(move || {
-            // Nobody may be left to answer.
+            // The daemon may be unable to answer.
             let _ = control.give(command);
         });
         if is_slow {
@@ -179,7 +179,7 @@ fn round(number: u64, tally: &mut Tally) {
     let legal: &[&str] = if command.starts_with("delete sn1") { &["sn1", "sn2"] } else { &layers[..=until] };
     tally.compared += assert_snapshots(&mount, &before, legal, &context);
     let disk = mount.path("web/active.raw");
-    // With the base protected, an active disk that has come to be it is one no more.
+    // If the base is protected, an active disk that it has become is no longer active.
     let disk =
         if disk.exists() { disk } else { mount.path("web/snapshots").join(&mount.names("web/snapshots")[0]) };
     guest.assert_there(&disk, &context);
@@ -202,7 +202,7 @@ fn killed_daemons_and_foreign_changes_lose_no_data() {
     let mut tally = Tally::default();
     for number in 0..rounds {
         round(number, &mut tally);
-        // A run that is ended early has said how far it came.
+        // A run that is ended early has reported its progress.
         if (number + 1).is_multiple_of(100) {
             eprintln!("{} rounds: {tally:?}", number + 1);
         }

@@ -1,4 +1,4 @@
-//! Commands on real mounts while guests, loop devices and other programs are at work.
+//! Commands on real mounts during I/O by guests, loop devices and other programs.
 
 mod guest;
 mod interruptions;

@@ -1,6 +1,6 @@
-//! Any commands in any order on a chain that is written and read meanwhile, beside a model of what each view
-//! should hold: after each of them all views show it, at the end QEMU reads it, and whoever has a snapshot
-//! open reads on what it was.
+//! Any commands in any order on a chain that is written and read meanwhile, beside a model of each view's
+//! bytes: after each command all views match it, at the end QEMU reads it, and open snapshots keep their
+//! bytes.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -16,24 +16,24 @@ use support::*;
 
 const CHAIN: &str = "vm";
 
-/// A chain in a mount, and what should be in it.
+/// A chain in a mount, and its expected content.
 struct Run {
     mount: Mount,
     control: Control,
     store: Store,
     rng: Rng,
-    /// The active disk, while somebody has it open to write.
+    /// The active disk, while it is open for writing.
     disk: Option<File>,
     active: Model,
-    /// By name, internal snapshots by theirs alone: they keep it, whatever becomes of their layer.
+    /// By name, internal snapshots by theirs alone: they keep it, whatever happens to their layer.
     views: BTreeMap<String, Vec<u8>>,
-    /// Snapshots that somebody has open, by that name.
+    /// Open snapshots, by that name.
     readers: BTreeMap<String, File>,
-    /// What was done, to be read when it goes wrong.
+    /// The commands so far, for a failure.
     done: Vec<String>,
 }
 
-/// What a view is called in the model.
+/// The name of a view in the model.
 fn key(view: &str) -> String {
     view.split_once('@').map_or(view, |(_, snapshot)| snapshot).to_owned()
 }
@@ -94,8 +94,7 @@ impl Run {
         names.iter().filter_map(|name| name.strip_suffix(".raw")).map(str::to_owned).collect()
     }
 
-    /// Gives a command and waits for its end. One that is refused has changed nothing, which the comparison
-    /// sees.
+    /// Gives a command and waits for its end. A refused one has changed nothing, which the comparison checks.
     fn give(&mut self, command: &str) -> bool {
         let refused = self.control.give(command);
         let state = if refused.is_none() { self.control.wait() } else { self.control.status("error") };
@@ -128,7 +127,7 @@ impl Run {
         self.done.push(format!("write, {}", if self.disk.is_some() { "open" } else { "closed" }));
     }
 
-    /// One step: a command, a change of the disk, or of who has what open.
+    /// One step: a command, a change of the disk, or an open or close.
     fn step(&mut self, number: u64) {
         let (layers, snapshots) = (self.layers(), self.snapshots());
         let any = |run: &mut Self, word: &str, among: &[String]| {
@@ -156,7 +155,7 @@ impl Run {
             9 => {
                 let top = any(self, "top", &layers);
                 let discard = maybe(self, &["discard-internal"]);
-                // The layer below shows what top did.
+                // The layer below shows top's bytes.
                 if self.give(&format!("commit{top}{discard}"))
                     && let Some(top) = top.strip_prefix(" top=")
                 {
@@ -222,7 +221,7 @@ impl Run {
         self.judge();
     }
 
-    /// A clone shows what it was made of; then it goes.
+    /// A clone shows its source's bytes; then it is removed.
     fn judge_clone(&self, name: &str, from: &str) {
         let disk = self.mount.path(name).join("active.raw");
         eventually("the clone is there", || disk.exists());

@@ -1,5 +1,5 @@
-//! Commands on chains of a real mount, while their disks and snapshots are in use: whoever reads or writes
-//! notices nothing but a moment's wait. Needs root and loop devices.
+//! Commands on chains of a real mount, while their disks and snapshots are in use: readers and writers notice
+//! only a moment's wait. Needs root and loop devices.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -17,8 +17,8 @@ use support::foreign::{Loop, amount, fio};
 use support::lab::{Kind, Lab, extension};
 use support::*;
 
-/// One 4 KiB block behind the part of the disk that is fio's, written and read again and again; returns how
-/// long the slowest request took.
+/// One 4 KiB block after fio's part of the disk, written and read repeatedly; returns the duration of the
+/// slowest request.
 fn probe(disk: &Path, at: u64, stop: &AtomicBool) -> Duration {
     let disk = rw(disk);
     let mut slowest = Duration::ZERO;
@@ -40,7 +40,7 @@ fn probe(disk: &Path, at: u64, stop: &AtomicBool) -> Duration {
     slowest
 }
 
-/// Every kind of command; returns what the lowest layer is called afterwards, and how many there were.
+/// Every kind of command; returns the name of the lowest layer afterwards, and their number.
 fn every_command(control: &Control, lowest: &str, round: usize) -> (String, usize) {
     let [a, b, c, d] = ["a", "b", "c", "d"].map(|letter| format!("{letter}{round}"));
     let commands = [
@@ -52,7 +52,7 @@ fn every_command(control: &Control, lowest: &str, round: usize) -> (String, usiz
         format!("snapshot {d}"),
         format!("pull base={lowest} into={d} delete"),
         format!("commit top={d} base={lowest}"),
-        // Nothing is left below the disk, which has the lowest layer's format from here on.
+        // The disk has no backing file, and has the lowest layer's format from here on.
         "commit".to_owned(),
         format!("snapshot {a}"),
         format!("snapshot {b}"),
@@ -68,7 +68,7 @@ fn every_command(control: &Control, lowest: &str, round: usize) -> (String, usiz
     (d, commands.len())
 }
 
-/// Every command that removes, moves or grows; the disk stands on `lowest` before and after.
+/// Every command that removes, moves or grows; the disk is backed by `lowest` before and after.
 fn every_other_command(mount: &Mount, lowest: &str, round: usize) -> usize {
     let [a, b, c, d] = ["a", "b", "c", "d"].map(|letter| format!("{letter}{round}"));
     let commands = [
@@ -85,7 +85,7 @@ fn every_other_command(mount: &Mount, lowest: &str, round: usize) -> usize {
         ("web", format!("delete {d}@within")),
         ("web", "rebase base=none".to_owned()),
         ("web", format!("rebase base={lowest}")),
-        // What is left alone is a frozen chain, and nothing stands on it.
+        // The remaining layer is a frozen chain without an overlay.
         (&*d, format!("delete {d}")),
         (&*a, format!("delete {a}")),
     ];
@@ -206,7 +206,7 @@ fn overlays_read_the_bytes_that_a_pull_adds_to_their_base() {
         let disk = rw(&mount.path("web/active.raw"));
         disk.write_all_at(b"one", MIB).expect("a write");
         want[MIB as usize..][..3].copy_from_slice(b"one");
-        // Its tables have not been looked at by any reader when the pull has made its file longer.
+        // No reader has read its tables when the pull extends its file.
         control.done("snapshot monday");
         control.done("pull into=monday");
         let mut have = vec![0; want.len()];
@@ -218,7 +218,7 @@ fn overlays_read_the_bytes_that_a_pull_adds_to_their_base() {
     }
 }
 
-/// Compares a disk with what it should hold until its standard input ends.
+/// Compares a disk with its expected bytes until its standard input ends.
 const READER: &str = "\
 import mmap, os, select, sys
 path, want, how = sys.argv[1:]
@@ -278,7 +278,7 @@ impl Reader {
         reader
     }
 
-    /// It has found nothing wrong so far.
+    /// It has found no error so far.
     fn ends(mut self) {
         drop(self.child.stdin.take());
         let mut said = String::new();
@@ -294,7 +294,7 @@ fn an_internal_snapshot_keeps_its_bytes_during_writes() {
     let mount = Mount::new(&store);
     let control = Control::of(&mount, "web");
     let path = mount.path("web/active.raw");
-    // Whatever is kept of the disk's tables is kept from here on.
+    // The disk's tables are cached from here on.
     let mut model = Model::of(&path);
     let disk = rw(&path);
     let mut taken = Vec::new();
@@ -331,7 +331,7 @@ fn a_pull_changes_no_internal_snapshot_during_writes() {
     let mut bytes = vec![0; model.0.len()];
     open.read_exact_at(&mut bytes, 0).expect("a read");
     assert!(bytes == model.0, "what was open before");
-    // Nothing of it is lost, whoever copies it.
+    // No reader loses any of it.
     control.done("clone copy from=active@monday");
     model.assert_is(&mount.path("copy/active.raw"));
     drop((disk, open));
@@ -361,7 +361,7 @@ fn a_disk_is_replaced_while_its_internal_snapshots_are_read() {
     store.img(["check", "-q", "kept.qcow2"]);
 }
 
-/// What each view of `views` should hold, as files beside the store.
+/// The expected bytes of each view of `views`, as files beside the store.
 fn wanted(lab: &Lab, views: &[&str]) -> Vec<PathBuf> {
     let keep = |view: &&str| {
         let path = lab.store.beside(format!("want-{view}"));
@@ -471,7 +471,7 @@ fn an_open_snapshot_blocks_a_commit_and_its_reader_is_named() {
             "{command}"
         );
     }
-    // Closing is told to the daemon a moment later.
+    // The daemon learns of a close a moment later.
     eventually("nobody has it open", || control.give("commit top=sn2 base=sn1").is_none());
     assert_eq!(control.wait(), "done");
     mount.umount();

@@ -1,5 +1,6 @@
-//! Jobs that wait for the store's lock, or whose notes and files others take away: they can be cancelled, the
-//! mount can be left, another mount goes on, and nobody is shown a layer that is half written. Needs root.
+//! Jobs that wait for the store's lock, or whose intents and files are removed by others: they can be
+//! cancelled, the mount can be unmounted, another mount resumes them, and no half-written layer is shown.
+//! Needs root.
 
 use std::fs::{self, File};
 use std::os::fd::AsFd;
@@ -23,7 +24,7 @@ impl Stopped {
         let path = lab.store.path(".chainfs/lock");
         let directory = LocalDirectory::open(&lab.store.root()).expect("the store");
         let file = directory.open_file_for_writing(Path::new(".chainfs/lock")).expect("the store's lock");
-        // The lock goes with the open file, which the child shares.
+        // The lock belongs to the open file, which the child shares.
         let local = file.local_file().expect("a file of this machine");
         let shared = local.as_fd().try_clone_to_owned().expect("two of a descriptor");
         let claim = FileLock::take(file, &path, hang()).expect("nobody holds it for long");
@@ -88,7 +89,7 @@ fn an_unmount_leaves_a_waiting_job_to_the_next_mount() {
         all_copied(&Control::of(&mount, "web"));
         mount.umount();
         assert_eq!(intents(&lab), 1, "{command}");
-        // The next one cannot go on yet either; it can be used, and left.
+        // The next mount cannot resume it yet either; it can be used, and unmounted.
         let mount = Mount::new(&lab.store);
         assert_snapshots(&mount, &before, None, command);
         assert!(active(&mount) == before["web"], "{command}");
@@ -165,8 +166,8 @@ fn another_live_mount_resumes_the_job_of_a_killed_one() {
     }
 }
 
-/// Every snapshot that is listed shows what it did, whoever looks, time and again until a job is over.
-/// They are read at least once: a job may be over before the first look.
+/// Every listed snapshot has its bytes, checked repeatedly until a job is over. They are read at least once:
+/// a job may be over before the first check.
 fn watch_until_over(
     mounts: &[&Mount],
     before: &support::jobs::Contents,
@@ -177,11 +178,11 @@ fn watch_until_over(
     loop {
         let is_last = is_over() || start.elapsed() > hang();
         for mount in mounts {
-            // The last one goes with the directory.
+            // The last one disappears with the directory.
             let Ok(entries) = fs::read_dir(mount.path("web/snapshots")) else { continue };
             for name in entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()) {
                 let layer = name.strip_suffix(".raw").expect("a disk");
-                // One that is hidden meanwhile cannot be opened any more.
+                // A snapshot that is hidden meanwhile cannot be opened any more.
                 let Ok(shown) = fs::read(mount.path("web/snapshots").join(&name)) else { continue };
                 let is_right = shown == before[layer] || (layer == "base" && is_over());
                 assert!(is_right, "{context}: {} shows other bytes of {name}", mount.dir().display());
@@ -195,7 +196,7 @@ fn watch_until_over(
     assert!(is_over(), "{context}: {looks} looks; {}", mounts[0].text(".chainfs/problems.txt"));
 }
 
-/// Removes what nobody should, all of it: who is at work may be writing it again meanwhile.
+/// Removes files of chainfs, all of them: their owner may be writing one again meanwhile.
 fn remove_notes(lab: &Lab) {
     let start = Instant::now();
     while let Err(error) = fs::remove_dir_all(lab.store.path(".chainfs")) {
@@ -231,8 +232,8 @@ fn a_killed_job_with_a_removed_intent_is_resumed() {
     for pause in [0, 20, 400] {
         let context = format!("killed {pause} ms after that");
         let (lab, before) = slow(true);
-        // Who sees both, the note and its going, knows of it also where its owner had no time to write it
-        // again.
+        // A process that sees the intent and its removal knows of it even if its owner had no time to write
+        // it again.
         let other = (pause < 400).then(|| second(&lab));
         let mount = at_work(&lab, "commit top=sn3 base=base");
         let spoilt = |mount: &Mount| !mount.names("web/snapshots").contains(&"base.raw".to_owned());
@@ -254,7 +255,7 @@ fn a_killed_job_with_a_removed_intent_is_resumed() {
     }
 }
 
-/// Files or directories that nobody may change or remove, root neither.
+/// Files or directories that no user, not even root, may change or remove.
 struct Immutable(Vec<std::path::PathBuf>);
 
 impl Immutable {
@@ -275,13 +276,13 @@ impl Drop for Immutable {
     }
 }
 
-/// A command, what it may not change, and the top and base that it merges where snapshots show that.
+/// A command, the file that it may not change, and the top and base that it merges where snapshots show that.
 type Protected<'a> = (&'a str, &'a [&'a str], Option<(&'a str, &'a str)>);
 
 #[test]
 fn a_commit_without_cleanup_lists_no_invalid_layer() {
     let cases: [Protected<'_>; 7] = [
-        // What lies between may not be removed, then top may not, then no name may be changed.
+        // The layers between may not be removed, then top may not, then no name may be changed.
         ("commit top=sn3 base=base", &["sn1.qcow2"], Some(("sn3", "base"))),
         ("commit top=sn3 base=base", &["sn3.qcow2"], Some(("sn3", "base"))),
         ("commit top=sn3 base=base", &["."], Some(("sn3", "base"))),
@@ -312,7 +313,7 @@ fn a_commit_without_cleanup_lists_no_invalid_layer() {
                         mount.text(Path::new(chain).join("info/problem.txt"))
                     );
                 }
-                // Where base was given the bytes of what is merged, it shows those, or is not listed.
+                // A base with the merged bytes shows those, or is not listed.
                 let names = mount.names("web/snapshots");
                 for name in &names {
                     let layer = name.strip_suffix(".raw").expect("a disk");
@@ -351,7 +352,7 @@ fn a_commit_without_cleanup_lists_no_invalid_layer() {
     }
 }
 
-/// An image that is filled has no name yet; what others put in its place gets none, and stays.
+/// An image that is being filled has no name yet; a foreign file in its place gets none, and stays.
 #[test]
 fn a_foreign_file_in_place_of_a_new_image_is_kept() {
     for is_cancelled in [false, true] {
@@ -407,7 +408,7 @@ fn replace_by_one_alike(lab: &Lab, name: &str) {
     fs::rename(&new, &old).expect("its name");
 }
 
-/// In a copied store only names and content say which file is which.
+/// In a copied store only names and content identify files.
 #[test]
 fn in_a_copied_store_an_image_made_alike_is_neither_written_nor_removed() {
     let command = "commit top=sn3 base=base";

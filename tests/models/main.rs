@@ -1,4 +1,4 @@
-//! Stores that many hands change in any order, beside models of what must be so.
+//! Stores that many processes change in any order, beside reference models.
 
 mod owners;
 mod strangers;

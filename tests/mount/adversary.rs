@@ -1,5 +1,5 @@
-//! Somebody means harm, or is merely unlucky: what a guest writes, tables that lie on each other,
-//! names that lead round corners, files that change at the worst moment.
+//! Hostile or unlucky input: guest writes, overlapping tables, indirect names, files that change at the worst
+//! moment.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
@@ -21,7 +21,7 @@ fn snapshot_sizes(image: &Damage) -> (u64, u64) {
 #[test]
 fn saved_vm_state_is_whole_whatever_its_length() {
     let store = Store::new();
-    // VM state lies at the first L1 entry past the disk: here at 512 MiB.
+    // VM state is at the first L1 entry past the disk: here at 512 MiB.
     let state_at = 512 * MIB;
     store.create("web.qcow2", state_at + MIB, "");
     store.io("web.qcow2", "qcow2", [format!("write -q -P 0x57 {state_at} 64k")]);
@@ -59,7 +59,7 @@ fn guest_data_in_a_raw_disk_claims_no_other_image() {
     store.create("victim.qcow2", MIB, "");
     store.scribble("victim.qcow2", "qcow2", 1);
     store.raw("notes.txt", 8192, 2);
-    // Two raw disks, by the user's word and by a header's, with guest-written headers in them.
+    // Two raw disks, stated by the user and by a header, with guest-written headers in them.
     store.overlay_unchecked("guest.img", "victim.qcow2", "raw");
     store.overlay_unchecked("below", "notes.txt", "raw");
     store.overlay("above.qcow2", "below", "raw", "");
@@ -70,8 +70,8 @@ fn guest_data_in_a_raw_disk_claims_no_other_image() {
     assert_eq!(mount.names("."), [".chainfs", "above", "guest", "inside", "victim"]);
     assert_chain(&store, &mount, "victim", "victim.qcow2", "qcow2");
     assert_same(&mount.path("above/snapshots/below.raw"), &store.oracle("below", "raw"));
-    // Somebody may run them as qcow2 all the same: what they name is in use until the user says what they
-    // are.
+    // A user may run them as qcow2 all the same: their named files are in use until the user states their
+    // format.
     let problems = mount.text(".chainfs/problems.txt");
     let said: Vec<&str> = problems.lines().map(|line| line.split(':').next().unwrap_or_default()).collect();
     assert!(said == ["below", "outside"] && problems.contains("-o format=below:raw"), "{problems}");
@@ -87,7 +87,7 @@ fn a_header_in_a_raw_base_does_not_affect_its_overlay() {
     store.raw("base.img", MIB, 3);
     store.overlay("web.qcow2", "base.img", "raw", "");
     store.scribble("web.qcow2", "qcow2", 4);
-    // Now the guest's disk holds a header that says that its child is raw.
+    // Now the guest's disk holds a header that states its overlay as raw.
     store.overlay_unchecked("fake", "web.qcow2", "raw");
     let fake = fs::read(store.path("fake")).expect("a header");
     fs::remove_file(store.path("fake")).expect("an unlink");
@@ -160,7 +160,7 @@ fn a_truncated_raw_image_has_no_holes_to_skip() {
 fn a_huge_sparse_disk_does_not_delay_a_seek() {
     let store = Store::new();
     let cluster = 2 * MIB;
-    // 2^29 clusters, whose L1 entries all name one L2 table: by turns zero and silent.
+    // 2^29 clusters, whose L1 entries all name one L2 table: alternately zero and unallocated.
     store.create("bomb.qcow2", cluster << 29, "cluster_size=2M");
     let image = Damage::to(store.path("bomb.qcow2"));
     let entries: Vec<u8> = (0..cluster / 8).flat_map(|n| (n % 2).to_be_bytes()).collect();

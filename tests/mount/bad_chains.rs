@@ -1,5 +1,5 @@
-//! Files that are no images, names that are odd, chains that lead nowhere, in circles or out of the
-//! store: each is a problem told by name, and harms nothing else.
+//! Files that are no images, odd names, and chains that are broken, circular or lead out of the store: each
+//! is a problem with the file's name, and affects nothing else.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -82,7 +82,7 @@ fn names_of_any_bytes_are_shown_and_read() {
         fs::create_dir(&dir).expect("an odd directory");
         fs::write(dir.join("inside.qcow2"), &bytes).expect("an image in it");
     }
-    // A name that would leave no room for ours beside it is shortened, but two such do not clash.
+    // A name that would leave no room for a suffix is shortened, but two such do not clash.
     for end in ["a", "b"] {
         fs::write(in_store(("y".repeat(248) + end).as_bytes()), &bytes).expect("a very long name");
     }
@@ -139,7 +139,7 @@ fn a_missing_backing_file_is_named_with_the_layer_that_wants_it_and_the_layers_b
     let store = &victims.store;
     store.overlay_unchecked("mid.qcow2", "gone.qcow2", "qcow2");
     store.overlay_unchecked("orphan.qcow2", "mid.qcow2", "qcow2");
-    // A chain of three whose middle has a bad header: what lies below it can be read.
+    // A chain of three whose middle has a bad header: the layers below it can be read.
     store.create("low.qcow2", MIB, "");
     store.scribble("low.qcow2", "qcow2", 7);
     store.overlay("torn.qcow2", "low.qcow2", "qcow2", "");
@@ -155,7 +155,7 @@ fn a_missing_backing_file_is_named_with_the_layer_that_wants_it_and_the_layers_b
         );
         problem_of(mount, "top", "torn.qcow2");
         assert!(fs::read(mount.path("top/active.raw")).is_err());
-        // Cut off by the torn header, the lower part is a chain of its own or below the break.
+        // Behind the torn header, the lower part is a chain of its own or below the break.
         let ways = ["top/snapshots/low.raw", "low/active.raw", "low/snapshots/low.raw"];
         let way = ways.iter().find(|w| mount.path(w).exists()).expect("the layer below the break is shown");
         assert_same(&mount.path(way), &oracle);
@@ -279,7 +279,7 @@ fn a_remedy_can_be_copied_into_a_shell_whatever_the_image_says() {
     mount.umount();
 }
 
-/// Turns the extension that names the backing file's format into one that nobody knows.
+/// Turns the extension that names the backing file's format into an unknown one.
 fn forget_backing_format(image: &Damage) {
     let mut at = u64::from(image.u32(header::HEADER_LEN));
     while image.u32(at) != 0xe279_2aca {
@@ -320,7 +320,7 @@ fn encrypted_images_are_listed_with_the_reason_why_they_do_not_open() {
     let victims = Victims::new("");
     let store = &victims.store;
     for kind in ["luks", "aes"] {
-        // A key that is quick to make is as good as another here.
+        // A key that is quick to make is good enough here.
         let quick = if kind == "luks" { ",encrypt.iter-time=10" } else { "" };
         for name in [format!("{kind}.qcow2"), format!("below-{kind}.qcow2")] {
             let options = format!("encrypt.format={kind},encrypt.key-secret=s{quick}");

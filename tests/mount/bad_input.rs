@@ -1,5 +1,5 @@
-//! Whatever is wrong inside an image, the mount comes up, says so by name, and shows the healthy chain
-//! next to it untouched. Wrong bytes are never shown: a range is as QEMU reads it, or an error.
+//! With any damage inside an image, the mount starts, reports the image by name, and shows the healthy chain
+//! next to it unchanged. Wrong bytes are never shown: a range is as QEMU reads it, or an error.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -77,7 +77,7 @@ fn every_impossible_header_field_is_a_problem_of_the_image() {
         bad.push(name.into());
     }
 
-    // QEMU refuses them all; so these are no inventions of ours.
+    // QEMU refuses all of these as well.
     let by_qemu = |name: &&String| {
         let mut info = tool("qemu-img");
         info.args(["map", "-f", "qcow2", &format!("{name}.qcow2")]).current_dir(victims.store.root());
@@ -211,7 +211,7 @@ fn tables_that_overlap_or_point_at_themselves_never_show_other_bytes_than_qemu()
                     assert_equal_or_error(name, &shown, &fs::read(oracle).expect("bytes"));
                 }
                 (Ok(shown), Err(_)) => {
-                    // QEMU met an entry that cannot be; so must we, somewhere.
+                    // QEMU found an impossible entry; so must chainfs, somewhere.
                     let mut all = vec![0; shown.metadata().expect("metadata").len() as usize];
                     assert!(shown.read_exact_at(&mut all, 0).is_err(), "{name} reads where QEMU cannot");
                 }
@@ -494,8 +494,8 @@ fn ten_thousand_internal_snapshots_are_listed_and_can_be_read() {
     mount.umount();
 }
 
-/// A few MiB of L1 table that all name one L2 table make petabytes; whoever asks for the next hole or the
-/// next data must get an answer, and must not keep others from theirs.
+/// A few MiB of L1 table that all name one L2 table make petabytes; a search for the next hole or the next
+/// data must be answered, and must not delay other requests.
 #[test]
 fn petabytes_of_tables_do_not_delay_a_seek() {
     /// Of processor time, for all answers together.
@@ -526,7 +526,7 @@ fn petabytes_of_tables_do_not_delay_a_seek() {
     let mut asked = 0;
     for name in ["zero", "nothing", "data"] {
         for (view, data) in [("active.raw", true), ("active.raw", false)] {
-            // The overlay is small: what lies past its end must cost nothing at all.
+            // The overlay is small: the range past its end must cost nothing.
             let path = mount.path(format!("on-{name}")).join(view);
             let below = mount.path(format!("on-{name}/snapshots/{name}.raw"));
             for path in [path, below] {

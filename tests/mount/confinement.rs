@@ -1,5 +1,5 @@
-//! Only files beneath the store are ever opened, whatever an image's names say and whatever links the
-//! store holds. The witness is the kernel: every successful open of the whole process, by strace.
+//! Only files beneath the store are ever opened, for any names in images and any links in the store. The
+//! witness is the kernel: every successful open of the whole process, by strace.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -15,7 +15,7 @@ use support::*;
 
 const EXTERNAL_DATA_FILE: u32 = 0x4441_5441;
 
-/// What any program opens, and what a mount of ours has to.
+/// Files that any program opens, and that a mount has to open.
 const SYSTEM: &[&str] = &[
     "/etc/ld.so.cache",
     "/etc/localtime",
@@ -32,8 +32,8 @@ const SYSTEM: &[&str] = &[
     "/dev/urandom",
 ];
 
-/// A store in which every name leads, or tries to lead, out. The decoys are good images of both
-/// kinds, so that whoever opened one would be glad to read it.
+/// A store in which every name leads, or tries to lead, out. The decoys are valid images of both kinds, so
+/// that an opened one would be readable.
 struct Trap {
     store: Store,
     outside: PathBuf,
@@ -157,7 +157,7 @@ impl Trap {
             let image = Damage::to(self.store.path(&image));
             image.set_extensions(&[(EXTERNAL_DATA_FILE, name.as_bytes())]);
             image.put_u64(header::INCOMPATIBLE, 1 << 2);
-            // With an external file, data lies at the guest's own offsets.
+            // With an external file, data is at the guest's own offsets.
             for cluster in 0..16 {
                 image.put_u64(image.l2_entry_at(cluster << 16), cluster << 16 | 1 << 63);
             }
@@ -201,7 +201,7 @@ impl Trap {
         let fine = |path: &str| {
             let beneath =
                 |dir: &str| path == dir || path.strip_prefix(dir).is_some_and(|p| p.starts_with('/'));
-            // The mount point itself is looked at: whether mounting there would hide anything.
+            // The mount point itself is checked: whether mounting there would hide anything.
             beneath(root)
                 || path == mount
                 || beneath(config)
@@ -304,8 +304,8 @@ fn reporting_commands_open_nothing_outside_a_hostile_store() {
     }
 }
 
-/// A directory that is a link out of the store every other moment: the check and the opening must be
-/// one step.
+/// A directory that is a link out of the store every other moment: the check and the opening must be one
+/// step.
 #[test]
 fn a_directory_swapped_for_a_link_never_leads_outside() {
     let trap = Trap::new();

@@ -1,4 +1,4 @@
-//! The control files of a mount, as border between users and the engine: what is no command gets its
+//! The control files of a mount, as the interface between users and the engine: an invalid command gets its
 //! errno from write(2) and its sentence in `status`, and changes nothing.
 
 use std::collections::BTreeMap;
@@ -23,8 +23,7 @@ fn status(mount: &Mount, key: &str) -> String {
     Control::of(mount, "web").status(key)
 }
 
-/// Names, modes, owners, times and bytes of everything beneath a directory, but what chainfs keeps for
-/// itself.
+/// Names, modes, owners, times and bytes of everything beneath a directory, except chainfs' own files.
 fn everything(dir: &Path) -> BTreeMap<PathBuf, (u32, u32, i64, Vec<u8>)> {
     let mut found = BTreeMap::new();
     let mut left = vec![dir.to_path_buf()];
@@ -74,7 +73,7 @@ fn each_chain_has_its_control_files_and_the_store_has_its_own() {
         mount.text("web/control/status").lines().map(|l| l.split(':').next().unwrap().to_string()).collect();
     assert_eq!(keys, ["number", "command", "state", "done", "total", "error"]);
     assert_eq!(status(&mount, "state"), "idle");
-    // Nothing but commands can be done with them.
+    // They accept commands only.
     for name in names {
         let file = mount.path("web/control").join(name);
         assert_eq!(errno(fs::remove_file(&file)), Some(Errno::PERM));
@@ -153,7 +152,7 @@ fn an_invalid_command_fails_its_write_and_changes_nothing() {
         assert!(command.starts_with(verb) && command.len() < 2000, "{command}");
         assert_eq!(mount.text("web/control/status").lines().count(), 6);
     }
-    // Nothing is no command either, and so is not refused.
+    // An empty write is no command, and is not refused.
     assert_eq!(give(&mount.path("web/control/commit"), b""), None);
     assert_eq!(status(&mount, "number"), cases.len().to_string());
     assert_eq!(
@@ -194,7 +193,7 @@ fn a_command_is_one_write_at_any_offset() {
     open.set_len(0).expect("nothing is cut");
     open.set_len(1 << 20).expect("nothing grows");
     assert_eq!(status(&mount, "number"), "9");
-    // What follows text that was too long is its rest, and no command.
+    // Text that follows an oversized write is its rest, and no command.
     assert_eq!(errno(open.write_at(&vec![b' '; 70_000], 0)), Some(Errno::INVAL));
     assert_eq!(errno(open.write_at(b"foo", 70_000)), Some(Errno::INVAL));
     assert_eq!(status(&mount, "number"), "10");
@@ -210,7 +209,7 @@ fn a_plan_is_read_from_its_own_handle_or_the_last_one_elsewhere() {
     let file = mount.path("web/control/plan");
     let before = everything(&store.root());
     assert!(fs::read_to_string(&file).expect("a usage").starts_with("plan: a whole command"));
-    // Words that make no sense: the sentence is read in the plan, and the status knows nothing of it.
+    // Malformed words: the sentence is in the plan, and the status is unchanged.
     let mut mine = rw(&file);
     assert_eq!(errno(mine.write(b"commit mine")), Some(Errno::INVAL));
     let mut text = String::new();
@@ -222,7 +221,7 @@ fn a_plan_is_read_from_its_own_handle_or_the_last_one_elsewhere() {
     text.clear();
     mine.read_to_string(&mut text).expect("a plan");
     assert!(text.starts_with("refused: unknown word \"mine\""), "{text}");
-    // A view that is not there: a plan all the same, which says so.
+    // A missing view: a plan all the same, with the refusal.
     let mut theirs = rw(&file);
     let written = theirs.write(b"commit top=nosuch\n");
     assert!(matches!(errno(written), None | Some(Errno::NOENT)));
@@ -314,7 +313,7 @@ fn a_mapping_of_a_control_file_gives_no_command() {
     mount.umount();
 }
 
-/// Our binary; nobody's configuration is read.
+/// The chainfs binary, without a user's configuration.
 fn chainfs(store: &Store, args: &[&str]) -> (i32, String, String) {
     tool(chainfs_binary())
         .args(args)
@@ -348,7 +347,7 @@ fn the_command_line_says_what_the_control_files_say() {
             "{args:?}: {err}"
         );
     }
-    // What was refused is told in the words of the status.
+    // A refusal is reported in the words of the status.
     let (_, _, err) = chainfs(&store, &["commit", web, "--top", "nosuch"]);
     assert_eq!(err, format!("chainfs: {}\n", status(&mount, "error")));
     assert_eq!(status(&mount, "command"), "commit top=nosuch");

@@ -1,5 +1,5 @@
-//! Images that were cut short, or are damaged in a part that others do without, or have lost what they stand
-//! on: what can be read is read, what is lost is an error, and nobody makes zeroes of it.
+//! Images that are truncated, damaged in a part that a reader does not need, or without their backing file:
+//! readable data is read, lost data is an error, and never becomes zeroes.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -63,7 +63,7 @@ fn scribbled(store: &Store, options: &str) {
     store.io("t.qcow2", "qcow2", ["write -q -P 5 0 3M"]);
 }
 
-/// Where the cluster of a guest offset lies.
+/// The file offset of a guest offset's cluster.
 fn host(store: &Store, guest: u64) -> u64 {
     Damage::to(store.path("t.qcow2")).host_offset(guest)
 }
@@ -119,7 +119,7 @@ const CUTS: [Cut; 8] = [
             store.io("t.qcow2", "qcow2", ["write -q -P 6 1M 64k"]);
             store.img(["snapshot", "-c", "two", "t.qcow2"]);
             let at = host(store, 1 << 20);
-            // Somewhere else, in a place that is free and lies before it.
+            // At another, free offset before it.
             store.io("t.qcow2", "qcow2", ["discard -q 1M 64k"]);
             at
         },
@@ -129,7 +129,7 @@ const CUTS: [Cut; 8] = [
         make: |store| {
             scribbled(store, "");
             store.img(["snapshot", "-c", "one", "t.qcow2"]);
-            // What comes last is the second one's table, which names both.
+            // The last cluster is the second one's table, which names both.
             store.img(["snapshot", "-c", "two", "t.qcow2"]);
             let image = Damage::to(store.path("t.qcow2"));
             let table = image.u64(header::SNAPSHOTS_OFFSET);
@@ -165,7 +165,7 @@ fn truncated_data_is_an_error_until_its_loss_is_accepted() {
         }
         let control = Control::of(&mount, "t");
         for command in ["snapshot x internal", "resize +1M", "pull"] {
-            // What has nothing below is pulled already.
+            // A layer without a backing file needs no pull.
             let refused = control.give(command);
             let state = control.wait();
             assert!(
@@ -239,7 +239,7 @@ fn a_truncated_external_data_file_is_not_extended() {
     assert_eq!(write(&disk, DISK - 512), Some(Errno::IO));
     assert_eq!(data.len(), 1 << 20);
     mount.umount();
-    // The remedy that is told.
+    // The reported remedy.
     data.set_len(DISK);
     let mount = Mount::with(&store, "nofiles");
     assert_eq!(write(&mount.path("t/active.raw"), DISK - 512), None);
@@ -311,7 +311,7 @@ fn a_damaged_snapshot_entry_affects_that_snapshot_only() {
     }
 }
 
-/// The same with another field, for the table has moved.
+/// The same with another field, since the table has moved.
 fn a_damaged_size(store: &Store) {
     let image = Damage::to(store.path("t.qcow2"));
     let entry = image.u64(header::SNAPSHOTS_OFFSET);
@@ -381,7 +381,7 @@ fn damaged_refcounts_do_not_block_reading() {
     }
 }
 
-/// What of each cluster's map QEMU says in the whole chain: the depth of the layer that speaks, if one does.
+/// For each cluster, QEMU's map of the whole chain: the depth of the layer that holds it, if one does.
 fn depths(store: &Store, name: &str) -> Vec<Option<u64>> {
     let map: Value = serde_json::from_str(&store.img(["map", "--output=json", name])).expect("JSON");
     let number = |run: &Value, key: &str| run[key].as_u64().expect("a number");
@@ -454,7 +454,7 @@ fn data_of_the_layers_above_a_lost_one_can_be_salvaged() {
     }
 }
 
-/// A plan refuses what the command does, in the same words.
+/// A plan refuses whatever the command refuses, in the same words.
 fn assert_planned(store: &Store, command: &str, says: &str) {
     let options = StoreOptions { notify: false, ..StoreOptions::default() };
     let opened = Opened::open(&store.root(), options).expect("a store");
@@ -480,7 +480,7 @@ fn plans_refuse_growth_over_lost_data() {
             store.io(name, "qcow2", ["write -q -P 2 512k 2M"]);
         }
         store.img(["snapshot", "-c", "inner", "t.qcow2"]);
-        // What comes last in each file is the disk's alone.
+        // The last cluster of each file is the disk's alone.
         for name in ["base.qcow2", "mid.qcow2", "t.qcow2"] {
             store.io(name, "qcow2", ["write -q -P 3 3M 64k"]);
         }
@@ -535,7 +535,7 @@ fn plans_refuse_where_no_intent_can_be_written() {
     store.overlay("t.qcow2", "base.qcow2", "qcow2", "");
     for place in [".chainfs", ".chainfs/intents"] {
         store.dir(".chainfs/intents");
-        // What a first command has made.
+        // The files made by a first command.
         let names = [".chainfs/lock", ".chainfs/plain"].map(|name| store.put(name, b""));
         assert!(names.iter().all(|name| name.exists()));
         tool("chattr").arg("+i").arg(store.path(place)).succeeds();

@@ -1,4 +1,4 @@
-//! Damage by hand, where a layer ends, is cut, or takes one thing for two: what once read wrongly,
+//! Manual damage where a layer ends, is truncated, or confuses two tables: cases that once read wrongly,
 //! panicked or took forever.
 
 use std::io::Write;
@@ -17,7 +17,7 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const EXTENDED_L2: u8 = 16;
 
-/// An image of one layer that is put together by hand.
+/// An image of one layer that is assembled by hand.
 struct Bench {
     bytes: Vec<u8>,
     cluster: usize,
@@ -86,7 +86,7 @@ fn snapshot(l1: L1Table, virtual_size: u64, vm_state_size: u64) -> Snapshot {
 
 #[test]
 fn a_disk_that_ends_within_a_sector_is_read_to_its_last_byte() {
-    // Two L1 entries of 32 KiB: a disk, and the VM state behind it.
+    // Two L1 entries of 32 KiB: a disk, and the VM state after it.
     let mut bench = Bench::new(9, 64 << 10);
     let l1 = bench.header().l1;
     for entry in 0..2 {
@@ -118,7 +118,7 @@ fn a_truncated_subcluster_does_not_hide_the_layer_below() {
     bench.bytes[79] |= EXTENDED_L2;
     let (l1, l2) = (bench.header().l1.offset.0, bench.cluster_of(0));
     bench.put(l1, l2 | COPIED);
-    // Of 32 subclusters, only the first lies here, and the file ends before it.
+    // Of 32 subclusters, only the first is here, and the file ends before it.
     bench.put(l2, bench.bytes.len() as u64 | COPIED);
     bench.put(l2 + 8, 1);
     let view = frozen(vec![Layer::active(&bench.image()).unwrap(), bench.raw(0x55, 64 << 10)]);

@@ -1,5 +1,5 @@
-//! A store has more chains than the mount may have files open: everything can be listed and read all the
-//! same, who asks for too much is refused and nobody else, and afterwards nothing stays open.
+//! A store has more chains than the mount may have open files: everything can be listed and read all the
+//! same, only a request beyond the limit is refused, and afterwards nothing stays open.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -12,7 +12,7 @@ use support::active::errno;
 use support::foreign::Qemu;
 use support::*;
 
-/// What the guests' file systems hold.
+/// The content of the guests' file systems.
 const FILES: [(&str, &[u8]); 3] =
     [("etc/hostname", b"web\n"), ("data", &[7; 9000]), ("notes.txt", b"to be kept\n")];
 
@@ -63,12 +63,12 @@ fn try_mount(store: &Store, descriptors: u32, options: &str) -> Result<Mount, mo
     Mount::by(store, command, &store.root(), &store.beside("mnt"), options)
 }
 
-/// What a mount's process has now: descriptors, threads and processes of its own.
+/// The resources of a mount's process: descriptors, threads and child processes.
 fn in_use(mount: &Mount) -> (usize, usize, usize) {
     let count =
         |what: &str| fs::read_dir(format!("/proc/{}/{what}", mount.daemon())).expect("a process").count();
     let children = format!("/proc/{0}/task/{0}/children", mount.daemon());
-    // Of all threads: each is the parent of what it has begun.
+    // Of all threads: each is the parent of the processes that it has started.
     let threads = fs::read_dir(format!("/proc/{}/task", mount.daemon())).expect("a process").flatten();
     let begun = |thread: PathBuf| fs::read_to_string(thread.join("children")).unwrap_or_default();
     let workers: usize = threads.map(|thread| begun(thread.path()).split_whitespace().count()).sum();
@@ -76,7 +76,7 @@ fn in_use(mount: &Mount) -> (usize, usize, usize) {
     (count("fd"), count("task"), workers)
 }
 
-/// Runs a shell's line in the mount, which has to say nothing on stderr.
+/// Runs a shell's line in the mount, which must print nothing on stderr.
 fn walk(mount: &Mount, line: &str) -> String {
     let (code, out, err) = tool("sh").args(["-c", line]).current_dir(mount.dir()).outcome();
     assert!(code == 0 && err.is_empty(), "{line}: {code} {err}");
@@ -138,12 +138,12 @@ fn unused_descriptors_are_closed() {
     let guest = Qemu::running_on(&store, "c003-2.qcow2", &[]);
     let mount = mount_with(&store, 128, "force_share");
     let by_force = mount.path("c003-2/active.raw");
-    // One after the other: what is read by force is another disk each time.
+    // One after the other: a disk that is read by force is another one each time.
     walk(&mount, "ls -lR . >/dev/null");
     assert!(fs::read(&by_force).is_ok());
     let (before, threads, _) = in_use(&mount);
     for round in 0..60 {
-        // By force a disk is opened anew each time.
+        // By force a disk is opened again each time.
         assert!(fs::read(&by_force).is_ok(), "{round}");
         assert_eq!(mount.names("c003-2/files/active/disk").len(), FILES.len() + 1);
     }
@@ -167,7 +167,7 @@ fn unused_descriptors_are_closed() {
         }
         scope.spawn(|| walk(&mount, "for i in 1 2; do ls -lR . >/dev/null; done"));
     });
-    // Workers that nobody asks end; files may stay open, as long as there is room.
+    // Idle workers end; files may stay open, as long as there is room.
     eventually("no workers are left", || {
         let (_, now, workers) = in_use(&mount);
         workers == 0 && now <= threads
@@ -224,7 +224,7 @@ fn a_too_low_descriptor_limit_is_refused_before_mounting() {
     }
     let many = try_mount(&store, 96, "threads=64").err().expect("no mount");
     assert!(many.message.contains("too low"), "each thread has a descriptor: {many:?}");
-    // A command that only reads gets along with next to nothing.
+    // A read-only command needs next to nothing.
     let line = "ulimit -n 16 && exec \"$@\"";
     let said = tool("sh").args(["-c", line, "sh", chainfs_binary(), "tree"]).arg(store.root()).succeeds();
     assert!(said.contains("c001-0"), "{said}");
@@ -276,7 +276,7 @@ fn without_more_threads_requests_fail_and_the_mount_survives() {
     let group = Group::new("daemon");
     let mount = Mount::new(&store);
     group.add(mount.daemon());
-    // Those that are there already may stay.
+    // The existing ones may stay.
     group.allow("1");
     assert_eq!(errno(fs::read_dir(mount.path("c000-2/files/active"))), Some(Errno::MFILE), "no worker");
     assert!(fs::write(mount.path("c000-2/control/snapshot"), "one").is_ok(), "it needs no thread of its own");

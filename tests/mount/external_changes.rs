@@ -1,5 +1,5 @@
-//! The world changes while we look: images are cut, replaced, deleted, made and rebased behind the
-//! mount's back. What is read is right or an error; what changed is noticed.
+//! Changes by other processes during use: images are truncated, replaced, deleted, made and rebased. Reads
+//! are right or an error; changes are noticed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -161,7 +161,7 @@ fn a_disk_grown_by_another_process_is_shown_at_its_new_size() {
     mount.umount();
 }
 
-/// File systems hand out the inode number of a deleted file at once: neither it nor the name tells old
+/// File systems reuse the inode number of a deleted file at once: neither it nor the name distinguishes old
 /// from new.
 #[test]
 // X1
@@ -174,7 +174,7 @@ fn a_new_file_under_an_old_name_shows_its_own_bytes() {
             if format == "raw" {
                 store.raw(name, MIB, 100 + round);
             } else {
-                // Made aside, so that the image appears whole.
+                // Made elsewhere, so that the image appears complete.
                 store.create("aside", MIB, "");
                 store.io("aside", "qcow2", [store.write(&mut Rng::new(200 + round), 0, MIB)]);
                 fs::rename(store.path("aside"), store.path(name)).expect("a rename");

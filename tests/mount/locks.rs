@@ -1,4 +1,4 @@
-//! QEMU and a mount keep out of each other's way, in both directions, by QEMU's own locks.
+//! QEMU and a mount exclude each other, in both directions, by QEMU's own locks.
 
 use std::fs::File;
 use std::path::Path;
@@ -19,7 +19,7 @@ fn chain() -> Store {
     store
 }
 
-/// What a write by qemu-io says; it changes nothing, since it writes nothing.
+/// The result of a write by qemu-io; it changes nothing, since it writes nothing.
 fn qemu_writes(store: &Store, image: &str, format: &str) -> Result<(), String> {
     let (code, out, err) =
         tool("qemu-io").args(["-f", format, "-c", "flush", image]).current_dir(store.root()).outcome();
@@ -157,7 +157,7 @@ fn a_layer_written_or_marked_inconsistent_makes_its_view_and_those_above_busy() 
     let mount = Mount::new(&store);
     let view = |name: &str| mount.path("web").join(name);
     for byte in [101, 200] {
-        // Whoever has it open keeps such a holder away by his own locks; ours does not ask.
+        // An opener's own locks exclude such a holder; chainfs does not test for it.
         eventually("nobody reads", || qemu_writes(&store, "mid.qcow2", "qcow2").is_ok());
         let holder = hold(&store.path("mid.qcow2"), byte);
         assert_eq!(open(&view("active.raw")).err(), Some(Errno::BUSY), "byte {byte}");
@@ -168,7 +168,7 @@ fn a_layer_written_or_marked_inconsistent_makes_its_view_and_those_above_busy() 
         set_lock(&holder, byte, libc::F_UNLCK);
         assert!(open(&view("active.raw")).is_ok(), "byte {byte} is gone");
     }
-    // Who merely keeps writers out, or only reads, disturbs no reader.
+    // A holder that only excludes writers, or only reads, does not disturb a reader.
     for byte in [100, 201, 203] {
         let _holder = hold(&store.path("mid.qcow2"), byte);
         assert!(open(&view("active.raw")).is_ok(), "byte {byte}");
@@ -222,7 +222,7 @@ fn a_loop_device_on_a_disk_that_a_guest_writes_is_refused_in_time() {
     }
     let (code, _, err) = tool("mount").args(["-o", "loop,ro"]).arg(&active).arg(&point).outcome();
     assert_eq!(code, 32, "mount: {err}");
-    // Others are told what it is.
+    // Others are told its format.
     std::thread::scope(|scope| {
         let other = scope.spawn(|| open(&active).err());
         assert_eq!(other.join().expect("no panic"), Some(Errno::BUSY));

@@ -1,5 +1,5 @@
-//! The mount as a writer among QEMU's tools, in both directions: whoever has an image open keeps
-//! out whom QEMU would keep out, and nobody else.
+//! The mount as a writer among QEMU's tools, in both directions: an open image excludes the same users as
+//! under QEMU, and no others.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -43,7 +43,7 @@ struct Foreign {
 impl Foreign {
     /// `qemu-io` with these options, once it has the image open.
     fn qemu_io(store: &Store, image: &str, format: &str, options: &[&str]) -> Self {
-        // What was just closed in a mount may be on its way out.
+        // A file that was just closed in a mount may still be locked.
         eventually("nobody has the image", || qemu_tools(store, image, format)[0].1.is_ok());
         let mut child = Command::new("qemu-io")
             .args(["-f", format])
@@ -74,7 +74,8 @@ impl Drop for Foreign {
     }
 }
 
-/// What each of QEMU's tools says to an image: opening to write, to read, by force, describing, checking.
+/// The results of QEMU's tools for an image: opening for writing, for reading, by force, describing,
+/// checking.
 fn qemu_tools(store: &Store, image: &str, format: &str) -> Vec<(&'static str, Result<(), String>)> {
     let run = |program: &str, args: &[&str]| {
         let mut command = tool(program);
@@ -159,7 +160,7 @@ fn an_open_image_keeps_the_mount_out_as_it_keeps_qemu_out() {
     let store = chain();
     let mount = Mount::new(&store);
     let active = mount.path("web/active.raw");
-    // Who, and whether one may read or write beside him.
+    // The program, and whether a reader or a writer is possible beside it.
     for (options, reads, writes) in [
         (&[][..], Err(Errno::BUSY), Err(Errno::BUSY)),
         (&["-r"], Ok(()), Err(Errno::BUSY)),
@@ -171,7 +172,7 @@ fn an_open_image_keeps_the_mount_out_as_it_keeps_qemu_out() {
         drop(foreign);
         eventually("it can be written again", || open_rw(&active).is_ok());
     }
-    // A layer below that another process writes spoils writing as it spoils reading.
+    // A layer below that another process writes blocks writing as it blocks reading.
     let foreign = Foreign::qemu_io(&store, "mid.qcow2", "qcow2", &[]);
     assert_eq!(open_rw(&active).map(drop), Err(Errno::BUSY));
     drop(foreign);
@@ -354,7 +355,7 @@ fn an_image_that_became_a_layer_of_another_chain_is_not_read_there_while_it_is_w
     drop(writing);
     eventually("it can be read", || open_ro(&web).is_ok());
     let frozen = open_ro(&web).expect("a snapshot");
-    // The other way round: what is shown as a snapshot is not written.
+    // The other way round: an image shown as a snapshot is not written.
     fs::remove_file(store.path("top.qcow2")).expect("an unlink");
     eventually("it is a leaf again", || mount.path("web/active.raw").exists());
     assert_eq!(open_rw(&mount.path("web/active.raw")).map(drop), Err(Errno::BUSY));
@@ -423,7 +424,7 @@ fn qemu_nbd_and_the_mount_never_write_the_same_disk() {
     mount.umount();
 }
 
-/// The descriptor that carries a writer's locks is not one that is closed to make room.
+/// The descriptor with a writer's locks is not closed to make room.
 #[test]
 fn a_shortage_of_descriptors_drops_no_writer_s_locks() {
     let store = Store::new();

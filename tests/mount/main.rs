@@ -1,4 +1,4 @@
-//! Mounts: what they show of good and bad stores, what may be written through them, and by whom.
+//! Mounts: their views of good and bad stores, writes through them, and access rights.
 
 mod adversary;
 mod bad_chains;

@@ -1,5 +1,4 @@
-//! Mounting and unmounting as users, mount(8), fstab and scripts know it, and what the tree's files
-//! say of themselves.
+//! Mounting and unmounting as users, mount(8), fstab and scripts do it, and the tree's own files.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
@@ -201,7 +200,7 @@ fn a_mount_point_inside_the_store_is_not_scanned() {
     let inside = store.dir("mnt");
     let mount = Mount::try_new(&store, &store.root(), &inside, "rescan=1").expect("a mount inside its store");
     assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
-    // Whatever looks for new images must not look into ourselves either.
+    // A search for new images must not scan the mount itself.
     store.create("later.qcow2", MIB, "");
     eventually("a new image", || mount.path("later/active.raw").exists());
     std::thread::sleep(Duration::from_millis(1500));
@@ -441,7 +440,7 @@ fn info_in_json_uses_qemus_keys() {
 fn an_ordinary_user_mounts_by_fusermount3_and_is_refused_what_only_root_may() {
     let store = chain();
     let oracle = store.oracle("web.qcow2", "qcow2");
-    // Everything the user needs, where everybody can reach it; /dev/fuse as udev would have it.
+    // All files that the user needs, readable by all users; /dev/fuse as udev would make it.
     let bin = store.beside("bin");
     fs::create_dir(&bin).expect("a directory");
     fs::copy(chainfs_binary(), bin.join("chainfs")).expect("a copy of the binary");
@@ -475,7 +474,7 @@ fn an_ordinary_user_mounts_by_fusermount3_and_is_refused_what_only_root_may() {
         chmod 666 "$HOME/refused"
         exec setpriv --reuid=65534 --regid=65534 --clear-groups sh -c "$SCRIPT"
     "#;
-    // Of its own mount namespace: nothing is left behind on the machine, whatever happens.
+    // In its own mount namespace: nothing is left behind on the machine.
     let out = tool("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-c", outer])
         .env("HOME", store.beside("").canonicalize().expect("a path"))
@@ -486,7 +485,8 @@ fn an_ordinary_user_mounts_by_fusermount3_and_is_refused_what_only_root_may() {
     assert!(out.ends_with("all well\n"), "{out}");
 }
 
-/// mount(8) looks for helpers in /sbin only; an overlay of a private mount namespace puts ours there.
+/// mount(8) searches for helpers in /sbin only; an overlay of a private mount namespace puts the project's
+/// there.
 #[test]
 fn mount_8_and_fstab_work_through_the_helper() {
     let store = chain();

@@ -1,5 +1,4 @@
-//! Repairs beside a mount: who uses an image keeps it as it is, and who comes after a repair sees the same
-//! bytes.
+//! Repairs beside a mount: an open image is not repaired, and a later opener sees the same bytes.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -19,7 +18,7 @@ fn leaking() -> Store {
     store
 }
 
-/// Counts of clusters that nobody uses become 1.
+/// Counts of unused clusters become 1.
 fn leak(store: &Store) {
     let file = File::options().read(true).write(true).open(store.path("web.qcow2")).expect("an image");
     let word = |at: u64| {
@@ -32,7 +31,7 @@ fn leak(store: &Store) {
     for cluster in clusters + 5..clusters + 7 {
         file.write_all_at(&1_u16.to_be_bytes(), block + cluster * 2).expect("a count");
     }
-    // Beyond the end only what the file has is counted.
+    // Beyond the end only the clusters that the file has are counted.
     file.set_len((clusters + 8) * (64 << 10)).expect("room");
 }
 

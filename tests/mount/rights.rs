@@ -1,5 +1,5 @@
-//! Nobody gets through a shared mount what the kernel would not give on the store itself. The kernel is the
-//! judge on both sides: users that nothing else knows try to read, to write and to give commands.
+//! No user gets access through a shared mount that the kernel would deny on the store itself. The kernel is
+//! the reference on both sides: unprivileged users try to read, to write and to give commands.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
@@ -29,7 +29,7 @@ fn acting<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) ->
         let acting = scope.spawn(|| {
             let ids: Vec<Gid> = groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
             set_thread_groups(&ids).expect("groups");
-            // Real and saved ids stay root's: only what files are reached by changes.
+            // Real and saved ids stay root's: only those for file access change.
             set_thread_res_gid(None, Gid::from_raw(groups.first().copied().unwrap_or(uid)), None)
                 .expect("a group");
             set_thread_res_uid(None, Uid::from_raw(uid), None).expect("a user");
@@ -52,7 +52,7 @@ fn own(path: &Path, uid: u32, bits: u32) {
     mode(path, bits);
 }
 
-/// A store that everybody may enter, if its directories let them.
+/// A store that all users may enter, if its directories let them.
 fn open_store() -> Store {
     let store = Store::new();
     mode(&store.beside(""), 0o755);
@@ -184,7 +184,7 @@ fn an_uncounted_description_is_still_not_truncated() {
     });
     written.expect("its owner writes it");
     let before = [fs::read(store.path("b/secret.qcow2")), fs::read(store.path("b/top.qcow2"))];
-    // But nobody changes or removes what is named, root neither.
+    // But no user, not even root, changes or removes the named file.
     for (verb, words) in [("commit", "\n"), ("revert", "to=secret"), ("delete", "secret method=commit")] {
         let control = mount.path("b/top/control").join(verb);
         for uid in [0, B] {
@@ -220,7 +220,7 @@ fn a_link_to_an_image_makes_no_name_count() {
     mode(&store.path("shut/base.qcow2"), 0o644);
     store.overlay("all/x.qcow2", "../shut/base.qcow2", "qcow2", "");
     own(&store.path("all/x.qcow2"), A, 0o644);
-    // The image does not lie in that directory, though somebody has linked it there.
+    // The image is not in that directory, though another user has linked it there.
     std::os::unix::fs::symlink("../all/x.qcow2", store.path("shut/link.qcow2")).expect("a link");
     let mount = Mount::with(&store, "allow_other");
     assert!(mount.path("shut/base/active.raw").exists(), "{}", mount.text(".chainfs/tree.txt"));
@@ -274,7 +274,7 @@ fn commands_need_the_right_to_change_the_directory() {
     assert_eq!(give("snapshot", "monday"), Some(Errno::ACCESS), "the directory is root's");
     assert_eq!(give("snapshot", "monday internal"), None, "only the file changes");
     assert_eq!(give("resize", "2M"), None);
-    // Everybody may write it, but only owners rename there.
+    // All users may write it, but only owners rename there.
     mode(&store.path("d"), 0o1777);
     assert_eq!(give("snapshot", "tuesday"), None, "it is the user's own file");
     assert!(store.path("d/tuesday.qcow2").exists());
@@ -340,7 +340,8 @@ fn a_directory_above_the_store_restricts_access() {
     mount.umount();
 }
 
-/// Gives a command that is cut off after so many changes, and opens the store again; nothing is taken up yet.
+/// Gives a command that is interrupted after this many changes, and opens the store again; nothing is resumed
+/// yet.
 fn cut_off(store: &Store, chain: &str, command: &str, changes: u64) -> (Arc<Opened>, Arc<Engine>) {
     let options = || StoreOptions { notify: false, owners_count: true, ..StoreOptions::default() };
     let host = Mortal::new();
@@ -372,7 +373,7 @@ fn an_interrupted_command_continues_for_any_user() {
         }
         let (opened, engine) = cut_off(&store, "vm", "commit", changes);
         left += opened.catalog().intents.len();
-        // Somebody else, who has no right to it, is there before it is taken up.
+        // Another user, without the rights, comes before it is resumed.
         let asker = as_user(&opened, &Subject::new(B, vec![B]));
         let _ = lab::run(&engine, "vm", "commit");
         drop(asker);
@@ -453,7 +454,7 @@ fn reports_name_no_file_that_a_user_may_not_read() {
     mount.umount();
 }
 
-/// What a user may read of a list of files, in one process of that user.
+/// The files of a list that a user may read, in one process of that user.
 fn readable(uid: u32, groups: &[u32], paths: &[std::path::PathBuf]) -> Vec<bool> {
     acting(uid, groups, || {
         paths.iter().map(|path| File::open(path).and_then(|mut file| file.read(&mut [0])).is_ok()).collect()
@@ -554,7 +555,7 @@ fn a_reader_of_a_view_can_read_all_its_layers() {
         mount.umount();
     }
     assert!(granted > 40, "{granted} granted");
-    // Modes are said of whole classes, so that some are shut out who need not be: not most.
+    // Modes apply to whole classes, so that some users are shut out unnecessarily: not most.
     assert!(denied < 3 * granted, "{granted} granted, {denied} denied without need");
 }
 
@@ -723,7 +724,7 @@ fn directories_above_an_image_do_not_restrict_its_owner() {
     store.overlay("d/vm.qcow2", "base.qcow2", "qcow2", "");
     own(&store.path("d/base.qcow2"), B, 0o644);
     own(&store.path("d/vm.qcow2"), A, 0o600);
-    // A copy of somebody's store that root keeps: the owner cannot even come to the image itself.
+    // A copy of another user's store that root keeps: the owner cannot even reach the image itself.
     for path in [store.path("d"), store.root()] {
         own(&path, 0, 0o700);
     }
@@ -759,7 +760,7 @@ fn a_refusal_does_not_disclose_whether_a_file_exists() {
     fs::write(store.path("b/letter.txt"), "x").expect("a file");
     let mount = Mount::with(&store, "allow_other");
     let rebase = mount.path("a/mine/control/rebase");
-    // There is an image, something else and nothing: whoever may not look there hears the same.
+    // An image, another file and no file: a user who may not look there gets the same answer.
     let answers: Vec<(Option<Errno>, String)> = ["secret.qcow2", "letter.txt", "none.qcow2"]
         .iter()
         .map(|name| {

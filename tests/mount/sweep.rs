@@ -1,5 +1,5 @@
-//! Whatever QEMU writes, every view shows what QEMU reads: bytes, size, holes and description, over
-//! the ways an image can be made. The judge is `qemu-img convert`, `map` and `info`.
+//! For any image by QEMU, every view shows QEMU's bytes, size, holes and description, over the options of
+//! image creation. The reference is `qemu-img convert`, `map` and `info`.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -95,7 +95,7 @@ fn compressed_clusters_read_as_qemu_reads_them() {
     assert_chains(&store, &leaves);
 }
 
-/// Text-like stretches, random stretches and nothing, so that clusters compress well, badly and not at all.
+/// Text-like ranges, random ranges and empty ones, so that clusters compress well, badly and not at all.
 fn compressible(store: &Store, name: &str, len: u64, seed: u64) {
     store.raw(name, len, seed);
     let mut rng = Rng::new(seed + 1);
@@ -145,7 +145,7 @@ fn zeroed_and_discarded_clusters_hide_the_backing_file() {
             "write -q -z -u 1M 128k".into(),
             "write -q -z 1300k 10k".into(),
         ];
-        // Without zero clusters a discard would show what lies below, so QEMU refuses it there.
+        // Without zero clusters a discard would show the backing file, so QEMU refuses it there.
         if dir != "v2" {
             commands.extend(["discard -q 320k 64k".into(), "discard -q 1536k 64k".into()]);
         }
@@ -179,7 +179,7 @@ fn preallocated_images_read_as_qemu_reads_them() {
     assert_chains(&store, &leaves);
 }
 
-/// QEMU looks through metadata-only preallocation into the holes of the file itself; we need not, but
+/// QEMU looks through metadata-only preallocation into the holes of the file itself; chainfs need not, but
 /// must not call data a hole.
 #[test]
 fn preallocated_metadata_reads_as_qemu_reads_it() {
@@ -529,7 +529,7 @@ fn compatible_features_do_not_block_reading() {
         .put(header::V3_LEN, &[&[0x12, 0x34, 0x56, 0x78, 0, 0, 0, 5][..], b"hello\0\0\0", &[0; 8]].concat());
     at("short").put_u32(header::HEADER_LEN, 104);
     at("short").put(104, &[0; 16]);
-    // A header longer than anybody knows, its end filled.
+    // A header longer than any known one, its end filled.
     at("long").put_u32(header::HEADER_LEN, 160);
     at("long").put(112, &[[0x5a; 48], [0; 48]].concat());
     assert_chains(

@@ -1,4 +1,4 @@
-//! Every feature of the kernel can be done without: the same tree, the same bytes, the same news.
+//! Every feature of the kernel is optional: the same tree, the same bytes, the same change detection.
 
 use support::*;
 
@@ -26,12 +26,12 @@ fn without_a_feature_of_the_kernel_every_view_is_the_same() {
         store.scribble("web.qcow2", "qcow2", 4);
         let mount = Mount::with(&store, options);
         assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
-        // A second time: now from whatever has been kept.
+        // A second time: now from the caches.
         assert_chain(&store, &mount, "web", "web.qcow2", "qcow2");
         let words = ["-f", "raw", "-c", "write -P 7 1000 300k", "-c", "write -z -u 64k 64k", "-c", "flush"];
         tool("qemu-io").args(words).arg(mount.path("web/active.raw")).succeeds();
         mount.umount();
-        // As QEMU reads what was written.
+        // As QEMU reads it afterwards.
         store.io(
             "web.qcow2",
             "qcow2",
@@ -70,4 +70,5 @@ fn without_inotify_changes_are_noticed_by_polling() {
     mount.umount();
 }
 
-const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noreadahead,noseccomp,noinotify,rescan=1,threads=1,cache=1M";
+const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noreadahead,noseccomp,noinotify,\
+                       rescan=1,threads=1,cache=1M";

@@ -1,4 +1,4 @@
-//! What the tree's files say of themselves, and how they bear being read hard.
+//! The tree's own files, and intensive reading of them.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Read as _;
@@ -277,7 +277,7 @@ fn the_stores_own_files_list_every_chain() {
     assert!(own.contains("mid") && !own.contains("deep"), "{own}");
     assert!(mount.text("web/info/tree.svg").contains("<svg"));
     assert!(!mount.path("web/info/problem.txt").exists());
-    // Generated text is read whole by small reads, and by readers who trust its size as well.
+    // Generated text is read whole by small reads, and by readers that trust its size as well.
     let mut small = Vec::new();
     let file = File::open(mount.path(".chainfs/tree.txt")).expect("an entry");
     let mut byte = [0; 7];

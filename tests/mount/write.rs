@@ -1,4 +1,4 @@
-//! An active disk through a real mount: it behaves as a block device does, and what was synced stays.
+//! An active disk through a real mount: it behaves like a block device, and synced data persists.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -146,7 +146,7 @@ fn a_disk_grows_by_truncate_and_never_shrinks_by_it() {
         drop(disk);
         assert_eq!(fs::metadata(&active).expect("attributes").len(), 4 * MIB);
         tool("truncate").args(["-s", "1M"]).arg(&active).fails();
-        // By name alone, nobody having it open; an odd size becomes whole sectors.
+        // By name alone, while the disk is closed; an odd size becomes whole sectors.
         tool("truncate").args(["-s", "5242881"]).arg(&active).succeeds();
         assert_eq!(fs::metadata(&active).expect("attributes").len(), 5 * MIB + 512);
         model.0.resize(5 * MIB as usize + 512, 0);
@@ -200,7 +200,7 @@ fn direct_and_synchronous_writes_work() {
     mount.umount();
 }
 
-/// Five seconds: whoever never calls fsync loses no more.
+/// Five seconds: a program that never calls fsync loses no more.
 #[test]
 fn unsynced_writes_are_written_back_by_the_timer() {
     let store = chain();
@@ -385,7 +385,7 @@ fn a_guest_file_system_is_made_written_and_checked_through_the_mount() {
     mount.umount();
 }
 
-/// Beginning and ending to write, looking at the store anew and reading go on at once.
+/// Starting and stopping to write, rescans and reads run at once.
 #[test]
 fn files_are_opened_and_closed_while_the_store_changes() {
     let store = chain();

@@ -1,4 +1,4 @@
-//! An active disk when things go wrong: images removed, disks full or dying, limits, modes, signals.
+//! An active disk under faults: images removed, disks full or failing, limits, modes, signals.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -106,7 +106,7 @@ fn after_kill_nine_synced_data_is_there_with_leaks_at_most() {
     mount.umount();
 }
 
-/// The first flush fails, as on a disk that is dying; what was not written then is never called durable.
+/// The first flush fails, as on a failing disk; data that was not written then is never called durable.
 #[test]
 // M7
 fn a_disk_with_a_failed_flush_is_read_only_and_affects_no_other() {
@@ -182,7 +182,7 @@ fn fills_its_file_system(syncs_each: bool) {
     other.write_all_at(&vec![1; 65_536], 0).expect("a write");
     other.sync_all().expect("a sync");
     let disk = rw(&mount.path("web/active.raw"));
-    // Room is left for what the other has already, and for tables.
+    // Room is left for the other's existing data, and for tables.
     fs::write(store.path("ballast"), vec![1; 10 << 20]).expect("ballast");
     let mut written = 0_u64;
     let refused = loop {
@@ -248,7 +248,7 @@ fn images_that_the_daemon_may_not_write_are_read_only() {
         File::open(&active).expect("it can be read");
         errno(File::options().write(true).open(&active))
     };
-    // The store lies on a file system that is mounted read-only.
+    // The store is on a file system that is mounted read-only.
     tool("mount").arg("--bind").arg(store.root()).arg(store.root()).succeeds();
     tool("mount").args(["-o", "remount,bind,ro"]).arg(store.root()).succeeds();
     let mount = Mount::new(&store);

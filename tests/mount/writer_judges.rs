@@ -1,5 +1,5 @@
 //! Foreign judges of the writable disk: QEMU on a twin, fsx, fio, the kernel's ext4. None of them knows
-//! what they write to. Needs root and loop devices.
+//! chainfs. Needs root and loop devices.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use support::foreign::{Loop, Mounted, amount, fio};
 use support::*;
 
-/// Every geometry that a writer treats differently: options, and whether a backing file lies below.
+/// Every geometry that a writer treats differently: options, and whether there is a backing file.
 const GEOMETRIES: [(&str, bool); 22] = [
     ("", false),
     ("", true),
@@ -40,7 +40,7 @@ const GEOMETRIES: [(&str, bool); 22] = [
 fn commands(store: &Store, seed: u64, size: u64, options: &str) -> Vec<String> {
     let mut rng = Rng::new(seed);
     let mut commands = Vec::new();
-    // QEMU's discard is advisory: what is no whole cluster of it stays. Version 2 does not discard at all.
+    // QEMU's discard is advisory: partial clusters stay. Version 2 does not discard at all.
     let unit = 2 * MIB;
     for _ in 0..60 {
         let at = rng.below(size - 1);
@@ -215,7 +215,7 @@ fn fio_reads_back_what_it_wrote_and_trimmed_through_a_loop_device() {
     store.img(["check", "-q", "disk.qcow2"]);
 }
 
-/// A tree of many small files, as an archive: what this machine has of manuals, headers and settings.
+/// A tree of many small files, as an archive: manuals, headers and settings of this machine.
 fn archive(store: &Store) -> PathBuf {
     let archive = store.beside("tree.tar");
     let all = ["usr/include", "usr/share/doc", "usr/share/perl", "usr/share/zoneinfo", "etc"];
@@ -283,7 +283,7 @@ fn ext4_recovers_by_its_journal_after_the_daemon_was_killed() {
             .expect("tar");
         std::thread::sleep(Duration::from_millis(300 + 170 * (round % 5)));
         kill_process(daemon, Signal::KILL).expect("the daemon is ours");
-        // It fails, or ends; its file system is gone either way.
+        // It fails, or ends; its file system is lost either way.
         let _ = unpacking.wait();
         drop((guest, device));
         mount.abandon();

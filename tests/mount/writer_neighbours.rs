@@ -1,5 +1,5 @@
-//! What surrounds the writer of an active disk, tried with intent to break it: who else relies on the bytes
-//! that are written, and who is told of them too late.
+//! The surroundings of an active disk's writer, stressed: other users of the written bytes, and late
+//! notifications.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
@@ -16,14 +16,14 @@ fn open_rw(path: &Path) -> Result<File, Errno> {
     opened.map_err(|e| Errno::from_io_error(&e).expect("an errno"))
 }
 
-/// The kernel tells the mount of a close a moment later.
+/// The kernel reports a close to the mount a moment later.
 fn let_go(store: &Store, image: &str, format: &str) {
     eventually("the mount lets go", || {
         tool("qemu-io").args(["-f", format, "-c", "flush", image]).current_dir(store.root()).outcome().0 == 0
     });
 }
 
-/// Nobody hears of changes: what a mount knows is what it saw first, unless it looks.
+/// Change notifications are off: the mount knows only its first scan, unless it rescans.
 const DEAF: &str = "noinotify,rescan=3600";
 
 #[test]
@@ -65,7 +65,7 @@ fn a_raw_image_that_was_frozen_is_not_written_before_a_rescan() {
     mount.umount();
 }
 
-/// `vm.qcow2` whose bytes lie in `data.raw`.
+/// `vm.qcow2` whose bytes are in `data.raw`.
 fn with_data_file() -> Store {
     let store = Store::new();
     store.create("vm.qcow2", MIB, "data_file=data.raw");
@@ -143,7 +143,7 @@ fn opening_a_snapshot_while_the_writer_closes_uses_no_old_tables() {
         for _ in 0..3 {
             scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
-                    // A writer that begins may be in the way.
+                    // A writer that begins may conflict.
                     drop(File::open(&snapshot));
                 }
             });
@@ -155,7 +155,7 @@ fn opening_a_snapshot_while_the_writer_closes_uses_no_old_tables() {
             }
             let at = round % (16 * MIB / CLUSTER) * CLUSTER;
             let value = [(round % 251) as u8 + 1; 512];
-            // The tables as they are now are in everybody's memory.
+            // All readers have the current tables in memory.
             if let Ok(disk) = File::open(&active) {
                 let _ = disk.read_at(&mut [0; 512], at);
             }

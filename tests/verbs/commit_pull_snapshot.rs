@@ -1,4 +1,4 @@
-//! Commands on whole chains: what QEMU reads afterwards is what it read before.
+//! Commands on whole chains: QEMU reads the same bytes before and after.
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::JobState;
@@ -10,7 +10,7 @@ const SIZES: [Kind; 3] = [
     Kind { options: "extended_l2=on,cluster_size=16k", ..Kind::PLAIN },
 ];
 
-/// The six cases of a commit below the active layer: top, base, and what is left above base.
+/// The six cases of a commit below the active layer: top, base, and the layers left above base.
 const CASES: [(&str, &str, &[&str]); 6] = [
     ("sn3", "base", &["web.qcow2"]),
     ("sn2", "base", &["web.qcow2", "sn3.qcow2"]),
@@ -159,7 +159,7 @@ fn a_raw_leaf_becomes_a_snapshot_under_a_qcow2_overlay() {
     assert_eq!(status.state, JobState::Done);
     assert_eq!(lab.chain("plain.qcow2"), ["plain.qcow2", "first.raw"]);
     assert!(lab.content("plain.qcow2") == before && !lab.store.path("plain.raw").exists());
-    // Frozen for good, also when nobody stands on it any more.
+    // Frozen for good, even without an overlay.
     std::fs::remove_file(lab.store.path("plain.qcow2")).unwrap();
     let store = lab.open();
     let catalog = store.catalog();
@@ -227,7 +227,7 @@ fn layers_that_others_depend_on_are_not_changed() {
     }
     assert!(before == hashes(&lab));
     assert_done(&lab, "commit top=sn3 base=sn2 discard-internal");
-    // All children of top are put on base.
+    // All overlays of top are rebased onto base.
     let lab = Lab::new(Kind::PLAIN);
     lab.store.overlay("clone.qcow2", "sn2.qcow2", "qcow2", "");
     lab.store.scribble("clone.qcow2", "qcow2", 77);

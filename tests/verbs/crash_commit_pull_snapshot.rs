@@ -1,5 +1,5 @@
-//! Snapshot, commit and pull, cut off by a crash at any point of their way: every view that is listed has its
-//! bytes, and after the next opening the command is done or was never given.
+//! Snapshot, commit and pull, interrupted by a crash at any point: every listed view has its bytes, and after
+//! the next opening the command is complete or has not happened.
 
 use crate::scenario::run::{EXTENDED, SIZE, SMALL, Scenario, walk};
 use crate::scenario::tape::Recorder;
@@ -115,7 +115,7 @@ fn an_active_commit_is_done_or_not() {
         .survives();
 }
 
-/// Larger than the pieces in which a disk is moved, so that its guest writes before, in and behind them.
+/// Larger than the pieces in which a disk is moved, so that its guest writes before, in and after them.
 #[test]
 fn writes_during_a_large_commit_are_kept() {
     let large = [20 << 20; 5];
@@ -137,8 +137,8 @@ fn a_pull_keeps_internal_snapshots() {
     Scenario::new("pull inner web", "pull").inner(&["web"]).survives();
 }
 
-/// A safe rebase of QEMU 10.0.2 writes the header that names the new backing file before the tables that hold
-/// what the old one held: in between, the disk has lost those bytes, and its checker finds nothing wrong.
+/// A safe rebase of QEMU 10.0.2 writes the header with the new backing file before the tables with the old
+/// one's data: in between, the disk has lost those bytes, and its checker finds no error.
 #[test]
 fn the_judge_detects_data_lost_by_a_rebase_of_qemu() {
     let scenario = Scenario { active: &["sn3.qcow2"], ..Scenario::new("qemu-img rebase", "") }
@@ -153,7 +153,7 @@ fn the_judge_detects_data_lost_by_a_rebase_of_qemu() {
     assert!(count < tally.visited, "some states are sound");
 }
 
-/// Nothing hides the views that a commit of QEMU spoils.
+/// Nothing hides the views that a commit of QEMU invalidates.
 #[test]
 fn the_judge_detects_views_invalidated_by_a_qemu_commit() {
     let scenario = Scenario::new("qemu-img commit", "");

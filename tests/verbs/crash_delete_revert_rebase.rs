@@ -1,5 +1,5 @@
-//! Delete, revert, rebase, clone and resize, cut off by a crash at any point of their way: every view that is
-//! listed has its bytes, and after the next opening the command is done or was never given.
+//! Delete, revert, rebase, clone and resize, interrupted by a crash at any point: every listed view has its
+//! bytes, and after the next opening the command is complete or has not happened.
 
 use crate::scenario::run::{EXTENDED, SIZE, SMALL, Scenario};
 use support::lab::Lab;
@@ -67,7 +67,7 @@ fn a_layer_is_rebased_or_not() {
         lab.store.create("elsewhere.qcow2", SIZE / 2, "");
         lab.store.scribble("elsewhere.qcow2", "qcow2", 31);
     };
-    // It is an active disk until something stands on it.
+    // It is an active disk until it has an overlay.
     let onto = |name, command| Scenario { prepare: elsewhere, ..Scenario::new(name, command) };
     Scenario { active: &["elsewhere.qcow2"], ..onto("rebase", "rebase base=elsewhere.qcow2") }.survives();
     Scenario {

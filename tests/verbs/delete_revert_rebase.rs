@@ -1,5 +1,5 @@
-//! Delete, revert, rebase, clone and resize on whole chains: what QEMU reads of every other view stays what
-//! it was, and what is made is what `qemu-img` makes on a twin.
+//! Delete, revert, rebase, clone and resize on whole chains: QEMU reads the same bytes of every other view,
+//! and the results equal those of `qemu-img` on a twin.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -107,8 +107,8 @@ fn a_delete_by_commit_merges_the_overlay_and_keeps_its_name() {
             assert!(before == lab.contents(&views), "{name}, {}", kind.options);
             lab.assert_clean();
             assert_eq!(lab.files().len(), 4, "{:?}", lab.files());
-            // The notes' first method on the layer above, by QEMU: it is merged into the snapshot's file,
-            // which everybody above is then told to stand on.
+            // The notes' first method on the layer above, by QEMU: it is merged into the snapshot's file, and
+            // all its overlays are then rebased onto that file.
             twin.store.img(["commit", "-q", "-d", &twin.file(above)]);
             if let Some(next) = LAYERS.get(depth + 2) {
                 twin.store.img(["rebase", "-u", "-b", &twin.file(name), "-F", "qcow2", &twin.file(next)]);
@@ -217,7 +217,7 @@ fn an_impossible_delete_is_refused_with_a_reason() {
             lab.files().iter().map(|name| fs::read(lab.store.path(name)).unwrap()).collect();
         assert!(before == after, "{command}");
     }
-    // The last layer, and one that is alone.
+    // The last layer, and a single one.
     let store = lab.open();
     let engine = Engine::new(&store);
     assert_eq!(run(&engine, "clone", "delete active").unwrap_err().kind(), ErrorKind::Usage);
@@ -273,7 +273,7 @@ fn internal_snapshots_are_applied_or_copied() {
         assert_done(&lab, "revert to=active@then");
         assert!(lab.content("web.qcow2") == web && before == lab.contents(&views), "{}", kind.options);
         lab.assert_clean();
-        // One of a layer below: nothing can stand on it.
+        // One of a layer below: it cannot back an image.
         assert_eq!(
             lab.refused("revert to=sn2@inner").kind(),
             ErrorKind::NotEmpty,
@@ -309,7 +309,7 @@ fn clones_are_backed_by_their_snapshot() {
         }
         assert!(before == lab.contents(&views));
         lab.assert_clean();
-        // What a clone writes is its own.
+        // A clone's writes are its own.
         lab.store.io("three.qcow2", "qcow2", ["write -P 1 0 1M"]);
         assert!(before == lab.contents(&views));
     }
@@ -371,7 +371,7 @@ fn a_rebased_layer_keeps_its_bytes() {
             lab.assert_clean();
             twin.store.img(["rebase", "-b", other, "-F", format, "sn2.qcow2"]);
             assert!(lab.content("sn2.qcow2") == twin.content("sn2.qcow2"));
-            // Nobody stands on it any more, and it stays what it is.
+            // It has no overlay any more, and stays unchanged.
             let store = lab.open();
             let catalog = store.catalog();
             assert!(!catalog.is_active(catalog.chain(Path::new("sn3")).unwrap()));
@@ -388,7 +388,7 @@ fn an_unsafe_rebase_names_a_moved_backing_file() {
     fs::rename(lab.store.path("base.qcow2"), lab.store.path("moved/base.qcow2")).unwrap();
     let error = lab.refused("rebase layer=sn2 base=moved/first.qcow2");
     assert!(error.kind() == ErrorKind::Broken && error.to_string().contains("sn1.qcow2"), "{error}");
-    // Nothing is left to tell that a file of another name is the one that has gone.
+    // There is no evidence that a file of another name is the missing one.
     let error = lab.refused("rebase layer=sn2 base=moved/first.qcow2 unsafe");
     assert!(error.to_string().contains("say drop-layers"), "{error}");
     assert_done(&lab, "rebase layer=sn2 base=moved/first.qcow2 unsafe drop-layers");
@@ -434,8 +434,8 @@ fn a_disk_grows_and_shrinks_without_showing_old_data() {
     }
 }
 
-/// What the disk would be if QEMU applied its internal snapshot: reading that beside a disk of another size,
-/// it takes that one's.
+/// The disk after QEMU has applied its internal snapshot: read beside a disk of another size, it gets that
+/// one's size.
 fn applied_by_qemu(lab: &Lab) -> Vec<u8> {
     fs::copy(lab.store.path("web.qcow2"), lab.store.path("copy.qcow2")).unwrap();
     lab.store.img(["snapshot", "-a", "inner", "copy.qcow2"]);
@@ -518,7 +518,7 @@ fn persistent_bitmaps_are_named_before_they_are_lost() {
         ("revert to=sn1", "hourly"),
         ("resize 8M", "hourly"),
     ] {
-        // Only what this store froze is removed by a pull.
+        // A pull removes only layers that this store froze.
         if command.starts_with("pull") {
             continue;
         }
@@ -530,7 +530,7 @@ fn persistent_bitmaps_are_named_before_they_are_lost() {
     }
     lab.store.img(["bitmap", "--add", "sn3.qcow2", "weekly"]);
     assert_done(&lab, "delete sn2 method=pull discard-bitmaps");
-    // Nothing that a guest sees has changed in what was filled: the bitmap tells so, as it did.
+    // No guest-visible byte of the filled layer has changed: the bitmap still shows that.
     let info = lab.store.img(["info", "--output=json", "sn3.qcow2"]);
     assert!(info.contains("weekly") && info.contains("auto") && !info.contains("in-use"), "{info}");
     lab.assert_clean();
@@ -539,7 +539,7 @@ fn persistent_bitmaps_are_named_before_they_are_lost() {
     assert!(info.contains("hourly"), "{info}");
 }
 
-/// The flags of each bitmap of an image, as QEMU tells them.
+/// The flags of each bitmap of an image, by QEMU.
 fn bitmaps(lab: &Lab, file: &str) -> Vec<Vec<String>> {
     let info = lab.store.info(file, "qcow2");
     let all = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
@@ -581,7 +581,7 @@ fn commands_that_change_no_byte_of_a_disk_leave_its_bitmaps_in_force() {
         }
         lab.assert_clean();
     }
-    // A guest's write is another matter, also while a command is at work on the disk.
+    // A guest's write changes it, also during a command on the disk.
     let lab = Lab::new(kind);
     lab.store.img(["bitmap", "--add", "web.qcow2", "follows"]);
     let store = lab.open();
@@ -625,7 +625,7 @@ fn a_repeated_command_has_nothing_to_do() {
     }
     drop(disk);
     assert!(fs::read(lab.store.path("web.qcow2")).expect("the image") == before, "nothing was written");
-    // What it stands on cannot be told: that is not "already".
+    // Its backing file is unknown: the command is not "already done".
     fs::remove_file(lab.store.path("sn3.qcow2")).expect("a layer");
     assert_eq!(lab.refused("pull").kind(), ErrorKind::Broken);
     assert_eq!(lab.refused("rebase base=none").kind(), ErrorKind::Broken);
@@ -668,8 +668,8 @@ fn holes_of_lower_layers_cost_no_space_and_no_time() {
     }
 }
 
-/// A relative backing name is looked for from the directory of the name by which an image is reached: of
-/// several names only one may lead there, and by that one a header has to name it.
+/// A relative backing name is resolved from the directory of the image's name: of several names only one may
+/// lead there, and a new header has to name the image by that one.
 #[test]
 fn an_image_that_finds_its_base_by_another_name_is_shown_by_it() {
     // The name that leads to base, the other one, and whether the former is a symbolic link to the latter.
@@ -708,7 +708,8 @@ fn an_image_that_finds_its_base_by_another_name_is_shown_by_it() {
     }
 }
 
-/// Whose name for a base does not count keeps it as it is, by whichever of his own names he finds it.
+/// An owner whose name for a base does not count keeps the base unchanged, by whichever of the image's names
+/// it is found.
 #[test]
 fn the_base_of_an_uncounted_image_with_several_names_is_not_changed() {
     for other in ["a/other.qcow2", "z/other.qcow2"] {

@@ -1,5 +1,5 @@
-//! Snapshot, commit and pull while a call to the machine fails: the command is done or refused, every view
-//! that is listed has its bytes at once, and the next opening leads to the chain before or after.
+//! Snapshot, commit and pull while a system call fails: the command is done or refused, every listed view has
+//! its bytes at once, and the next opening leads to the chain before or after.
 
 use std::fs;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use support::sim::{is_long, seed};
 /// Calls of each command that fail where not all do.
 const FAULTS: u64 = 12;
 
-/// What became of a command.
+/// The outcome of a command.
 #[derive(Default)]
 struct Tally {
     done: u64,
@@ -67,7 +67,7 @@ fn made(start: &Scene) -> (tempfile::TempDir, std::path::PathBuf) {
     (place, root)
 }
 
-/// Gives the command to a store that is open.
+/// Gives the command to an open store.
 fn command(scenario: &Scenario, engine: &Arc<Engine>) -> Result<(), String> {
     match run(engine, scenario.chain, scenario.command) {
         Ok(status) if status.state == JobState::Done => Ok(()),
@@ -95,7 +95,7 @@ fn one(
     recorder.arm(None);
     let end = recorder.mark(Event::Mark);
     let told = |error: String| format!("{error}\nthe command: {outcome:?}");
-    // A disk that has failed says so; another goes on.
+    // A failed disk reports it; another continues.
     let is_well = (0..8).try_for_each(|_| guest.try_step()).and_then(|()| guest.flush()).is_ok();
     if is_well {
         guest.verify().map_err(|error| told(format!("the disk that is in use: {error}")))?;
@@ -103,7 +103,7 @@ fn one(
     let history = std::mem::take(&mut guest.history);
     let done = if outcome.is_ok() { 0 } else { usize::MAX };
     let judge = Judge { done, ..judge.with(history, scenario.frozen.map(|frozen| (frozen, end))) };
-    // At once, to those who have the store open, and to others.
+    // At once, to processes that have the store open, and to others.
     store.rescan().map_err(|error| told(error.to_string()))?;
     drop(guest);
     store.rescan().map_err(|error| told(error.to_string()))?;
@@ -111,12 +111,12 @@ fn one(
         .listed(&store, usize::MAX, judge.live_inode(&root))
         .map_err(|error| told(format!("at once: {error}")))?;
     engine.stop();
-    // A disk that goes on failing keeps even a draft from being removed.
+    // A disk that fails permanently prevents even the removal of a draft.
     let is_left =
         !store.catalog().intents.is_empty() || files(&root).iter().any(|name| name.contains(".chainfs-"));
     drop((store, engine));
     judge.at_once(&root, usize::MAX).map_err(told)?;
-    // Where nothing is left to be taken up, it has been done or called back.
+    // If nothing is left to be resumed, it was completed or rolled back.
     if !is_left && fault.number.is_multiple_of(7) {
         tally.by_qemu += 1;
         judge.ask_qemu(&root, usize::MAX).map_err(|error| told(format!("called back: {error}")))?;
@@ -187,7 +187,7 @@ fn a_delete_that_fails_has_changed_no_other_view() {
     sweep(&quiet("delete internal", "delete sn2@inner").inner(&["sn2"]));
 }
 
-/// A disk for which nobody may have it open: the guest has another one.
+/// The disk must be closed for this: the guest has another one.
 fn closed(name: &'static str, command: &'static str) -> Scenario {
     let other = |lab: &Lab| {
         lab.store.create("other.qcow2", SIZE, "");

@@ -1,5 +1,5 @@
-//! After a crash, a file is taken for the one that was meant only if that is proven; what is not understood
-//! keeps its secret; and a command that is taken up asks all its refusals again.
+//! After a crash, a file is taken for the intended one only if that is proven; an unknown intent hides its
+//! views; and a resumed command checks all its refusals again.
 
 use std::fs;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
@@ -19,7 +19,7 @@ use support::*;
 
 const SIZE: u64 = 4 << 20;
 
-/// A way to damage something, and what it is called.
+/// A kind of damage, and its name.
 type Spoiling = (&'static str, fn(&Path));
 
 fn options() -> StoreOptions {
@@ -30,7 +30,7 @@ fn open(root: &Path) -> Arc<Store> {
     Store::open(root, options()).unwrap()
 }
 
-/// What each listed view of the store shows, by the file of its top layer.
+/// The bytes of each listed view of the store, by the file of its top layer.
 fn shown(store: &Arc<Store>) -> Vec<(String, Vec<u8>)> {
     let catalog = store.catalog();
     let mut all = Vec::new();
@@ -49,7 +49,7 @@ fn shown(store: &Arc<Store>) -> Vec<(String, Vec<u8>)> {
     all
 }
 
-/// Takes up what is there to be taken up; how it ended.
+/// Resumes interrupted commands; returns how they ended.
 fn taken_up(store: &Arc<Store>) -> Option<String> {
     let engine = Engine::new(store);
     let chains: Vec<PathBuf> =
@@ -68,7 +68,7 @@ fn taken_up(store: &Arc<Store>) -> Option<String> {
     error
 }
 
-/// base <- sn1 <- sn2 <- sn3 <- web, of which a commit of sn2 into base was cut off in its midst.
+/// base <- sn1 <- sn2 <- sn3 <- web, with an interrupted commit of sn2 into base.
 struct Commit {
     lab: Lab,
     before: Vec<(String, Vec<u8>)>,
@@ -88,14 +88,14 @@ impl Commit {
             rename: None,
         });
         leave(&lab.store, "commit top=sn2 base=base", "web", deed);
-        // A part of what sn2 shows is in base already.
+        // A part of sn2's data is in base already.
         let bytes = before.iter().find(|(name, _)| name == "sn2.qcow2").unwrap().1.clone();
         let base = fs::File::options().write(true).open(lab.store.path("base.raw")).unwrap();
         base.write_all_at(&bytes[..SIZE as usize / 2], 0).unwrap();
         Self { lab, before }
     }
 
-    /// With what its sectors will be, as the command itself writes it down.
+    /// With the future content of its sectors, as the command itself records it.
     fn base(lab: &Lab) -> chainfs::store::FileRef {
         let store = lab.open();
         let catalog = store.catalog();
@@ -121,14 +121,14 @@ impl Commit {
         views.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice())
     }
 
-    /// The views through sn2 and above have their bytes; what is spoilt is not listed.
+    /// The views through sn2 and above have their bytes; invalidated ones are not listed.
     fn assert_hidden(&self, root: &Path) {
         for (name, bytes) in &Self::listed(root) {
             assert!(Self::of(&self.before, name) == Some(bytes), "{name} has other bytes");
         }
     }
 
-    /// What a read-only mount shows; what is spoilt is not listed.
+    /// The views of a read-only mount; invalidated ones are not listed.
     fn listed(root: &Path) -> Vec<(String, Vec<u8>)> {
         let views = shown(&Store::open(root, StoreOptions { read_only: true, ..options() }).unwrap());
         let names: Vec<&str> = views.iter().map(|(name, _)| name.as_str()).collect();
@@ -136,7 +136,7 @@ impl Commit {
         views
     }
 
-    /// It was taken up, and is done.
+    /// It was resumed, and is complete.
     fn assert_done(&self, root: &Path) {
         let store = open(root);
         let views = shown(&store);
@@ -152,7 +152,7 @@ impl Commit {
         self.lab.store.root()
     }
 
-    /// It is not taken up, for a reason that names `word`, and says so; nothing is changed.
+    /// It is not resumed, for a reported reason that contains `word`; nothing is changed.
     fn assert_refused(&self, word: &str) {
         let files = contents(&self.root());
         let store = open(&self.root());
@@ -165,7 +165,7 @@ impl Commit {
     }
 }
 
-/// All files of a store and what they hold, but for what chainfs keeps of its own.
+/// All files of a store and their content, without chainfs' own.
 fn contents(root: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut all: Vec<(PathBuf, Vec<u8>)> = fs::read_dir(root)
         .unwrap()
@@ -197,7 +197,7 @@ fn a_copied_store_hides_invalid_views_and_resumes_like_the_original() {
         let place = commit.lab.store.beside("copy");
         copy(way, &commit.root(), &place);
         commit.assert_hidden(&place);
-        // The copy is all that is left.
+        // Only the copy is left.
         fs::remove_dir_all(commit.root()).unwrap();
         fs::rename(&place, commit.root()).unwrap();
         commit.assert_hidden(&commit.root());
@@ -230,7 +230,7 @@ fn a_copied_store_with_a_replaced_file_is_not_resumed() {
 #[test]
 // I1
 fn a_file_changed_in_place_is_not_the_recorded_one() {
-    // The same file, by all that the file system says of it.
+    // The same file by all attributes of the file system.
     let commit = Commit::new();
     let base = fs::File::options().write(true).open(commit.lab.store.path("base.raw")).unwrap();
     base.write_all_at(&vec![0x5A; SIZE as usize], 0).unwrap();
@@ -280,7 +280,7 @@ fn leave_commit_of_sn3(lab: &Lab, is_copied: bool) {
     leave(&lab.store, "commit top=sn3 base=sn2", "web", deed);
 }
 
-/// What is left of a commit whose copy is whole is to remove the layers.
+/// The remaining step of a commit whose copy is complete is to remove the layers.
 #[test]
 fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
     let lab = Lab::new(Kind::PLAIN);
@@ -304,8 +304,8 @@ fn a_new_disk_with_the_name_of_a_merged_layer_stays() {
     assert!(fs::read(&path).unwrap() == disk, "it is somebody else's");
 }
 
-/// A commit of the active layer that was cut off right after base had got its new name: from then on guests
-/// write base.
+/// A commit of the active layer that was interrupted right after base had got its new name: from then on
+/// guests write base.
 #[test]
 fn a_guest_may_have_rewritten_the_new_active_disk_before_the_crash() {
     // A base of the disk's own stem, one that gets its name, and one of another extension.
@@ -368,12 +368,12 @@ fn a_layer_rebased_by_another_process_stays_rebased() {
 #[test]
 // J5
 fn a_resumed_command_checks_all_refusals_again() {
-    // Somebody has come to stand on what is written.
+    // Another image has become an overlay of the written file.
     let commit = Commit::new();
     commit.lab.store.overlay("second.qcow2", "base.raw", "raw", "");
     commit.assert_refused("second.qcow2");
     fs::remove_file(commit.lab.store.path("second.qcow2")).unwrap();
-    // Or on what goes.
+    // Or of the removed one.
     commit.lab.store.overlay("second.qcow2", "sn1.qcow2", "qcow2", "");
     commit.assert_refused("second.qcow2");
     fs::remove_file(commit.lab.store.path("second.qcow2")).unwrap();
@@ -392,12 +392,12 @@ fn a_resumed_command_checks_all_refusals_again() {
     )
     .unwrap();
     assert!(taken_up(&store).unwrap().contains("read-only"));
-    // It goes by another name besides.
+    // It has another name besides.
     let link = commit.lab.store.beside("link.raw");
     fs::hard_link(commit.lab.store.path("base.raw"), &link).unwrap();
     commit.assert_refused("hard links");
     fs::remove_file(link).unwrap();
-    // Nothing stands in its way any more.
+    // Nothing blocks it any more.
     assert_eq!(taken_up(&open(&commit.root())), None);
     commit.assert_done(&commit.root());
 }
@@ -428,7 +428,7 @@ fn a_resumed_pull_checks_again_and_removes_no_other_file() {
     mode(0o444);
     assert!(taken_up(&open(&lab.store.root())).unwrap().contains("read-only"));
     mode(0o644);
-    // Written in its place: no longer what was to be removed.
+    // Written in place: no longer the file to remove.
     let sn2 = fs::read(lab.store.path("sn2.qcow2")).unwrap();
     let written = fs::metadata(lab.store.path("sn2.qcow2")).unwrap().modified().unwrap();
     lab.store.io("sn2.qcow2", "qcow2", ["write -q -P 7 0 4M".to_owned()]);
@@ -460,7 +460,7 @@ fn a_resumed_snapshot_checks_again() {
     leave(&lab.store, "snapshot monday", "web", deed);
     let content = lab.content("web.qcow2");
     fs::hard_link(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
-    // Somebody has come to stand on the name that would be taken back.
+    // Another image has become an overlay by the name that would be removed.
     lab.store.overlay("mine.qcow2", "monday.qcow2", "qcow2", "");
     assert!(taken_up(&open(&lab.store.root())).unwrap().contains("mine.qcow2"));
     assert!(lab.content("mine.qcow2") == content);
@@ -506,7 +506,7 @@ fn a_name_that_has_gained_overlays_is_not_removed() {
     }
     fs::remove_file(lab.path("near.raw")).unwrap();
     fs::remove_file(lab.path("far.raw")).unwrap();
-    // Whose names do not count loses nothing that he had.
+    // An owner whose names do not count loses nothing.
     lab.overlay_sized("theirs.qcow2", "vm.raw", "raw", SIZE);
     std::os::unix::fs::chown(lab.path("theirs.qcow2"), Some(2001), Some(2001)).unwrap();
     fs::set_permissions(lab.path("vm.raw"), fs::Permissions::from_mode(0o600)).unwrap();
@@ -560,7 +560,7 @@ fn an_unknown_intent_hides_all_views_it_may_have_invalidated() {
         let refused = run(&Engine::new(&store), "web", "pull").unwrap_err();
         assert!(matches!(refused.kind(), ErrorKind::Busy | ErrorKind::Usage), "{how}: {refused}");
         assert!(contents(&commit.root()) == files, "{how}");
-        // Until somebody says in so many words that it does not count.
+        // Until a user states explicitly that it does not count.
         let recover =
             |args: &[&str]| tool(chainfs_binary()).arg("recover").args(args).arg(commit.root()).outcome();
         let (code, out, _) = recover(&["--dry-run"]);
@@ -708,7 +708,7 @@ fn an_overlay_of_a_changed_base_is_reported() {
     done("delete sn2 method=pull");
     let item = || store.trash().unwrap().remove(0);
     assert_eq!(item().problem, None);
-    // A command that leaves what it shows as it was does no harm.
+    // A command that keeps its bytes does no harm.
     done("pull into=sn1");
     assert_eq!(item().problem, None);
     // Others may.
@@ -727,7 +727,7 @@ fn an_overlay_of_a_changed_base_is_reported() {
     store.rescan().unwrap();
     assert!(item().problem.is_some());
     assert!(!lab.store.path("sn2.qcow2").exists() && !before.is_empty());
-    // A note that cannot be read is not nothing.
+    // An unreadable note is not ignored.
     fs::write(lab.store.path(format!(".chainfs/trash/{id}.toml")), "").unwrap();
     assert!(item().problem.is_some_and(|problem| problem.contains("note")));
 }
@@ -762,7 +762,7 @@ fn unreadable_bitmaps_do_not_count_as_none() {
         tool("qemu-img").args(["info", "-U", "--output=json"]).arg(lab.store.path("sn3.qcow2")).succeeds();
     assert!(info.contains("b0"));
     assert_eq!(lab.refused("commit top=sn3 base=sn2").kind(), ErrorKind::NotEmpty);
-    // Its directory is nonsense: the offset in the extension's directory stays, the entry goes.
+    // Its directory is invalid: the offset in the extension stays, the entry is destroyed.
     let path = lab.store.path("sn3.qcow2");
     let bytes = fs::read(&path).unwrap();
     let at = bytes.windows(4).position(|bytes| bytes == 0x2385_2875_u32.to_be_bytes()).unwrap();

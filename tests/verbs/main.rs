@@ -1,5 +1,5 @@
-//! Commands on real stores by the library, without a mount: what they do, and what a crash or an error leaves
-//! of them.
+//! Commands on real stores by the library, without a mount: their effects, and their states after a crash or
+//! an error.
 
 mod commit_pull_snapshot;
 mod crash_commit_pull_snapshot;

@@ -1,4 +1,4 @@
-//! What commands must not do with names, files and sizes that nobody thought of.
+//! Commands with unusual names, files and sizes.
 
 use std::fs;
 use std::path::Path;
@@ -86,7 +86,7 @@ fn a_raw_base_takes_a_name_by_which_it_is_raw() {
         lab.store.overlay("vm.qcow2", base, "raw", "");
         lab.store.scribble("vm.qcow2", "qcow2", 9);
         let before = lab.content("vm.qcow2");
-        // The lab's own chain would stand on the new base.
+        // The lab's own chain would be backed by the new base.
         for name in ["web", "sn3", "sn2", "sn1"] {
             fs::remove_file(lab.store.path(format!("{name}.qcow2"))).unwrap();
         }
@@ -246,7 +246,7 @@ fn a_resumed_snapshot_replaces_no_other_file() {
         disks,
     });
     leave(&lab.store, "snapshot monday", "web", deed);
-    // The second name was given; then the user has put a copy into the place of the first.
+    // The second name was given; then the user has replaced the first by a copy.
     fs::rename(lab.store.path("web.qcow2"), lab.store.path("monday.qcow2")).unwrap();
     fs::copy(lab.store.path("sn3.qcow2"), lab.store.path("web.qcow2")).unwrap();
     let (copy, old) = (inode(&lab, "web.qcow2"), inode(&lab, "monday.qcow2"));

@@ -1,6 +1,6 @@
-//! Who uses whom, where that is not plain: images that cannot be read, names that are not followed, images of
-//! other programs, and headers that a guest may have written. What may be stood on is shown and read, and
-//! neither written nor changed by a command; whoever may stand on it is named, with what helps.
+//! Users of images where that is not obvious: images that cannot be read, names that are not followed, images
+//! of other programs, and headers that a guest may have written. An image that may be in use is shown and
+//! read, and neither written nor changed by a command; its possible user is named, with the remedy.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
@@ -14,7 +14,7 @@ use support::damage::header;
 use support::foreign::Mounted;
 use support::*;
 
-/// base.qcow2 with something on it, and nothing else.
+/// base.qcow2 with one overlay, and nothing else.
 fn store_with_base() -> Store {
     let store = Store::new();
     store.create("base.qcow2", MIB, "");
@@ -73,14 +73,14 @@ fn problems(store: &Opened) -> String {
     lines.concat()
 }
 
-/// What a mount shows in its top directory, but for what it says of the store as a whole.
+/// The top directory of a mount, without the files about the store as a whole.
 fn chains(mount: &Mount) -> Vec<String> {
     let mut names = mount.names(".");
     names.retain(|name| name != ".chainfs");
     names
 }
 
-/// The overlay is damaged so, and what it stands on is known all the same.
+/// The overlay is damaged like this, and its backing file is known all the same.
 #[test]
 fn an_overlay_with_any_bad_field_still_uses_its_base() {
     type Harm = fn(&Damage);
@@ -125,7 +125,7 @@ fn a_repeated_extension_is_read_as_qemu_reads_it() {
     assert_same(&mount.path("top/active.raw"), &store.oracle("top.qcow2", "qcow2"));
     assert!(!mount.path("base").exists());
     mount.umount();
-    // A new backing file is what is read afterwards.
+    // A new backing file is read afterwards.
     store.create("other.qcow2", MIB, "");
     store.io("other.qcow2", "qcow2", ["write -q -P 7 0 1M"]);
     assert_eq!(refusal_of(&open(&store), "top", "rebase base=other.qcow2 unsafe drop-layers"), None);
@@ -136,8 +136,8 @@ fn a_repeated_extension_is_read_as_qemu_reads_it() {
     );
 }
 
-/// Ways to have somebody in the store of whom nobody can tell what he stands on: base.qcow2 is neither
-/// written nor changed, whoever it is is named, and one option ends it.
+/// Possible users of base.qcow2 that cannot be read: base.qcow2 is neither written nor changed, each is
+/// named, and one option ends it.
 #[test]
 // S3
 fn an_unreadable_image_may_use_any_layer_until_its_format_is_stated() {
@@ -248,7 +248,7 @@ fn an_unresolved_name_counts_for_its_target() {
             let leaf = catalog.chain(Path::new("top")).expect("who names it is shown");
             assert_eq!(catalog.layers(leaf).len(), 2, "{name}: base is a layer below");
         }
-        // Whom nobody can mean goes on.
+        // An image that none of them can name stays writable.
         assert_eq!(refusal_to_write(&opened, "free"), None, "{name}");
     }
 }
@@ -267,7 +267,7 @@ fn an_overlay_behind_an_absolute_link_protects_its_base() {
     assert!(fs::read(store.oracle("other.qcow2", "qcow2")).expect("what QEMU reads") == before);
 }
 
-/// What bears a header of qcow2 and is called raw may be run as either.
+/// A file with a header of qcow2 and a raw name may be used as either.
 #[test]
 fn a_header_in_a_raw_disk_counts_unless_the_guest_wrote_it() {
     for name in ["top.raw", "top.img"] {
@@ -282,7 +282,7 @@ fn a_header_in_a_raw_disk_counts_unless_the_guest_wrote_it() {
         });
         assert_eq!(refusal_to_write(&opened, "base"), None, "{name} is said to be raw");
     }
-    // One that has been seen without: its guest may write what it likes.
+    // A file once seen without a header: its guest may write any bytes.
     let store = store_with_top();
     let header = fs::read(store.path("top.qcow2")).expect("a header");
     fs::remove_file(store.path("top.qcow2")).expect("an overlay");
@@ -297,7 +297,7 @@ fn a_header_in_a_raw_disk_counts_unless_the_guest_wrote_it() {
     assert_eq!(refusal_to_write(&open(&store), "base"), None);
 }
 
-/// Everything that stands in a header of another format is a name of somebody who must not change.
+/// Every name in a header of another format protects its file.
 #[test]
 fn images_of_other_programs_protect_their_parents() {
     for (format, options) in [("qcow", ""), ("qed", ""), ("vmdk", "")] {
@@ -402,7 +402,7 @@ fn a_nested_store_counts_users_in_the_outer_store() {
     assert!(why.contains("user.qcow2"), "{why}");
     let why = refusal_to_write(&inner(), "lone").expect("a refusal");
     assert!(why.contains("lone-user.qcow2"), "{why}");
-    // What is begun is noted where everybody looks.
+    // Intents are written in the store around it.
     assert_eq!(refusal_of(&inner(), "vm", "snapshot s2"), None);
     assert!(!store.path("sub/.chainfs").exists() && store.path(".chainfs/lock").exists());
     fs::remove_file(store.path("user.qcow2")).expect("the user");
@@ -445,7 +445,7 @@ fn names_in_an_image_behind_a_link_are_relative_to_the_link() {
         Mount::try_new(&store, &store.path("link.qcow2"), &store.beside("mnt"), "").expect("a mount");
     assert_same(&single.path("active.raw"), &store.oracle("link.qcow2", "qcow2"));
     single.umount();
-    // A file of that name beside the image itself: now the two names stand on two files, and neither is
+    // A file of that name beside the image itself: now the two names have two backing files, and neither is
     // guessed.
     store.create("sub/base.qcow2", MIB, "");
     let opened = open(&store);
@@ -464,7 +464,7 @@ fn names_in_an_image_behind_a_link_are_relative_to_the_link() {
 
 // ---- guests decide no format ----------------------------------------------------------------------
 
-/// A header that makes of whatever bears it an overlay of other.qcow2.
+/// A header that makes its file an overlay of other.qcow2.
 fn stolen_header(store: &Store) -> Vec<u8> {
     store.create("other.qcow2", MIB, "");
     store.io("other.qcow2", "qcow2", ["write -q -P 0x53 0 1M"]);
@@ -615,7 +615,7 @@ fn a_mount_shows_read_only_images_with_the_reason() {
     assert!(told.contains("lost.qcow2: ") && told.contains("standalone=lost.qcow2"), "{told}");
     let tree = mount.text(".chainfs/tree.txt");
     assert!(tree.contains("not writable: lost.qcow2 may use it as its backing file"), "{tree}");
-    // Once it has gone, the disk is written again.
+    // After its removal, the disk is writable again.
     fs::remove_file(store.path("lost.qcow2")).unwrap();
     eventually("base is written", || {
         OpenOptions::new().write(true).open(mount.path("base/active.raw")).is_ok()
@@ -623,7 +623,7 @@ fn a_mount_shows_read_only_images_with_the_reason() {
     mount.umount();
 }
 
-/// A file that cannot be opened, by somebody who is not root.
+/// A file that cannot be opened, for a user other than root.
 #[test]
 fn an_image_that_may_not_be_opened_may_use_any_layer() {
     let store = store_with_top();

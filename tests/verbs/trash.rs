@@ -1,5 +1,5 @@
-//! What commands remove although it still shows what it did can be had back, for as long as the user wants
-//! and as nothing changes below it.
+//! Removed layers that are still valid can be restored, for as long as the user wants and as long as nothing
+//! changes below them.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -24,7 +24,7 @@ fn done(store: &Arc<Store>, command: &str) {
     assert_eq!(status.state, JobState::Done, "{command}: {:?}", status.error);
 }
 
-/// Names of what is in the trash, oldest first.
+/// Names of the items of the trash, oldest first.
 fn names(items: &[TrashItem]) -> Vec<&str> {
     items.iter().map(|item| item.path.to_str().unwrap()).collect()
 }
@@ -95,7 +95,7 @@ fn trash_that_would_become_invalid_is_removed_first() {
     let lab = Lab::new(Kind::PLAIN);
     let store = open(&lab, Some(WEEK));
     done(&store, "delete sn2 method=pull");
-    // It stands on sn1, and that is merged into.
+    // It is backed by sn1, which is merged into.
     let request = chainfs::ops::Request::parse_command(b"commit top=sn3 base=sn1").unwrap();
     let plan = Engine::new(&store).plan(Path::new("web"), &request).unwrap();
     assert!(
@@ -105,7 +105,7 @@ fn trash_that_would_become_invalid_is_removed_first() {
     );
     done(&store, "commit top=sn3 base=sn1");
     assert!(store.trash().unwrap().is_empty());
-    // What is merged is no trash: others show it.
+    // A merged layer is no trash: others show it.
     let left = std::fs::read_dir(lab.store.path(".chainfs/trash")).unwrap().count();
     assert_eq!(left, 0, "nor are notes left");
 }

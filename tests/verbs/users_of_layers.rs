@@ -1,5 +1,4 @@
-//! What deletes, reverts, rebases and the trash must not do to those who have something open, who stand on
-//! what they change, or who write while they are at work.
+//! Deletes, reverts, rebases and the trash in the presence of open handles, overlays and concurrent writers.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -67,7 +66,7 @@ fn readers_of_an_internal_snapshot_do_not_notice_a_deletion() {
     let store = open(&lab, false);
     let disk = guest(&store, "web");
     disk.write_at(0, &[9; 512]).unwrap();
-    // Both have been looked at, in their places.
+    // Both have been opened, by their indices.
     drop(bytes(&inner(&store, 0).unwrap()));
     let second = inner(&store, 1).unwrap();
     let before = bytes(&second);
@@ -103,8 +102,7 @@ fn a_deleted_internal_snapshot_is_not_opened_from_a_stale_scan() {
     assert_eq!(late.unwrap_err().kind(), ErrorKind::Stale);
 }
 
-/// Does something to a disk while a command is at work on it; what the disk showed then, and shows when it is
-/// done.
+/// Changes a disk during a command on it; returns the disk's bytes then, and at the end.
 fn while_at_work(
     lab: &Lab,
     command: &str,
@@ -175,7 +173,7 @@ fn a_range_discarded_behind_a_fill_stays_zero() {
         lab.store.create("empty.qcow2", 24 << 20, "");
         lab.store.create("full.qcow2", 24 << 20, "");
         lab.store.io("full.qcow2", "qcow2", ["write -q -P 0x55 0 24M"]);
-        // In version 2 nothing but silence or data can say it.
+        // In version 2 only unallocated ranges or data can express it.
         lab.store.overlay("disk.qcow2", "empty.qcow2", "qcow2", "compat=0.10,cluster_size=4k");
         lab.store.io("disk.qcow2", "qcow2", ["write -q -P 0x66 0 1M"]);
         let discard = |disk: &ActiveHandle| {
@@ -207,13 +205,13 @@ fn a_disk_that_others_use_is_neither_reverted_nor_shrunk() {
     lab.store.img(far);
     for command in ["revert to=sn1 discard-internal", "revert to=active@inner", "resize 1M shrink"] {
         let error = lab.refused(command);
-        // What it names cannot be followed, and may be this disk.
+        // Its name cannot be followed, and may be this disk.
         assert!(
             error.kind() == ErrorKind::Forbidden && error.to_string().contains("user.qcow2"),
             "{command}: {error}"
         );
     }
-    // One image of a store that is mounted by itself: the store is asked.
+    // One image of a store that is mounted by itself: the store is queried.
     let lab = Lab::new(Kind::PLAIN);
     fs::create_dir(lab.store.path(".chainfs")).unwrap();
     lab.store.overlay("user.qcow2", "web.qcow2", "qcow2", "");
@@ -248,7 +246,7 @@ fn an_unsafe_rebase_of_a_shared_layer_is_refused() {
     assert!(lab.content("clone.qcow2") == before);
 }
 
-/// Leaves an intent as its owner would who is killed right after it, and takes it up.
+/// Leaves an intent as its owner would that is killed right after writing it, and resumes it.
 fn taken_up(
     lab: &Lab,
     store: Arc<Store>,
@@ -343,7 +341,7 @@ fn the_trash_never_blocks_a_delete() {
     done(&store, "web", "delete sn1 method=pull");
     done(&store, "web", "delete sn2 method=pull");
     assert_eq!(store.trash().unwrap().len(), 2);
-    // While somebody else reads it.
+    // While another process reads it.
     let lab = Lab::new(Kind::PLAIN);
     let store = open(&lab, true);
     let reader = Qemu::running_on(&lab.store, "sn2.qcow2", &["--read-only"]);

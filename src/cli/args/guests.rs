@@ -120,14 +120,11 @@ pub struct CpArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Without --files: lists the ranges in which the two disks differ, and the volumes that contain them. Disks of \
-different \
-size are the same if the rest of the longer one is zero.
-With --files, or if A or B is IMAGE[@VIEW]:/VOLUME[/PATH]: lists the files that were added (+), removed (-) or changed \
-(~, with what changed), and those that cannot be read (!). If only one operand has a path, it applies to \
-both. Data that \
-both disks share is not read. Access times are never compared; times of directories and inode change times \
-only with \
---all.
+different size are the same if the rest of the longer one is zero.
+With --files, or if A or B is IMAGE[@VIEW]:/VOLUME[/PATH]: lists the files that were added (+), removed (-) \
+or changed (~, with what changed), and those that cannot be read (!). If only one operand has a path, it \
+applies to both. Data that both disks share is not read. Access times are never compared; times of \
+directories and inode change times only with --all.
 
 Examples:
   chainfs diff base.qcow2 web01.qcow2

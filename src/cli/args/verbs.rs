@@ -12,7 +12,8 @@ use crate::ops::{
     ResizeRequest, RevertRequest, SnapshotRequest, parse_chains,
 };
 
-/// The verbs. A verb's row here and one in [`VerbCommand::invocation`] are all that the command line knows of it.
+/// The verbs. A verb has a row here and one in [`VerbCommand::invocation`], and nothing else in the command
+/// line.
 #[derive(Debug, Subcommand)]
 pub enum VerbCommand {
     /// Freeze the active disk of a chain under a name

@@ -11,9 +11,11 @@ fn refusal(list: &str) -> String {
 #[test]
 fn every_option_is_parsed() {
     let options = parse(
-        "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,map=/old=/new,\
-         readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,standalone=old/*,probe,force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,\
-         config=/c.toml,nopassthrough,noparallelwrites,nosharedmapping,noacl,noseccomp,noinotify,noreadahead,noexec,noatime,sync,dirsync",
+        "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,\
+         map=/old=/new,readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,standalone=old/*,probe,\
+         force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,config=/c.toml,\
+         nopassthrough,noparallelwrites,nosharedmapping,noacl,noseccomp,noinotify,noreadahead,noexec,noatime,\
+         sync,dirsync",
     );
     let expected = MountOptions {
         read_only: true,
@@ -57,8 +59,9 @@ fn every_option_is_parsed() {
 
 #[test]
 fn options_of_mount_and_systemd_are_ignored() {
-    let left = "rw,_netdev,nofail,user,users,owner,group,noauto,auto,defaults,relatime,nodiratime,lazytime,nosuid,suid,dev,\
-                nodev,x-systemd.automount,X-mount.mkdir=0755,x-foo=a b,comment=x,fsname=/s,subtype=chainfs,,";
+    let left = "rw,_netdev,nofail,user,users,owner,group,noauto,auto,defaults,relatime,nodiratime,lazytime,\
+                nosuid,suid,dev,nodev,x-systemd.automount,X-mount.mkdir=0755,x-foo=a b,comment=x,fsname=/s,\
+                subtype=chainfs,,";
     assert_eq!(parse(left).unwrap(), MountOptions::default());
     assert!(parse("ro,rw").unwrap().read_only, "mount(8) adds rw by default");
 }

@@ -126,14 +126,13 @@ pub(super) fn iso9660(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
 
 pub(super) fn hfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 512);
+    let block_size = u32::from_be_bytes(array(block, 20));
     let content = match (slice(block, 0, 2), be16(block, 2)) {
         (b"H+", 4) | (b"HX", 5) => VolumeContent::HfsPlus,
         // An HFS volume that only wraps an HFS+ volume.
         (b"BD", _) if slice(block, 124, 2) == b"H+" => VolumeContent::HfsPlus,
         // Two bytes of magic are weak evidence: the block size is checked as well.
-        (b"BD", _) if matches!(u32::from_be_bytes(array(block, 20)), size if size != 0 && size % 512 == 0) => {
-            VolumeContent::Hfs
-        }
+        (b"BD", _) if block_size != 0 && block_size % 512 == 0 => VolumeContent::Hfs,
         _ => return None,
     };
     Some(DetectedVolume::new(content, None, None))

@@ -19,12 +19,13 @@ const MID: &str = r#"{
     "full-backing-filename": "base.raw", "backing-filename": "base.raw", "dirty-flag": false
 }"#;
 
-const V2: &str = r#"{"virtual-size": 5242880, "filename": "v2.qcow2", "cluster-size": 65536, "format": "qcow2",
-    "actual-size": 200704, "dirty-flag": false,
-    "format-specific": {"type": "qcow2", "data": {"compat": "0.10", "compression-type": "zlib", "refcount-bits": 16}}}"#;
+const V2: &str = r#"{"virtual-size": 5242880, "filename": "v2.qcow2", "cluster-size": 65536,
+    "format": "qcow2", "actual-size": 200704, "dirty-flag": false,
+    "format-specific": {"type": "qcow2", "data": {
+        "compat": "0.10", "compression-type": "zlib", "refcount-bits": 16}}}"#;
 
-const DATA_FILE: &str = r#"{"virtual-size": 5242880, "filename": "df.qcow2", "format": "qcow2", "dirty-flag": true,
-    "encrypted": true, "format-specific": {"type": "qcow2", "data": {
+const DATA_FILE: &str = r#"{"virtual-size": 5242880, "filename": "df.qcow2", "format": "qcow2",
+    "dirty-flag": true, "encrypted": true, "format-specific": {"type": "qcow2", "data": {
         "compat": "1.1", "compression-type": "zstd", "lazy-refcounts": false, "refcount-bits": 16,
         "data-file": "dat.raw", "data-file-raw": true, "corrupt": false, "extended-l2": false,
         "encrypt": {"format": "luks", "slots": []}}}}"#;

@@ -1,4 +1,4 @@
-//! What the disks of the tests hold: something of everything that a file system can be asked to keep.
+//! The content of the test disks: every kind of file that a file system can store.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -64,7 +64,7 @@ impl Content {
                 cf - -T - | tar xf - -C \"$1\""
         );
         tool("sh").args(["-c", &script, "sh"]).arg(&to).succeeds();
-        // What is removed leaves entries without an inode in the middle of blocks.
+        // Removals leave entries without an inode in the middle of blocks.
         let mut removed = tool("find");
         removed.arg(&to).args(["-name", "*a*", "-type", "f", "-size", "-2k", "-delete"]).succeeds();
     }

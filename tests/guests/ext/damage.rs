@@ -1,4 +1,4 @@
-//! Damaged disks: damage is an error of what it hits, and nothing that a disk says is more than an error.
+//! Damaged disks: damage is an error of the affected file, and never more than an error.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -49,7 +49,7 @@ fn names_in(ours: &Ext, directory: Ino) -> (usize, Option<ErrorKind>) {
     (count, listed.err().map(|error| error.kind()))
 }
 
-/// Damage is an error of the entry that it hits; everything else stays as it was.
+/// Damage is an error of the affected entry; everything else stays readable.
 #[test]
 fn damage_affects_only_the_damaged_files() {
     let disk = victim("mkfs.ext4 -b 1024 -g 8192");
@@ -107,7 +107,7 @@ fn damage_affects_only_the_damaged_files() {
         ErrorKind::Corrupt
     );
 
-    // The first group's descriptor: there is a copy in the second, and without that it is still good enough.
+    // The first group's descriptor: there is a copy in the second.
     let descriptor = disk.snapshot();
     descriptor.write(2 * 1024 + 0xc, b"\x11\x22");
     let ours = descriptor.open();
@@ -165,7 +165,7 @@ fn unreadable_volumes_are_refused_with_a_reason() {
     nothing.write(0, &[0; 4096]);
     assert_eq!(refused(&nothing).kind(), ErrorKind::Corrupt);
 
-    // A directory that is called encrypted and is not, and a file: they cannot be read.
+    // A directory with a wrong encryption flag, and a file: they cannot be read.
     let disk = victim("mkfs.ext4 -b 1024 -O encrypt");
     disk.debugfs("set_inode_field /sub flags 0x80800");
     disk.debugfs("set_inode_field \"/pieces\" flags 0x80800");
@@ -180,7 +180,7 @@ fn unreadable_volumes_are_refused_with_a_reason() {
     assert_eq!(ours.runs(pieces, 0, 9, 9).expect_err("it is encrypted").kind(), ErrorKind::Unsupported);
     assert!(ours.attributes(pieces).is_ok() && names_in(&ours, find(&ours, "many")).1.is_none());
 
-    // What is cut off is told, and what is there is shown.
+    // The truncation is reported, and the rest is shown.
     let disk = victim("mkfs.ext4 -b 1024");
     File::options()
         .write(true)

@@ -1,5 +1,5 @@
-//! Disks with ext2, ext3 and ext4, made and mounted by the kernel, and whole trees compared: the kernel's
-//! view of a disk with ours.
+//! Disks with ext2, ext3 and ext4, made and mounted by the kernel, and comparison of whole trees: the
+//! kernel's view of a disk with that of chainfs.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -77,9 +77,9 @@ impl Disk {
         result
     }
 
-    /// The disk as it is at one moment, also while it is mounted: what a snapshot would hold.
+    /// The disk at one moment, even while mounted: the content of a snapshot.
     pub(crate) fn snapshot(&self) -> Self {
-        // Copying takes its time, and the kernel may write meanwhile. What is still the same afterwards is of
+        // Copying takes time, and the kernel may write meanwhile. A copy that is unchanged afterwards is of
         // one moment.
         for _ in 0..20 {
             let copy = Self::blank(0);
@@ -95,7 +95,7 @@ impl Disk {
         Ext::open(Arc::new(FileSource::open(&self.image))).expect("our reader opens it")
     }
 
-    /// What debugfs does to the disk.
+    /// Runs a debugfs command on the disk.
     pub(crate) fn debugfs(&self, command: &str) -> String {
         tool("debugfs").args(["-w", "-R", command]).arg(&self.image).succeeds()
     }
@@ -147,7 +147,7 @@ impl Mounted {
     }
 
     fn end(mut self) {
-        // A process that another test has just forked holds our descriptors until it runs its program.
+        // A process that another test has just forked holds these descriptors until it executes its program.
         eventually("unmounted", || tool("umount").arg(&self.dir).outcome().0 == 0);
         self.ended = true;
     }
@@ -177,7 +177,7 @@ pub(crate) struct Node {
 /// Files by their path from the root.
 pub(crate) type Tree = BTreeMap<Vec<u8>, Node>;
 
-/// What the kernel shows below `dir`.
+/// The kernel's tree below `dir`.
 pub(crate) fn kernel_tree(dir: &Path) -> Tree {
     let mut tree = Tree::new();
     let mut left = vec![Vec::new()];
@@ -294,7 +294,7 @@ fn hash_of(size: u64, data: &[(u64, u64)], mut read: impl FnMut(u64, &mut [u8]))
     hasher.finish()
 }
 
-/// What our reader shows. On the way every name is looked up, and every content is read in both ways.
+/// The tree of chainfs' reader. Every name is looked up, and every content is read in both ways.
 pub(crate) fn our_tree(ext: &Ext, image: &Path) -> Tree {
     let source = FileSource::open(image);
     let mut tree = Tree::new();

@@ -13,7 +13,7 @@ use chainfs::guest::{FileKind, FileSystem as _, Ino};
 use super::MIB;
 use super::disk::*;
 
-/// What Linux shows of encrypted directories to who has no key: names, kinds and targets of links.
+/// Linux's view of encrypted directories without the key: names, kinds and targets of links.
 #[test]
 fn encrypted_directories_have_the_names_that_linux_gives_them_without_a_key() {
     let formats = [

@@ -1,5 +1,5 @@
-//! Journals of guests that were never unmounted, judged by the kernel's replay: transactions of all forms,
-//! fast commits, orphans, torn ends, and what is said where nothing can be replayed.
+//! Journals of guests that were never unmounted, compared with the kernel's replay: transactions of all
+//! forms, fast commits, orphans, torn ends, and the report where nothing can be replayed.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, symlink};
@@ -19,8 +19,8 @@ use support::{Outcome as _, tool};
 
 use super::MIB;
 
-/// The work of a guest that is never unmounted: `step` is done again and again, and after each the disk as it
-/// is at that moment is shown as the kernel shows it after replaying its journal.
+/// The work of a guest that is never unmounted: `step` is repeated, and after each the current disk is shown
+/// as the kernel shows it after replaying its journal.
 fn replayed_as_by_the_kernel(
     what: &str,
     mkfs: &str,
@@ -30,7 +30,7 @@ fn replayed_as_by_the_kernel(
     step: impl Fn(&Path, u64),
 ) {
     let disk = Disk::format(mkfs, size);
-    // No commit and no writing back but what the steps ask for: the disk does not change while it is copied.
+    // No commits and no write-back except those of the steps: the disk does not change while it is copied.
     let snapshots = disk.mounted(&format!("rw,commit=300,{options}"), |dir| {
         let snapshot = |number| {
             step(dir, number);
@@ -46,7 +46,7 @@ fn replayed_as_by_the_kernel(
         let stale = without_recovery(snapshot);
         dirty += usize::from(stale.as_ref() != Some(&tree));
         let begin = std::time::SystemTime::now();
-        // Only what may be written is replayed.
+        // The kernel replays only on a writable mount.
         let mut theirs = snapshot.mounted("rw", kernel_tree);
         forgive_times_of_the_replay(&mut theirs, &mut tree, begin);
         assert_same_trees(&format!("{what} {number}"), &theirs, &tree);
@@ -66,14 +66,14 @@ fn without_recovery(disk: &Disk) -> Option<Tree> {
 
 /// When the kernel replays fast commits, it touches directories and files, and they get the time of that.
 fn forgive_times_of_the_replay(theirs: &mut Tree, ours: &mut Tree, begin: std::time::SystemTime) {
-    // The clock of file systems lags behind by a tick.
+    // The clock of file systems lags by a tick.
     let begin = begin.duration_since(std::time::UNIX_EPOCH).expect("a time");
     let begin = begin.saturating_sub(Duration::from_millis(20));
     let begin = Time { seconds: begin.as_secs().cast_signed(), nanoseconds: begin.subsec_nanos() };
     for (path, node) in theirs.iter_mut() {
         let Some(our) = ours.get_mut(path) else { continue };
         let (their, our) = (&mut node.attributes, &our.attributes);
-        // Nor does a fast commit say how large a directory became.
+        // A fast commit does not record the size of a directory either.
         if their.kind == FileKind::Directory && their.changed >= begin {
             (their.size, their.blocks) = (our.size, our.blocks);
         }
@@ -86,7 +86,7 @@ fn forgive_times_of_the_replay(theirs: &mut Tree, ours: &mut Tree, begin: std::t
     }
 }
 
-/// One step of a guest's work. What is written last is on the disk in the journal only, or not at all.
+/// One step of a guest's work. Its last writes are on the disk in the journal only, or not at all.
 pub(crate) fn work(dir: &Path, number: u64) {
     let mut rng = Rng::new(number);
     let sub = dir.join(format!("step {number}"));
@@ -98,7 +98,7 @@ pub(crate) fn work(dir: &Path, number: u64) {
     set_xattr(&sub.join("file 1"), "user.step", &number.to_le_bytes().repeat(20));
     sync(&sub);
     if number > 0 {
-        // Blocks of directories and of what they named become blocks of files: they have to be revoked.
+        // Blocks of directories and of their files become blocks of other files: they have to be revoked.
         let before = dir.join(format!("step {}", number - 1));
         fs::remove_dir_all(&before).expect("a removal");
         fs::create_dir(&before).expect("a directory");
@@ -145,14 +145,13 @@ fn a_journal_is_replayed() {
     }
 }
 
-/// A journal so small that it is gone round several times.
+/// A journal so small that it wraps around several times.
 #[test]
 fn a_journal_that_has_wrapped_around() {
     replayed_as_by_the_kernel("around", "mkfs.ext4 -b 1024 -J size=1", 96 * MIB, "data=journal", 6, work);
 }
 
-/// A file that was removed while open, and one whose truncation was cut short, have no trace in what is
-/// shown.
+/// A file that was removed while open, and one whose truncation was interrupted, leave no trace.
 #[test]
 fn orphans_are_shown_as_after_recovery() {
     for mkfs in ["mkfs.ext4 -b 4096", "mkfs.ext4 -b 4096 -O orphan_file"] {
@@ -168,7 +167,7 @@ fn orphans_are_shown_as_after_recovery() {
             file.sync_all().expect("fsync");
             held.borrow_mut().push((file, removed));
             if number == 1 {
-                // Nobody may hold them when the disk is unmounted.
+                // They must be closed before the disk is unmounted.
                 held.borrow_mut().clear();
             }
         });
@@ -231,7 +230,7 @@ fn fast_commits_are_replayed() {
     replayed_as_by_the_kernel("fast commits, inline", inline, 128 * MIB, "data=ordered", 3, small_changes);
 }
 
-/// What is made by fast commits that is neither a file nor a name of one.
+/// Fast commits of things other than files and their names.
 fn odd_changes(dir: &Path, number: u64) {
     if number == 0 {
         fs::create_dir_all(dir.join("old/empty")).expect("directories");
@@ -285,7 +284,7 @@ fn fast_commits_of_other_things_than_files() {
     );
 }
 
-/// What fast commits hold is seen: without them, something is missing.
+/// The content of fast commits is visible: without them, something is missing.
 #[test]
 fn the_tested_images_contain_fast_commits() {
     let disk = Disk::format("mkfs.ext4 -b 4096 -O fast_commit", 128 * MIB);
@@ -299,7 +298,7 @@ fn the_tested_images_contain_fast_commits() {
     let number = |at: u64| {
         u64::from(u32::from_be_bytes(dirty.read(journal * 4096 + at, 4).try_into().expect("4 bytes")))
     };
-    // Behind the last block of transactions is one that nobody uses.
+    // An unused block follows the last block of transactions.
     let at = number(0x10) - number(0x54) + 1;
     let first = dirty.blocks_of("<8>", at as usize + 1)[at as usize];
     dirty.write(first * 4096, &[0; 4]);
@@ -307,7 +306,7 @@ fn the_tested_images_contain_fast_commits() {
     assert!(differences(&with, &without).len() > 40, "{:?}", differences(&with, &without));
 }
 
-/// A journal that cannot be replayed is no reason to show nothing, and none to keep silent.
+/// A journal that cannot be replayed is reported, and the volume is shown anyway.
 #[test]
 fn an_old_state_is_never_shown_silently() {
     let elsewhere = Disk::format("mke2fs -b 4096 -O journal_dev", 16 * MIB);
@@ -355,7 +354,7 @@ impl Source for Troubled {
     }
 }
 
-/// What only cannot be read at this moment is no fact about the journal: an old state is not shown for it.
+/// A read error is no property of the journal: an old state must not be shown for it.
 #[test]
 fn a_journal_with_a_read_error_is_retried() {
     let disk = Disk::format("mkfs.ext4 -b 4096", 96 * MIB);
@@ -384,7 +383,7 @@ fn a_journal_with_a_read_error_is_retried() {
     assert!(ours.stale().is_empty());
 }
 
-/// A transaction that did not come to the disk as a whole is as if it had never been.
+/// An incomplete transaction is ignored.
 #[test]
 fn a_torn_transaction_is_not_replayed() {
     let disk = Disk::format("mkfs.ext4 -b 4096", 96 * MIB);
@@ -408,7 +407,7 @@ fn a_torn_transaction_is_not_replayed() {
         forgive_times_of_the_replay(&mut theirs, &mut ours, begin);
         assert_same_trees("torn", &theirs, &ours);
     }
-    // A damaged block within a transaction is left out and told of; the kernel would refuse the whole.
+    // A damaged block within a transaction is skipped and reported; the kernel would refuse the whole.
     let descriptor = journal[1..].iter().position(|block| kind(block) == Some(1)).expect("a descriptor") + 1;
     let copy = dirty.snapshot();
     copy.write(journal[descriptor + 1] * 4096 + 50, b"damage");
@@ -417,7 +416,7 @@ fn a_torn_transaction_is_not_replayed() {
         "{:?}",
         copy.open().remarks()
     );
-    // A damaged list of them ends what is replayed; what came before it is shown.
+    // A damaged list of them ends the replay; earlier transactions are shown.
     let last = journal[1..].iter().rfind(|block| kind(block) == Some(1)).expect("a descriptor");
     let copy = dirty.snapshot();
     copy.write(last * 4096 + 4000, b"damage");

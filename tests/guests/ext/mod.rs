@@ -1,5 +1,5 @@
-//! ext2, ext3 and ext4, judged by the kernel: whole trees as its mount shows them, dirty journals as it
-//! replays them, damage as far as it goes and no further. Needs root and loop devices.
+//! ext2, ext3 and ext4, compared with the kernel: whole trees as its mount shows them, dirty journals as it
+//! replays them, and damage. Needs root and loop devices.
 
 pub(crate) mod content;
 mod damage;
@@ -139,7 +139,7 @@ fn a_large_tree() {
 #[test]
 fn a_large_directory_without_an_index() {
     let disk = Disk::format("mkfs.ext2 -b 4096 -O ^dir_index -N 5000", 64 * MIB);
-    // The kernel goes through all names for each that it adds. Fewer names, and more that are looked for.
+    // The kernel walks all names for each name that it adds. Fewer names, and more lookups.
     let (names, absent) = if long() { (20_000, 10_000) } else { (6000, 33_000_u64) };
     disk.mounted("rw", |dir| many_names(&dir.join("many"), names));
     compare(&disk, "a large directory without an index");
@@ -174,7 +174,7 @@ fn every_hash_of_an_index() {
                 }
             });
             compare(&disk, hash);
-            // An index that is not understood is no error: the directory is read instead. That would be seen
+            // An index that cannot be used is no error: the directory is read instead. That would be detected
             // here.
             let source = Arc::new(Counted::new(FileSource::open(&disk.image)));
             let ours = Ext::open(Arc::clone(&source) as Arc<dyn Source>).expect("our reader opens it");
@@ -185,7 +185,7 @@ fn every_hash_of_an_index() {
     }
 }
 
-/// What this kernel cannot mount: the judge is the directory from which the disk was filled.
+/// For images that this kernel cannot mount: compared with the directory that filled the disk.
 fn shown_as_filled(mkfs: &str, change: impl FnOnce(&Disk, &Path)) {
     let from = tempfile::Builder::new().prefix("chainfs-ext-").tempdir().expect("a directory");
     let content = Content { value_len: 200, ..Content::small() };
@@ -200,7 +200,7 @@ fn shown_as_filled(mkfs: &str, change: impl FnOnce(&Disk, &Path)) {
     ours.retain(|path, _| kept(path));
     for tree in [&mut theirs, &mut ours] {
         for (path, node) in tree.iter_mut() {
-            // What a copy does not keep, or keeps in its own way.
+            // Attributes that a copy does not keep, or keeps in its own way.
             node.ino = 0;
             node.data.clear();
             node.xattrs.sort();

@@ -1,4 +1,4 @@
-//! What volumes hold, as blkid tells it.
+//! The content of volumes, compared with blkid.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::blank;
 use support::*;
 
-/// A program that makes a format, its words, and what it makes. The volume's name comes last.
+/// A program that makes a format, its arguments, and the format. The volume's name comes last.
 type Make = (&'static str, &'static [&'static str], VolumeContent);
 
 const MAKES: [Make; 28] = [
@@ -58,7 +58,7 @@ const MAKES: [Make; 28] = [
     ("pvcreate", &["--driverloaded", "n", "-q", "-y"], VolumeContent::LvmPhysicalVolume),
 ];
 
-/// blkid writes what a shell might mistake as `\x20`.
+/// blkid writes characters that a shell might interpret as `\x20`.
 fn unescaped(text: &str) -> String {
     let mut parts = text.split("\\x");
     let first = parts.next().unwrap_or_default().to_owned();
@@ -68,7 +68,7 @@ fn unescaped(text: &str) -> String {
     })
 }
 
-/// What blkid says: type, label, UUID.
+/// blkid's result: type, label, UUID.
 fn judged(file: &Path) -> [Option<String>; 3] {
     let text = tool("blkid").args(["--probe", "--output", "udev"]).arg(file).succeeds();
     let value = |key: &str| {
@@ -117,8 +117,8 @@ fn detected_content_matches_blkid() {
     }
 }
 
-/// A part of an array; mdadm makes none without the kernel's help, so it is made by the format's description,
-/// and mdadm and blkid say what they find in it.
+/// A member of an array; mdadm makes none without the kernel's help, so it is made from the format's
+/// description, and mdadm and blkid identify it.
 fn array_part(file: &Path, version: &str) {
     let mut bytes = fs::read(file).expect("the volume");
     let len = bytes.len();
@@ -186,7 +186,7 @@ fn content_of_image_files_matches_blkid() {
     made("genisoimage", &["-quiet", "-V", "ISO label", "-o"], true, VolumeContent::Iso9660);
 }
 
-/// Formats that nothing here makes: their signatures, by their descriptions, and blkid's opinion where it
+/// Formats without a program here: their signatures, from their descriptions, and blkid's result where it
 /// needs no more.
 #[test]
 fn signatures_are_distinguished() {

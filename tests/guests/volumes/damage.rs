@@ -1,4 +1,4 @@
-//! Damaged tables and metadata: whatever the bytes are, there is an answer in time.
+//! Damaged tables and metadata: for any bytes, there is an answer in time.
 
 use std::fs;
 use std::sync::Arc;
@@ -15,8 +15,8 @@ fn survive(bytes: Vec<u8>) {
     let source = Arc::new(Counted::new(bytes));
     let disks: Vec<Arc<dyn Source>> = vec![Arc::clone(&source) as Arc<dyn Source>];
     let layout = layout(&disks);
-    // Undamaged, it takes less than 200 requests. Damaged, there are at most 255 volumes, and telling what
-    // one holds takes less than 512 KiB: its beginning, its end and the place of one format in between.
+    // Undamaged, it takes less than 200 requests. Damaged, there are at most 255 volumes, and probing one
+    // takes less than 512 KiB: its beginning, its end and one offset in between.
     let (requests, bytes) = source.taken();
     assert!(requests <= 5000 && bytes <= 144 << 20, "{requests} requests, {bytes} bytes");
     assert!(layout.partitions.len() <= 255 && layout.remarks.len() <= 101);
@@ -52,7 +52,7 @@ fn mutate(good: &[u8], first: usize, repair: impl Fn(&mut Vec<u8>)) {
             let at = places[first + rng.below((places.len() - first) as u64) as usize];
             bytes[at] = [0, 0xff, 0x80, b'0' + rng.below(10) as u8, rng.next() as u8][rng.below(5) as usize];
         }
-        // Half of them with good checksums, or nothing behind these is ever reached.
+        // Half of them with valid checksums, or the checks after these are never reached.
         if rng.below(2) == 0 {
             repair(&mut bytes);
         }

@@ -1,5 +1,5 @@
-//! Volume groups made by LVM itself, without the kernel's help: it only writes metadata. What LVM then says
-//! of the places of extents is what the bytes of each volume are put together by, and compared with.
+//! Volume groups made by LVM itself, without the kernel's help: it only writes metadata. The bytes of each
+//! volume are assembled from LVM's own report of its extents, and compared.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,11 +16,10 @@ use support::*;
 
 const EXTENT: u64 = 64 * KIB;
 
-/// A segment as LVM tells it: the stripes' length, and of each leg the disk and where it begins and ends
-/// there.
+/// A segment in LVM's report: the stripes' length, and of each leg the disk, begin and end.
 type Told = (u64, Vec<(usize, u64, u64)>);
 
-/// Disks in files, and LVM that sees nothing else.
+/// Disks in files, and LVM restricted to them.
 struct Lab {
     dir: TempDir,
     disks: Vec<PathBuf>,
@@ -77,7 +76,7 @@ impl Lab {
     }
 
     fn create(&self, words: &str) {
-        // What would be done to the volume needs the kernel.
+        // Changes to the active volume need the kernel.
         self.lvm(&format!("lvcreate -q -y -an -Zn -Wn {words}"));
     }
 
@@ -101,7 +100,7 @@ impl Lab {
         self.lvm(&format!("vgcfgrestore -q --force -f {} {group}", file.display()));
     }
 
-    /// The disks' bytes, each with something of its own behind the metadata.
+    /// The disks' bytes, each with different data after the metadata.
     fn scribbled(&self) -> Vec<Arc<dyn Source>> {
         let scribble = |(number, disk): (usize, &PathBuf)| {
             let mut bytes = fs::read(disk).expect("the disk");
@@ -114,7 +113,7 @@ impl Lab {
         self.disks.iter().enumerate().map(scribble).collect()
     }
 
-    /// The segments that LVM tells of the visible volumes: by `VG/LV`.
+    /// The segments of the visible volumes in LVM's report: by `VG/LV`.
     fn judged(&self) -> BTreeMap<String, Vec<Told>> {
         let mut begins = BTreeMap::new();
         for line in self.lvm("pvs --noheadings --units b --nosuffix -o pv_name,pe_start").lines() {
@@ -166,7 +165,7 @@ fn read(layout: &VolumeLayout, name: &str, disks: &[Arc<dyn Source>]) -> Vec<u8>
     bytes
 }
 
-/// Deals bytes as LVM says, a stripe at a time.
+/// Distributes bytes as LVM reports, a stripe at a time.
 fn put_together(segments: &[Told], disks: &[Arc<dyn Source>]) -> Vec<u8> {
     let mut all = Vec::new();
     for (stripe_len, legs) in segments {
@@ -358,7 +357,7 @@ fn mirrors(disk_count: usize) -> String {
     all
 }
 
-/// What dm-raid keeps of an image.
+/// dm-raid's metadata of a leg.
 fn state(events: u64, failed: u64, recovered: u64) -> Vec<u8> {
     let mut block = vec![0; 512];
     block[..4].copy_from_slice(&0x6452_6d44_u32.to_le_bytes());
@@ -407,12 +406,12 @@ fn mirrors_are_read_from_a_present_synchronised_leg() {
     assert_eq!((a.offset - begin - 21 * EXTENT, b.offset - begin - 21 * EXTENT), (8 * KIB + 5, 8 * KIB + 5));
     assert_eq!(b.len, 8 * KIB - 5);
 
-    // With the second disk only; a set of which nothing is left is a problem that names the disk.
+    // With the second disk only; a set without any leg left is a problem that names the disk.
     let alone = [Arc::clone(&disks[1])];
     assert_eq!((place("vg-one", &alone, 0), place("vg-old", &alone, 0)), ((0, 1), (0, 70)));
     assert!(volume(&layout(&alone), "vg-ten").problem.as_ref().unwrap().contains("is missing"));
 
-    // What the kernel has written down of the images decides.
+    // The kernel's record of the legs decides.
     let with = |states: [Option<Vec<u8>>; 2]| -> Vec<Arc<dyn Source>> {
         let put = |(disk, state): (&Arc<dyn Source>, Option<Vec<u8>>)| -> Arc<dyn Source> {
             let mut bytes = vec![0; disk.size() as usize];

@@ -1,4 +1,4 @@
-//! What the tests of volumes share.
+//! Helpers of the tests of volumes.
 
 mod content;
 mod damage;
@@ -20,7 +20,7 @@ pub(crate) fn blank(path: &Path, size: u64) {
     fs::File::create(path).and_then(|file| file.set_len(size)).expect("a disk");
 }
 
-/// What a file holds, as a disk for the parsers.
+/// The content of a file, as a disk for the parsers.
 pub(crate) fn disk(path: &Path) -> Arc<dyn Source> {
     Arc::new(fs::read(path).expect("the disk"))
 }
@@ -67,7 +67,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        // It is detached when the last one who has it open lets it go.
+        // It is detached when its last opener closes it.
         let _ = tool("losetup").arg("--detach").arg(&self.0).status();
     }
 }

@@ -44,11 +44,11 @@ impl Lab {
     }
 }
 
-/// What partx says: number, start, sectors of 512 bytes, UUID and name.
+/// partx's result: number, start, sectors of 512 bytes, UUID and name.
 fn judged(device: &Path) -> Vec<String> {
     let mut partx = tool("partx");
     partx.args(["--raw", "--bytes", "--noheadings", "--output", "NR,START,SIZE,UUID,NAME"]).arg(device);
-    // Raw output escapes what is not a letter of ASCII.
+    // Raw output escapes all but ASCII letters.
     partx.succeeds().lines().map(|line| line.trim_end().replace("\\x20", " ")).collect()
 }
 
@@ -82,7 +82,7 @@ fn a_gpt_is_read_as_partx_reads_it() {
     assert_eq!(types, ["EFI System", "Linux filesystem", "Linux LVM", "BIOS boot"]);
     assert!(layout.remarks.is_empty(), "{:?}", layout.remarks);
 
-    // Numbers stay when one goes, and are the kernel's wherever the partition lies.
+    // Numbers stay when a partition is removed, and are the kernel's wherever the partition is.
     tool("sgdisk").args(["--delete=2", "--new=77:30M:+3M"]).arg(lab.disk()).succeeds();
     let layout = lab.layout();
     assert_judged(&layout, &lab.disk());
@@ -104,7 +104,7 @@ fn sectors_of_4096_bytes_are_detected() {
         assert_eq!(layout.sector_size, Some(4096), "{:?}", layout.remarks);
         assert!(layout.remarks.is_empty() && layout.partitions.len() >= 4, "{:?}", layout.remarks);
     }
-    // Without a chain that would tell, it is what the partitions hold.
+    // Without a chain as evidence, the content of the partitions decides.
     let lab = Lab::new(64 * MIB);
     let device = Loop::new(&lab.disk(), 4096);
     told("sfdisk", &["--quiet"], device.path(), "label: dos\nsize=30M\nsize=20M\n");
@@ -148,7 +148,7 @@ fn a_damaged_gpt_is_read_from_its_copy() {
         layout.remarks
     );
 
-    // Grown, its copy is not at the end any more, but where the first header says.
+    // On a grown disk, the copy is not at the end any more, but where the first header says.
     let layout = lab.changed(|bytes| {
         bytes.extend(vec![0; MIB as usize]);
         bytes[512 + 60] ^= 1;

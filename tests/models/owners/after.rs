@@ -1,5 +1,5 @@
-//! What a command has done, beside what the kernel would have let its user do, and beside what each file has
-//! to show.
+//! The effects of a command, compared with the rights that the kernel would give its user, and with the
+//! expected bytes of each file.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ const STICKY: u32 = 0o1000;
 /// A command as it was given.
 pub(crate) struct Given {
     pub(crate) verb: String,
-    /// Whose it is, and what the kernel let that user do then; none for root.
+    /// The command's user, and that user's rights by the kernel at that time; none for root.
     pub(crate) by: Option<(u32, May)>,
     pub(crate) before: Seen,
     /// Files of its chain, top first.
@@ -29,8 +29,8 @@ fn is_draft(path: &Path) -> bool {
 }
 
 impl Given {
-    /// Forgets drafts of former commands that this one has left alone, and that the mount has swept after
-    /// that: its user had no part in it. `half`: what the command itself has left behind.
+    /// Drops drafts of former commands that this one has left and that the mount has swept afterwards: its
+    /// user has not changed them. `half`: the files that the command itself has left.
     pub(crate) fn forget_swept(&mut self, half: &Seen, after: &Seen) {
         let is_swept = |path: &Path, inode: u64| {
             half.files.get(path).is_some_and(|left| left.inode == inode) && !after.files.contains_key(path)
@@ -38,7 +38,7 @@ impl Given {
         self.before.files.retain(|path, file| !(is_draft(path) && is_swept(path, file.inode)));
     }
 
-    /// Why the user had no right to what has become of the store, if so.
+    /// Why the user had no right to the change of the store, if so.
     pub(crate) fn overstepped(&self, after: &Seen) -> Option<String> {
         let Some((uid, may)) = &self.by else { return None };
         for (path, file) in &self.before.files {
@@ -114,8 +114,8 @@ impl Given {
         ["snapshot", "revert"].contains(&&*self.verb) && leaf.is_some_and(|leaf| named.contains(leaf))
     }
 
-    /// Why an image was put on what its owner may not read, if so. `is_shut`: whether the second file surely
-    /// does not count in the first.
+    /// Why an image was backed by a file that its owner may not read, if so. `is_shut`: whether the second
+    /// file certainly does not count in the first.
     pub(crate) fn cut_off_from(
         &self,
         after: &Seen,
@@ -132,14 +132,14 @@ impl Given {
         Some(format!("{} was put on {target}, which its owner may not read", path.display()))
     }
 
-    /// Whether it is the command's to change a file: a layer, or what it has made itself until `half`.
+    /// Whether the command may change a file: a layer, or a file that it has made itself until `half`.
     fn is_own(&self, inode: u64, half: &Seen) -> bool {
         self.layers.iter().filter_map(|layer| self.before.files.get(layer)).any(|file| file.inode == inode)
             || (half.path_of(inode).is_some() && self.before.path_of(inode).is_none())
     }
 
-    /// Why something was done to what others have made or changed since the command was cut off, if so.
-    /// `half`: the store as it was then; `mid`: as it was when the command went on.
+    /// Why a file that others have made or changed since the interruption was changed, if so. `half`: the
+    /// store at the interruption; `mid`: when the command was resumed.
     pub(crate) fn trespassed(&self, half: &Seen, mid: &Seen, after: &Seen) -> Option<String> {
         for (path, file) in &mid.files {
             let (name, is_own) = (path.display(), self.is_own(file.inode, half));
@@ -171,8 +171,8 @@ impl Given {
         None
     }
 
-    /// Why a file shows something else than it has to, if so: only layers of the chain may come to show what
-    /// others of it did, or go.
+    /// Why a file shows other bytes than expected, if so: only layers of the chain may get the bytes of
+    /// others in it, or be removed.
     pub(crate) fn spoilt(&self, after: &Seen) -> Option<String> {
         let old: Vec<Vec<u8>> = self.layers.iter().filter_map(|layer| disk(&self.before, layer)).collect();
         for (path, file) in &self.before.files {
@@ -195,9 +195,9 @@ impl Given {
             };
             match disk(after, now) {
                 Some(shown) if is_right(&shown) => {}
-                // Half of a command that goes on at the next start.
+                // The state of a command that is resumed at the next start.
                 None if now.extension().is_some_and(|extension| extension == "invalid") => {}
-                // The disk that somebody names who may not read it has another file now.
+                // A disk named by a user who may not read it is another file now.
                 None if !is_of_chain && self.is_snapshot_of_raw(path) => {}
                 Some(_) => return Some(format!("{name} shows other bytes than it has to")),
                 None => return Some(format!("{name} cannot be read any more")),
@@ -207,8 +207,8 @@ impl Given {
     }
 }
 
-/// Whether a file's name, in whatever image stands on it, means nothing: its owner may surely not read it.
-/// `may`: what the kernel says of that owner, in no group.
+/// Whether a file's name in its overlay has no effect: the overlay's owner certainly may not read it. `may`:
+/// the kernel's answer for that owner, in no group.
 pub(crate) fn is_surely_uncounted(seen: &Seen, overlay: &Path, target: &Path, may: &May) -> bool {
     let owner = seen.files[overlay].uid;
     if owner == 0 || may.read.contains(target) {
@@ -223,8 +223,8 @@ pub(crate) fn is_surely_uncounted(seen: &Seen, overlay: &Path, target: &Path, ma
     }
 }
 
-/// Whether somebody gets at a file by any class of its mode, and at all directories on the way to it: by
-/// modes that are said of classes nobody is shut out then.
+/// Whether a user may access a file by any class of its mode, and by all directories above it: then no class
+/// is shut out by modes.
 pub(crate) fn is_open_to(seen: &Seen, path: &Path, uid: u32, is_owner: bool, want: u32) -> bool {
     let all = |want: u32| want << 6 | want << 3 | want;
     let is_open = |of: u32, mode: u32, has_list: bool, want: u32| {

@@ -1,4 +1,4 @@
-//! What has to hold of a store between acts: who reads what, who writes what, and what is told to whom.
+//! The invariants of a store between steps: who reads and writes which files, and what reports disclose.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -15,14 +15,14 @@ use super::through::Through;
 use super::world::World;
 
 impl World<'_> {
-    /// Whether a file is surely an active disk: sound, and named by none who might be right to name it.
+    /// Whether a file is certainly an active disk: sound, and named by no image whose name could count.
     pub(crate) fn is_free(&self, seen: &Seen, path: &Path) -> bool {
         let store = self.store();
         let catalog = store.catalog();
         let Some(entry) = catalog.images.iter().find(|image| image.place.path == path) else { return false };
         let is_claimed = !self.damage.is_empty() || !self.is_whole();
         let is_kept = entry.is_frozen() || seen.files[path].mode & 0o222 == 0 || entry.problem.is_some();
-        // Whatever stands on what is broken is for others to test.
+        // Overlays of broken images are tested elsewhere.
         let is_odd = seen.files.keys().any(|path| !is_sound(seen, path));
         if is_claimed || is_kept || is_odd || !is_sound(seen, path) {
             return false;
@@ -31,7 +31,7 @@ impl World<'_> {
             && seen.overlays_of(path).iter().all(|overlay| self.is_shut(seen, overlay, path))
     }
 
-    /// What somebody names that may not be read stays its owner's active disk.
+    /// A private file named by another user stays its owner's active disk.
     pub(crate) fn check_free(&mut self) {
         let seen = self.seen();
         let store = self.store();
@@ -50,7 +50,7 @@ impl World<'_> {
             }
             self.tally.unimpressed += u64::from(!seen.overlays_of(path).is_empty());
         }
-        // A name counts where the owner may read what it names.
+        // A name counts if the owner may read the named file.
         for (path, file) in &seen.files {
             let below = file.backing.as_ref().filter(|_| is_sound(&seen, path) && self.is_whole());
             let Some(below) = below.filter(|below| !seen.is_linked(below) && !seen.is_linked(path)) else {
@@ -76,7 +76,7 @@ impl World<'_> {
         }
     }
 
-    /// Who reads a view may read all files of it by the kernel, and nobody else is kept from it.
+    /// A reader of a view may read all its files by the kernel, and any user who may is admitted.
     pub(crate) fn check_views(&mut self, person: &Person) {
         let seen = self.seen();
         let (may, store, through) = (self.may(person, &seen), self.store(), Through::new(&self.store()));
@@ -93,7 +93,7 @@ impl World<'_> {
                 let place = if view.active { "active.raw".into() } else { format!("snapshots/{name}.raw") };
                 let at = path.join(place);
                 let named = chain(&seen, &files[0]).unwrap_or_default();
-                // Where what a header names does not count, the modes are those of what is left, which shows
+                // If a header's name does not count, the modes are those of the remaining layers, which show
                 // nothing.
                 let is_told = files.iter().all(|file| may.read.contains(file));
                 let is_readable = |file: &PathBuf| {
@@ -111,7 +111,7 @@ impl World<'_> {
                 if (!is_allowed && read.is_ok()) || (!is_told && is_described) {
                     self.fail(&format!("uid {uid} {:?} gets at {at}, made of {files:?}", person.groups));
                 }
-                // The kernel remembers modes, whoever has asked for them. Owners are taken to be in no group.
+                // The kernel caches modes, whoever has asked for them. Owners are assumed to be in no group.
                 let modes = through.tree.attributes(&Caller::ADMINISTRATOR, inode);
                 let modes = modes.map(|found| (found.uid, found.gid, found.permissions)).unwrap_or_default();
                 let is_known = modes.0 != uid || person.groups.iter().all(|group| !GIDS.contains(group));
@@ -156,8 +156,8 @@ impl World<'_> {
         }
     }
 
-    /// Names that the person is to be told by no text: of files that the kernel lets not be read, and that no
-    /// file which may be read names.
+    /// Names that no text may disclose to the user: of files that the kernel denies, and that no readable
+    /// file names.
     pub(crate) fn hidden_from(&self, person: &Person, seen: &Seen) -> BTreeSet<String> {
         let may = self.may(person, seen);
         let (mut open, mut hidden) = (BTreeSet::new(), BTreeSet::new());
@@ -190,7 +190,7 @@ impl World<'_> {
         }
     }
 
-    /// No text tells anybody of what may not be read.
+    /// No text discloses an unreadable file.
     pub(crate) fn check_reports(&mut self, person: &Person) {
         let seen = self.seen();
         let (hidden, through) = (self.hidden_from(person, &seen), Through::new(&self.store()));

@@ -1,4 +1,5 @@
-//! What users and root do by the mount: guests write, commands are given, are cut off, and go on.
+//! Actions of users and root through the mount: guest writes, and commands that are given, interrupted and
+//! resumed.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use super::through::Through;
 use super::world::World;
 
 impl World<'_> {
-    /// A guest of somebody's writes an active disk.
+    /// A guest of some user writes an active disk.
     pub(crate) fn write(&mut self) {
         let Some((Some(number), path, layers)) = self.choose(false) else { return };
         let (person, seen) = (&self.people.users[number], self.seen());
@@ -151,13 +152,13 @@ impl World<'_> {
         }
     }
 
-    /// Whether a name surely does not count: its owner is no user who may read what it leads to.
+    /// Whether a name certainly does not count: its owner is a user who may not read the target.
     pub(crate) fn is_shut(&self, seen: &Seen, overlay: &Path, target: &Path) -> bool {
         let owner = self.people.owner(seen.files[overlay].uid);
         owner.is_some_and(|owner| is_surely_uncounted(seen, overlay, target, &self.may(owner, seen)))
     }
 
-    /// Who gives a command, and of which chain: mostly one of the user's own.
+    /// The user of a command, and its chain: mostly the user's own.
     pub(crate) fn choose(&mut self, is_root: bool) -> Option<(Option<usize>, PathBuf, Vec<PathBuf>)> {
         let chains = self.chains();
         let any = self.rng.below(self.people.users.len() as u64) as usize;
@@ -188,7 +189,7 @@ impl World<'_> {
         Some((Some(who), chain, layers))
     }
 
-    /// A command as well, mostly one that is not refused: what is refused at once shows little.
+    /// The command, mostly one that is not refused: an immediate refusal tests little.
     pub(crate) fn command(
         &mut self,
         is_root: bool,
@@ -245,7 +246,7 @@ impl World<'_> {
         if !self.is_whole() {
             self.fail("a command has ended, and is left");
         }
-        // Whoever asks how it went.
+        // Any user may read the result.
         let seen = self.seen();
         for _ in 0..2 {
             let person = &self.people.users[self.rng.below(self.people.users.len() as u64) as usize];
@@ -264,7 +265,7 @@ impl World<'_> {
         }
     }
 
-    /// A command is cut off, and goes on at the next start.
+    /// A command is interrupted, and resumed at the next start.
     pub(crate) fn kill(&mut self) {
         let is_root = self.rng.below(4) == 0;
         let Some((who, chain, layers, command)) = self.command(is_root) else { return };
@@ -286,7 +287,7 @@ impl World<'_> {
             chain.display()
         ));
         self.tally.killed += u64::from(is_dead);
-        // What is half done lets nobody in either.
+        // An unfinished change grants no access either.
         let half = self.seen();
         if let Some(found) =
             given.overstepped(&half).or_else(|| given.misowned(&half, |path| self.readers(path)))
@@ -300,7 +301,7 @@ impl World<'_> {
         self.open_only();
         let was_left = !self.is_whole();
         if was_left && self.rng.below(4) > 0 {
-            // Somebody else gives it again before it is taken up: nothing is gained or lost by that.
+            // Another user gives it again before it is resumed: no rights are gained or lost by that.
             let other = self.rng.below(self.people.users.len() as u64) as usize;
             let through = Through::new(&self.store());
             let again = through.command(&self.people.users[other].caller(), &chain, &command);

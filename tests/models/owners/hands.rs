@@ -1,4 +1,4 @@
-//! What users and root do to the store's files themselves, as far as the kernel lets them.
+//! Changes by users and root to the store's files themselves, as far as the kernel allows them.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ fn make(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
 }
 
 impl World<'_> {
-    /// Somebody who owns files; root now and then.
+    /// A user who owns files; root now and then.
     pub(crate) fn somebody(&mut self) -> Option<usize> {
         let number = self.rng.below(7) as usize;
         (number < 6).then_some(number % 3)
@@ -36,7 +36,7 @@ impl World<'_> {
         self.person(who).map_or("root".into(), |person| format!("uid {}", person.uid))
     }
 
-    /// Does it as somebody.
+    /// Runs it as a user.
     pub(crate) fn as_somebody<T>(&self, who: Option<usize>, work: impl FnOnce() -> T) -> T {
         match self.person(who) {
             Some(person) => person.does(work),
@@ -49,7 +49,7 @@ impl World<'_> {
         self.as_somebody(who, move || make(&path, &bytes, mode))
     }
 
-    /// A directory in which somebody may make files.
+    /// A directory in which a user may make files.
     pub(crate) fn room(&mut self, who: Option<usize>, seen: &Seen) -> Option<PathBuf> {
         let all: Vec<PathBuf> = match self.person(who) {
             Some(person) => May::of(person, &self.root, seen).change.into_iter().collect(),
@@ -85,7 +85,7 @@ impl World<'_> {
         self.say(format!("{} makes {} ({mode:o}): {done:?}", self.called(who), path.display()));
     }
 
-    /// An image on any other, whether who makes it may read that or not.
+    /// An image backed by any other, whether its maker may read that or not.
     pub(crate) fn overlay(&mut self) {
         let (who, seen) = (self.somebody(), self.seen());
         let Some(directory) = self.room(who, &seen) else { return };
@@ -192,7 +192,7 @@ impl World<'_> {
         self.tally.modes += 1;
     }
 
-    /// Somebody removes, replaces or moves a file, if the kernel agrees.
+    /// A user removes, replaces or moves a file, if the kernel allows it.
     pub(crate) fn replace(&mut self) {
         let (who, seen) = (self.somebody(), self.seen());
         let is_any = self.rng.below(5) == 0;
@@ -226,7 +226,7 @@ impl World<'_> {
         }
     }
 
-    /// Somebody gives a file a further name, or copies it.
+    /// A user gives a file a further name, or copies it.
     pub(crate) fn link(&mut self) {
         let (who, seen) = (self.somebody(), self.seen());
         let all: Vec<PathBuf> = seen.files.keys().cloned().collect();
@@ -246,7 +246,7 @@ impl World<'_> {
         self.say(format!("{} links {} to {}: {done:?}", self.called(who), path.display(), to.display()));
     }
 
-    /// Somebody copies a file that the kernel lets be read.
+    /// A user copies a file that the kernel lets him read.
     fn copy_it(&mut self, who: Option<usize>, path: &Path) {
         let Some(to) = self.room(who, &self.seen()) else { return };
         let to = to.join(self.next()).with_extension(if is_raw(path) { "raw" } else { "qcow2" });
@@ -254,7 +254,7 @@ impl World<'_> {
         let done = self.as_somebody(who, move || make(&new, &fs::read(old)?, mode));
         self.tally.copied += u64::from(done.is_ok());
         if done.is_ok() {
-            // What is damaged is so in the copy, too.
+            // A damaged file is damaged in the copy, too.
             let seen = self.seen();
             let [from, copy] = [path, &to].map(|path| seen.files[path].inode);
             let damage = self.damage.iter().filter(|(inode, ..)| *inode == from).cloned();
@@ -264,7 +264,7 @@ impl World<'_> {
         self.say(format!("{} copies {} to {}: {done:?}", self.called(who), path.display(), to.display()));
     }
 
-    /// Others act on what a command that was cut off has to do with, or on anything.
+    /// Other users change the files of an interrupted command, or any.
     pub(crate) fn interfere(&mut self, layers: &[PathBuf]) {
         for _ in 0..=self.rng.below(3) {
             let (who, seen) = (self.somebody(), self.seen());
@@ -282,7 +282,7 @@ impl World<'_> {
         }
     }
 
-    /// Somebody damages a header that the kernel lets be written, or mends it.
+    /// A user damages or repairs a header that the kernel lets him write.
     pub(crate) fn damage(&mut self) {
         if let Some((inode, at, saved)) = self.damage.pop() {
             let seen = self.seen();

@@ -1,5 +1,5 @@
-//! qcow2 files, made and read by the model itself: it shares nothing with what is tested, and waits for no
-//! other program.
+//! qcow2 files, made and read by the model itself: it shares no code with chainfs, and waits for no other
+//! program.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -67,7 +67,7 @@ fn be(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
     Some(bytes.get(at..at + len)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
 }
 
-/// What stands in the header as backing file.
+/// The backing file in the header.
 pub(crate) fn backing_name(bytes: &[u8]) -> Option<&str> {
     let (at, len) = (be(bytes, 8, 8)? as usize, be(bytes, 16, 4)? as usize);
     if be(bytes, 0, 4)? != MAGIC || at == 0 {
@@ -116,8 +116,8 @@ pub(crate) fn disk(seen: &Seen, path: &Path) -> Option<Vec<u8>> {
     Some(disk)
 }
 
-/// The bytes of a layer over those below it, be it marked as dirty or not. Standard and zero clusters: the
-/// model's images have no others.
+/// The bytes of a layer over those below it, marked as dirty or not. Standard and zero clusters: the model's
+/// images have no others.
 fn lay_over(disk: &mut Vec<u8>, bytes: &[u8]) -> Option<()> {
     let (cluster_bits, size, version) = (be(bytes, 20, 4)?, be(bytes, 24, 8)?, be(bytes, 4, 4)?);
     if version != 3 || !(9..=21).contains(&cluster_bits) || size > 1 << 20 || be(bytes, 72, 8)? & !1 != 0 {

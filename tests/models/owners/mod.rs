@@ -1,6 +1,7 @@
-//! A store of several owners, shared by a mount: users make images on whatever they can name, give commands,
-//! read reports; root changes owners and modes; commands are cut off. The kernel is the judge of who may do
-//! what: nobody gets, by the mount, what it would not give on the store itself.
+//! A store of several owners, shared by a mount: users make images backed by any file that they can name,
+//! give commands, read reports; root changes owners and modes; commands are interrupted. The kernel is the
+//! reference for rights: no user gets access through the mount that the kernel would deny on the store
+//! itself.
 
 pub(crate) mod after;
 pub(crate) mod checks;

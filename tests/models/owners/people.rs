@@ -1,5 +1,5 @@
-//! Users: whoever acts as one has the kernel judge what is tried, and whoever is told the number of a user's
-//! thread sees what groups that user is in.
+//! Users: the kernel judges what a thread that acts as one tries, and the groups of a user are visible by the
+//! number of the user's thread.
 
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt as _;
@@ -12,18 +12,18 @@ use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::process::{Gid, Uid};
 use rustix::thread::{gettid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
-/// Somebody.
+/// A user.
 #[derive(Debug)]
 pub(crate) struct Person {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
     pub(crate) groups: Vec<u32>,
-    /// A thread that is this person as long as it lives, for those who look up whose it is.
+    /// A thread with this user's credentials as long as it lives, for lookups of its groups.
     thread: u32,
     _life: Sender<()>,
 }
 
-/// Makes this thread somebody's: real and saved ids stay root's, only what files are reached by changes.
+/// Gives this thread a user's credentials: real and saved ids stay root's, only those for file access change.
 fn become_user(uid: u32, gid: u32, groups: &[u32]) {
     let ids: Vec<Gid> = groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
     set_thread_groups(&ids).expect("groups");
@@ -59,7 +59,7 @@ impl Person {
         done
     }
 
-    /// What the kernel says of these paths.
+    /// The kernel's answers for these paths.
     pub(crate) fn may_all(&self, paths: &[PathBuf], access: Access) -> Vec<bool> {
         self.does(|| paths.iter().map(|path| accessat(CWD, path, access, AtFlags::EACCESS).is_ok()).collect())
     }
@@ -68,12 +68,12 @@ impl Person {
         self.does(|| accessat(CWD, path, access, AtFlags::EACCESS).is_ok())
     }
 
-    /// As FUSE tells of the person.
+    /// The user in FUSE's form.
     pub(crate) fn caller(&self) -> Caller {
         Caller { uid: self.uid, gid: self.gid, pid: self.thread }
     }
 
-    /// Whether a kernel that goes by shown modes alone would let the person in.
+    /// Whether a kernel that checks only the shown modes would admit the user.
     pub(crate) fn is_let_in(&self, (uid, gid, bits): (u32, u32, u16), want: u16) -> bool {
         let bits = if self.uid == uid {
             bits >> 6
@@ -89,9 +89,9 @@ impl Person {
 /// All of them.
 #[derive(Debug)]
 pub(crate) struct People {
-    /// Users as they come to the mount: of several groups, and two who are one user in different groups.
+    /// Users of the mount: in several groups, and two with one user id in different groups.
     pub(crate) users: Vec<Person>,
-    /// Owners of files as nobody knows of their groups.
+    /// Owners of files, whose groups are unknown.
     plain: Vec<Person>,
 }
 

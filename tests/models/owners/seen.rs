@@ -1,4 +1,4 @@
-//! The store as it is at one moment, and what the kernel lets somebody do with it then.
+//! The store at one moment, and a user's rights by the kernel at that moment.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -16,7 +16,7 @@ use super::people::Person;
 /// A regular file.
 #[derive(Clone, Debug)]
 pub(crate) struct SeenFile {
-    /// Which file it is, by whatever name: inode numbers alone come again.
+    /// The file's identity, under any name: inode numbers alone are reused.
     pub(crate) inode: u64,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
@@ -35,7 +35,7 @@ pub(crate) struct SeenDirectory {
     pub(crate) has_list: bool,
 }
 
-/// Everything, by path; what chainfs keeps for itself is left out.
+/// All files, by path, without chainfs' own.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) files: BTreeMap<PathBuf, SeenFile>,
@@ -52,14 +52,14 @@ fn has_list(path: &Path) -> bool {
     rustix::fs::getxattr(path, "system.posix_acl_access", &mut [0_u8; 256][..]).is_ok()
 }
 
-/// Whoever looks again and again: what has surely not changed is not read again.
+/// For repeated snapshots: a file that certainly has not changed is not read again.
 #[derive(Debug, Default)]
 pub(crate) struct Looker(RefCell<HashMap<u64, (Stamp, SeenFile)>>);
 
 /// When a file was last changed, in any way, and its size.
 type Stamp = (i64, i64, u64);
 
-/// For how long a clock of the kernel's may stand still: two changes of one file have one time then.
+/// The granularity of the kernel's clock: two changes of one file within it have one time.
 const TICK: Duration = Duration::from_millis(20);
 
 impl Looker {
@@ -197,7 +197,7 @@ impl Seen {
     }
 }
 
-/// What the kernel lets somebody do.
+/// The kernel's answers for a user.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct May {
     pub(crate) read: BTreeSet<PathBuf>,

@@ -1,5 +1,4 @@
-//! The mount's tree as somebody meets it: the kernel first goes by the modes that are shown, then the tree
-//! judges.
+//! The mount's tree as a user sees it: the kernel first checks the shown modes, then the tree checks rights.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +18,7 @@ const LIMIT: Duration = Duration::from_mins(1);
 /// The mount's root.
 const ROOT: u64 = 1;
 
-/// A tree, with nothing remembered of what was asked before.
+/// A tree without cached answers.
 pub(crate) struct Through {
     pub(crate) tree: Arc<MountTree>,
 }
@@ -31,7 +30,7 @@ impl Through {
         Self { tree: Arc::new(MountTree::new(store, Ownership::default(), &browser, guests).shared()) }
     }
 
-    /// The number of a path, by whatever rights.
+    /// The inode number of a path, with any rights.
     pub(crate) fn number(&self, path: &Path) -> Option<u64> {
         let mut at = ROOT;
         for part in path {
@@ -55,7 +54,7 @@ impl Through {
         person.is_let_in(shown(&at), want).then_some(at.inode)
     }
 
-    /// Opens something by the person's rights, whatever its mode says.
+    /// Opens a file with the user's rights, whatever its mode.
     pub(crate) fn open<T>(
         &self,
         person: &Person,
@@ -80,7 +79,7 @@ impl Through {
         Ok(done)
     }
 
-    /// All bytes of what is open.
+    /// All bytes of the open file.
     pub(crate) fn bytes(&self, handle: &Handle) -> Result<Vec<u8>> {
         let (mut bytes, mut part) = (Vec::new(), vec![0; 128 << 10]);
         loop {
@@ -106,7 +105,8 @@ impl Through {
         Some(listed.iter().flat_map(|entry| [entry.name.as_encoded_bytes(), b"\n"].concat()).collect())
     }
 
-    /// Gives a command through a control file, by the rights of whoever opens that, and waits for its end.
+    /// Gives a command through a control file, with the rights of the control file's opener, and waits for
+    /// its end.
     pub(crate) fn command(&self, caller: &Caller, chain: &Path, command: &str) -> Result<()> {
         let (verb, words) = command.split_once(' ').unwrap_or((command, ""));
         let Some(inode) = self.number(&chain.join("control").join(verb)) else {
@@ -129,7 +129,7 @@ impl Through {
         }
     }
 
-    /// What a plan says to whoever asks.
+    /// The text of a plan for its reader.
     pub(crate) fn plan(&self, caller: &Caller, chain: &Path, command: &str) -> Option<Vec<u8>> {
         let inode = self.number(&chain.join("control/plan"))?;
         let said = self.open_as(caller, inode, Access::ReadWrite, |handle| {
@@ -151,7 +151,7 @@ impl Through {
         }
     }
 
-    /// Takes up what was cut off, and waits for its end.
+    /// Resumes interrupted commands, and waits for their end.
     pub(crate) fn resume(&self) {
         let store = self.tree.store();
         let chains: Vec<PathBuf> =

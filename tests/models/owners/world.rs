@@ -1,4 +1,4 @@
-//! The store, who acts on it, and what has to hold after each act.
+//! The store, its users, and the checks after each step.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -23,28 +23,29 @@ tally! {
     /// Owners, modes and lists that root has changed.
     modes,
     damaged,
-    /// Views that users may read, that they may not; of the first, those that they come to by shown modes.
+    /// Views that users may read, and that they may not; of the first, those that they reach by shown modes.
     read, unread, shown,
     /// The same of writing.
     written, unwritten,
-    /// Disks that stay active although somebody who may not read them names them.
+    /// Disks that stay active although a user who may not read them names them.
     unimpressed,
     /// Names that count.
     counted,
-    /// Commands of users that were done, that were refused, of these for want of rights; those of root.
+    /// Commands of users that were done, that were refused, of these for lack of rights; those of root.
     done, refused, denied, done_by_root,
-    /// Commands of users that were cut off; that were given again by others; that went on at the next start.
+    /// Commands of users that were interrupted; that other users repeated; that were resumed at the next
+    /// start.
     killed, again, resumed,
-    /// Commands that were cut off and others then did something to the store.
+    /// Commands after whose interruption others changed the store.
     touched,
     /// Further names of files; copies.
     linked, copied,
     /// Images that QEMU has checked.
     checked,
-    /// Texts that were looked at, and names that had to be in none.
+    /// Texts that were checked, and names that had to be in none.
     texts, hidden;
     rarely:
-    /// Commands that were cut off and are not taken up.
+    /// Interrupted commands that are not resumed.
     left,
 }
 
@@ -55,11 +56,11 @@ pub(crate) struct World<'a> {
     pub(crate) people: &'a People,
     pub(crate) rng: Rng,
     pub(crate) store: Option<(Arc<Store>, Mortal)>,
-    /// By file: where its header is damaged, and what stood there.
+    /// By file: where its header is damaged, and the old bytes.
     pub(crate) damage: Vec<(u64, u64, Vec<u8>)>,
     number: u64,
     log: Vec<String>,
-    /// Something was not taken up, for others have had their hands in it: what is hidden stays so, and the
+    /// A command was not resumed, since others have changed its files: its hidden views stay hidden, and the
     /// run ends.
     pub(crate) is_hidden: bool,
     pub(crate) tally: Tally,
@@ -129,12 +130,12 @@ impl<'a> World<'a> {
         (!among.is_empty()).then(|| among[self.rng.below(among.len() as u64) as usize].clone())
     }
 
-    /// A few of many: looking at all of them after each step takes longer than it finds.
+    /// A sample: checking all of them after each step takes longer than it is worth.
     pub(crate) fn some<T: Clone>(&mut self, among: &[T]) -> Vec<T> {
         (0..3.min(among.len())).filter_map(|_| self.pick(among)).collect()
     }
 
-    /// A name that is in no text by chance.
+    /// A name that occurs in no text by chance.
     pub(crate) fn next(&mut self) -> String {
         self.number += 1;
         format!("q{}z", self.number)
@@ -144,7 +145,7 @@ impl<'a> World<'a> {
         Arc::clone(&self.store.as_ref().expect("an open store").0)
     }
 
-    /// Opens the store; nothing is taken up yet.
+    /// Opens the store; nothing is resumed yet.
     pub(crate) fn open_only(&mut self) {
         let host = Mortal::new();
         let store = Store::open_on(&self.root, options(), &|directory| host.open(directory));
@@ -209,7 +210,7 @@ impl<'a> World<'a> {
             _ => self.replace(),
         }
         self.rescan();
-        // Each command is judged by itself; what holds between acts is looked at now and then.
+        // Each command is checked by itself; the invariants between steps are checked now and then.
         let person = &self.people.users[self.rng.below(self.people.users.len() as u64) as usize];
         match self.rng.below(6) {
             0 => self.check_views(person),
@@ -236,19 +237,19 @@ impl<'a> World<'a> {
                 self.seen().files.keys().filter(|path| !is_raw(path) && !text(path).contains(".chainfs"))
             {
                 let (at, name) = (self.root.join(path), path.display());
-                // Somebody has given another name to a draft, which was not made any further.
+                // Another user has renamed a draft, which was not completed.
                 if fs::metadata(&at).is_ok_and(|found| found.len() == 0) {
                     continue;
                 }
-                // What it stands on is another's to check.
+                // Its backing file is checked elsewhere.
                 let file = serde_json::json!({ "driver": "file", "filename": at });
                 let image = serde_json::json!({ "driver": "qcow2", "backing": null, "file": file });
                 let done = tool("qemu-img")
                     .args(["check", "-q", &format!("json:{image}")])
                     .output()
                     .expect("qemu-img");
-                // Whoever was cut off may leave clusters that nobody uses (3), and flags of an internal
-                // snapshot (2).
+                // An interrupted command may leave leaked clusters (3), and flags of an internal snapshot
+                // (2).
                 let found = String::from_utf8_lossy(&done.stderr);
                 let mut errors = found.lines().filter(|line| !line.starts_with("Leaked")).peekable();
                 let are_flags =

@@ -1,4 +1,4 @@
-//! What has to hold after each step.
+//! The checks after each step.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ pub(super) fn is_same_disk(have: &[u8], want: &[u8]) -> bool {
 }
 
 impl World {
-    /// Every view that is shown shows what it has to.
+    /// Every shown view has its expected bytes.
     pub(super) fn views(&mut self, pending: Option<&Pending>) {
         let (store, ..) = self.store.as_ref().expect("an open store");
         let store = Arc::clone(store);
@@ -56,7 +56,7 @@ impl World {
         }
     }
 
-    /// Every file shows, to a reader of the model's own, what it has to.
+    /// Every file has, for the model's own reader, its expected bytes.
     pub(super) fn files(&self) {
         let reader = self.reader();
         for (name, wanted) in &self.disks {

@@ -94,7 +94,7 @@ impl World {
         Some((chain, command))
     }
 
-    /// What a command would do, if it makes sense; `None` if not.
+    /// The expected effect of a command, if it is possible; `None` if not.
     pub(super) fn plan(&self, chain: &str, command: &str) -> Option<(Request, Plan)> {
         let (_, engine, _) = self.store.as_ref().expect("an open store");
         let request = Request::parse_command(command.as_bytes()).ok()?;
@@ -156,7 +156,7 @@ impl World {
         None
     }
 
-    /// A command is done: the model follows, as the plan has said.
+    /// A command is done: the model follows the plan.
     pub(super) fn follow(&mut self, request: &Request, plan: &Plan, before: &[(String, String, bool)]) {
         let text = |path: &PathBuf| path.display().to_string();
         let old = self.disks.clone();
@@ -205,7 +205,7 @@ impl World {
             }
             self.disks.insert(name, disk);
         }
-        // What shows something else on purpose.
+        // Views that change on purpose.
         let active = before.first().filter(|leaf| leaf.2).map(|leaf| leaf.1.clone());
         for name in changed_files(plan, before) {
             let top = active.clone().unwrap_or_default();
@@ -230,7 +230,8 @@ impl World {
                 self.disks.remove(&name);
                 continue;
             }
-            // What has taken the name of a layer, but for the extension where it is raw, shows what that did.
+            // The file that has taken the name of a layer, except for the extension where it is raw, shows
+            // that layer's bytes.
             let is_it = |layer: &&(String, String, bool)| {
                 layer.1 != text(from) && Path::new(&layer.1).file_stem() == to.file_stem()
             };

@@ -1,5 +1,5 @@
-//! What can be wrong with a file of a store although whoever owns it could mend it: each kind can be undone,
-//! and what stood below the file then has to be what it was.
+//! Kinds of damage to a file of a store that its owner could repair: each can be undone, and then the layers
+//! below the file must be unchanged.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -64,7 +64,7 @@ impl Damage {
         }
     }
 
-    /// Undoes it in what was read of the file.
+    /// Undoes it in the bytes read from the file.
     pub(crate) fn undo_in(&self, bytes: &mut [u8]) {
         if let Self::Bytes { at, saved, .. } = self
             && let Some(part) = bytes.get_mut(*at as usize..*at as usize + saved.len())

@@ -1,4 +1,4 @@
-//! A command that is cut off, what others do before the store is opened again, and what has to be so then.
+//! An interrupted command, foreign changes before the store is opened again, and the checks afterwards.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,21 +13,20 @@ use super::reader::is_raw;
 use super::world::{World, is_without};
 use support::lab::run;
 
-/// A command that was cut off.
+/// An interrupted command.
 pub(super) struct Pending {
     command: String,
-    /// Files that may show other bytes now: what each of them may show.
+    /// Files that may show other bytes now: the allowed bytes of each.
     pub(super) legal: BTreeMap<String, Vec<Vec<u8>>>,
-    /// Files that may be gone, or have another name.
+    /// Files that may be gone, or renamed.
     leaving: BTreeSet<String>,
-    /// Raw files that it freezes, by the names that they have then; and the name that each has lost, if it
-    /// had not yet when the command was cut off. Where others take that one, it is no snapshot of what is
-    /// there.
+    /// Raw files that it freezes, by their names then; and the name that each has lost, if it had not yet at
+    /// the interruption. If another file takes that name, it is no snapshot of the file there.
     freezing: BTreeMap<String, Option<String>>,
 }
 
 impl World {
-    /// A command is cut off by a kill; others change the store before it is opened again.
+    /// A command is interrupted by a kill; other programs change the store before it is opened again.
     pub(super) fn kill(&mut self) {
         let Some((chain, command, plan)) = self.sensible() else { return };
         let before = self.layers(&chain);
@@ -99,7 +98,7 @@ impl World {
             _ => BTreeMap::new(),
         };
         let mut pending = Pending { command, legal, leaving, freezing };
-        // The model does not know which of what the command has made is whole: others leave that alone.
+        // The model does not know which files of the command are complete: other programs leave those alone.
         self.settle_names(&pending);
         self.focus = pending.legal.keys().cloned().collect();
         self.replaced.clear();
@@ -121,7 +120,7 @@ impl World {
         self.reopen_after(&mut pending);
     }
 
-    /// Drops from the model what a command that was cut off has taken away, before others do anything.
+    /// Drops files from the model that an interrupted command has removed, before other programs act.
     pub(super) fn settle_names(&mut self, pending: &Pending) {
         for name in self.names() {
             let present = self.damage.get(&name).and_then(Damage::present_name).unwrap_or(&name).to_owned();
@@ -136,7 +135,7 @@ impl World {
     }
 
     pub(super) fn reopen_after(&mut self, pending: &mut Pending) {
-        // What was put in the place of a file of the command is not the command's.
+        // A foreign file in place of a file of the command is not the command's.
         pending.legal.retain(|name, _| !self.replaced.contains(name));
         pending.leaving.retain(|name| !self.replaced.contains(name));
         pending.freezing.retain(|name, lost| {
@@ -181,10 +180,10 @@ impl World {
                 self.fail(&format!("{name}, of others, shows something else after {}", pending.command));
             }
         }
-        // What the command speaks of shows what it did or what it is to be, or is hidden.
+        // The files of the command have their old or their new bytes, or are hidden.
         self.views(Some(pending));
         if is_left {
-            // What is hidden stays so; the run ends here.
+            // Hidden views stay hidden; the run ends here.
             for name in pending.legal.keys() {
                 self.disks.remove(name);
             }
@@ -213,7 +212,7 @@ impl World {
             }
             self.disks.insert(name.clone(), disk);
         }
-        // What the command has made.
+        // The files that the command has made.
         for name in self.unknown_files() {
             if let Some(disk) = self.reader().disk(&name) {
                 self.disks.insert(name, disk);
@@ -221,7 +220,8 @@ impl World {
         }
     }
 
-    /// Files that nobody may change: by their mode, or because they have another name outside of the store.
+    /// Files that no program may change: by their mode, or because they have another name outside of the
+    /// store.
     pub(super) fn guarded(&self) -> BTreeMap<u64, (String, Vec<u8>)> {
         let outside: BTreeSet<u64> = fs::read_dir(self.scratch.path())
             .expect("what is beside the store")

@@ -1,6 +1,6 @@
-//! A store that many hands change at once: commands, guests, other programs, damage, kills, copies. Beside it
-//! a model of what each file has to show. No file shows other bytes, what is damaged finds all it rests on
-//! when it is mended, and nothing of others is removed.
+//! A store that many programs change at once: commands, guests, other programs, damage, kills, copies. Beside
+//! it a model of the expected bytes of each file. No file shows other bytes, a repaired file finds all its
+//! backing files, and no foreign file is removed.
 
 mod checks;
 mod commands;

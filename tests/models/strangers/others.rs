@@ -1,4 +1,4 @@
-//! What other programs do to the store.
+//! Changes by other programs to the store.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
@@ -108,13 +108,13 @@ impl World {
         self.damage.remove(&name).expect("its damage").undo(&self.root, &name);
     }
 
-    /// Files on which nothing rests.
+    /// Files without overlays.
     pub(super) fn free(&self) -> Vec<String> {
         let is_free = |name: &String| self.overlays_of(name).is_empty() && !self.damage.contains_key(name);
         self.names().into_iter().filter(is_free).collect()
     }
 
-    /// A file that nothing rests on goes, and perhaps another of that name comes.
+    /// A file without overlays is removed, and perhaps another of that name is created.
     pub(super) fn replace(&mut self) {
         let free = self.free();
         if let Some(name) = self.pick(&free) {
@@ -123,7 +123,7 @@ impl World {
         }
     }
 
-    /// Others come in the place of all files of a command that was cut off on which nothing rests.
+    /// Foreign files replace all files of an interrupted command that have no overlay.
     pub(super) fn replace_all(&mut self) {
         for name in self.free().into_iter().filter(|name| self.focus.contains(name)).collect::<Vec<_>>() {
             self.replace_this(name, false);
@@ -155,8 +155,7 @@ impl World {
         self.disks.insert(name, content);
     }
 
-    /// A raw disk is frozen by a snapshot, and another program removes all that stands on it: it is a leaf
-    /// again.
+    /// A raw disk is frozen by a snapshot, and another program removes all its overlays: it is a leaf again.
     pub(super) fn strand(&mut self) {
         let is_raw_leaf = |world: &Self, chain: &String| {
             world
@@ -222,7 +221,7 @@ impl World {
         let list = self.root.join(".chainfs/frozen.toml");
         if let Some((saved, damaged)) = self.freeze_list.take() {
             if fs::read(&list).ok() != damaged {
-                // What was left of it could be used, and has been since.
+                // Its remaining data was usable, and has been used since.
                 return;
             }
             fs::write(&list, saved).expect("the list");
@@ -239,7 +238,7 @@ impl World {
         self.freeze_list = Some((saved, fs::read(&list).ok()));
     }
 
-    /// A note of what was begun is damaged: what it speaks of is not known any more.
+    /// An intent is damaged: the files that it names are unknown.
     pub(super) fn spoil_intent(&mut self) {
         let Ok(entries) = fs::read_dir(self.root.join(".chainfs/intents")) else { return };
         let paths = entries.map(|entry| entry.expect("an entry").path());
@@ -258,8 +257,7 @@ impl World {
         self.say("the note of what was begun is damaged");
     }
 
-    /// The store as a whole is copied, with what chainfs keeps in it, and the copy takes its place. It has to
-    /// be closed.
+    /// The whole store is copied, with chainfs' own files, and the copy takes its place. It has to be closed.
     pub(super) fn copy(&mut self) {
         let other = self.scratch.path().join("copy");
         tool("cp").arg("-a").arg(&self.root).arg(&other).succeeds();

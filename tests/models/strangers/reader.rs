@@ -1,7 +1,7 @@
-//! A reader of qcow2 and raw files that shares nothing with the one under test: what a file shows once the
-//! damage that was done to it is undone.
+//! A reader of qcow2 and raw files that shares no code with the one under test: the bytes of a file once its
+//! damage is undone.
 //!
-//! Knows standard clusters and zero clusters only: that is all that the model's images have.
+//! Knows standard clusters and zero clusters only: the model's images have no others.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,7 +29,7 @@ fn be(bytes: &[u8], at: usize, len: usize) -> Option<u64> {
 }
 
 impl Reader<'_> {
-    /// The path at which the bytes of the file lie now, and the bytes, without the damage.
+    /// The current path of the file, and its bytes without the damage.
     fn file(&self, name: &str) -> Option<Vec<u8>> {
         let damage = self.damage.get(name);
         let path = self.root.join(damage.and_then(Damage::present_name).unwrap_or(name));
@@ -40,7 +40,7 @@ impl Reader<'_> {
         Some(bytes)
     }
 
-    /// The name, in the store, of the file that `backing` means in a header at `name`.
+    /// The name, in the store, of the file that `backing` names in a header at `name`.
     pub(crate) fn resolve(&self, name: &str, backing: &[u8]) -> Option<String> {
         let text = std::str::from_utf8(backing).ok()?;
         let text = match text.strip_prefix("json:") {
@@ -61,7 +61,7 @@ impl Reader<'_> {
         Some(file)
     }
 
-    /// What is written in the header as backing file, if the file is qcow2.
+    /// The backing file in the header, if the file is qcow2.
     pub(crate) fn backing(&self, name: &str) -> Option<String> {
         let bytes = self.file(name)?;
         if be(&bytes, 0, 4)? != 0x5146_49FB || is_raw(name) {

@@ -1,4 +1,4 @@
-//! What goes through the store that is open: guests that write, and what they see.
+//! The open store: guests that write, and their reads.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -82,7 +82,7 @@ impl World {
         let Some(chain) = self.pick(&chains) else { return };
         let Some((_, file, true)) = self.layers(&chain).into_iter().next() else { return };
         if self.damage.values().any(|damage| damage.present_name() == Some(&file)) {
-            // By the name that it has now it is a raw disk, to whoever writes it.
+            // Under its current name it is a raw disk, for any writer.
             return;
         }
         if !self.disks.contains_key(&file) {

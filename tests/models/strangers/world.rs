@@ -1,7 +1,7 @@
 //! The store, the model of it, and everything that may happen.
 //!
-//! The model holds, for each file of the store, the disk that it has to show once its damage is undone.
-//! Guests change that by writing, commands as their plans say, and nothing else does.
+//! The model holds, for each file of the store, the expected bytes of its disk once its damage is undone.
+//! They change by guest writes and by commands, as their plans say, and by nothing else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -30,16 +30,16 @@ pub(super) const LIMIT: Duration = Duration::from_mins(1);
 tally! {
     always:
     writes, done, refused,
-    /// Commands that were cut off; of these, how many stores were whole when they were opened again.
+    /// Interrupted commands; of these, the number of stores that were complete at their next opening.
     killed, resumed,
     damaged,
     /// Views that were compared.
     compared,
-    /// Raw disks that are frozen, and nothing stands on them any more.
+    /// Frozen raw disks without overlays.
     stranded;
     rarely:
     denied_writes,
-    /// Commands that were cut off, of which something stayed hidden.
+    /// Interrupted commands with views that stayed hidden.
     hidden,
     copied,
 }
@@ -59,11 +59,11 @@ pub(crate) struct World {
     pub(super) odd: BTreeSet<String>,
     /// Raw files that a snapshot has frozen.
     pub(super) frozen: BTreeSet<String>,
-    /// What stood in the list of frozen files before it was damaged, and after.
+    /// The list of frozen files before it was damaged, and after.
     pub(super) freeze_list: Option<(Vec<u8>, Option<Vec<u8>>)>,
-    /// Files that others look at first: those of a command that was cut off.
+    /// Files that other programs change first: those of an interrupted command.
     pub(super) focus: Vec<String>,
-    /// Names at which another file has come since a command was cut off.
+    /// Names that another file has taken since a command was interrupted.
     pub(super) replaced: BTreeSet<String>,
     pub(super) number: u64,
     pub(super) log: Vec<String>,
@@ -148,10 +148,10 @@ impl World {
         tool("qemu-img").args(args).current_dir(&self.root).succeeds();
     }
 
-    /// Those whose disk rests on `name`, directly.
+    /// The direct overlays of `name`.
     pub(super) fn overlays_of(&self, name: &str) -> Vec<String> {
         let reader = self.reader();
-        // Of a command that was cut off there may be files that the model does not know yet.
+        // An interrupted command may have files that the model does not know yet.
         let mut others = self.files_present();
         others.extend(self.names());
         others.remove(name);
@@ -185,7 +185,7 @@ impl World {
         self.files_present().into_iter().filter(|name| !is_known(name)).collect()
     }
 
-    /// Where the model notes on what a foreign overlay rests.
+    /// Where the model records the backing file of a foreign overlay.
     pub(super) fn beside(&self, name: &str) -> PathBuf {
         self.scratch.path().join(format!("{name}.base"))
     }
@@ -204,7 +204,7 @@ impl World {
         false
     }
 
-    /// One step. Whether the run goes on.
+    /// One step. Returns whether the run continues.
     pub(crate) fn step(&mut self) -> bool {
         self.tally.steps += 1;
         match self.rng.below(29) {

@@ -1,4 +1,4 @@
-//! Active disks under test: two leaves that different engines write, and what each should hold.
+//! Active disks under test: two leaves that different engines write, and the expected bytes of each.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -54,9 +54,9 @@ impl Model {
     }
 }
 
-/// After the mount QEMU reads what was written, and finds nothing wrong.
+/// After the mount QEMU reads the written bytes, and finds no error.
 pub fn assert_left_behind(store: &Store, image: &str, format: &str, model: &Model) {
-    // The last close is told to the daemon, and not waited for.
+    // The last close is reported to the daemon asynchronously.
     eventually("nobody has it open", || {
         tool("qemu-io").args(["-f", format, "-c", "flush", image]).current_dir(store.root()).outcome().0 == 0
     });

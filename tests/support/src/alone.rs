@@ -1,4 +1,4 @@
-//! Tests that need a process of their own, because they measure or change what belongs to a whole process.
+//! Tests that need a process of their own, because they measure or change process-wide state.
 
 use std::env;
 use std::process::Command;

@@ -1,5 +1,4 @@
-//! A guest whose disk is cut off from it at any moment: it knows which of its blocks have to be there
-//! afterwards.
+//! A guest whose disk fails at any moment: it knows which of its blocks have to be there afterwards.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -11,7 +10,7 @@ use super::{KIB, Rng};
 
 /// A guest that writes blocks of 4 KiB and knows which of them have to be there.
 pub struct BlockGuest {
-    /// For each block what was synced last, and all that was written since.
+    /// For each block the last synced content, and all later writes.
     blocks: Vec<(u64, Vec<u64>)>,
     number: u64,
 }
@@ -49,7 +48,7 @@ impl BlockGuest {
         Ok(())
     }
 
-    /// Until writing fails, or somebody says so.
+    /// Until writing fails, or the test stops it.
     pub fn work(&mut self, disk: &File, seed: u64, stop: &AtomicBool) {
         let mut rng = Rng::new(seed);
         while !stop.load(Ordering::Relaxed) {
@@ -61,8 +60,8 @@ impl BlockGuest {
         }
     }
 
-    /// What was synced is there, or what came after it. A write that was cut off may have reached a part of
-    /// its sectors, as on any disk.
+    /// The synced content is there, or a later one. An interrupted write may have reached a part of its
+    /// sectors, as on any disk.
     pub fn assert_there(&self, disk: &Path, context: &str) {
         let disk = File::open(disk).expect("the disk");
         let mut have = [0; BLOCK as usize];

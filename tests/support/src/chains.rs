@@ -42,9 +42,8 @@ pub fn deep_chain(store: &Store, dir: &str, growth: &Growth) -> String {
             format!("write -q -z {zeroed} {cluster_size}"),
             format!("discard -q {gone} {cluster_size}"),
         ];
-        let alone = format!(
-            r#"json:{{"driver":"qcow2","discard":"unmap","file":{{"driver":"file","filename":"{name}"}},"backing":null}}"#
-        );
+        let driver = format!(r#"{{"driver":"file","filename":"{name}"}}"#);
+        let alone = format!(r#"json:{{"driver":"qcow2","discard":"unmap","file":{driver},"backing":null}}"#);
         let mut io = tool("qemu-io");
         for command in &commands {
             io.args(["-c", command]);

@@ -44,7 +44,7 @@ impl Control {
         line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
     }
 
-    /// Waits until the command at work has done a part of what it has to do.
+    /// Waits until the running command has done a part of its work.
     pub fn begun(&self) {
         let start = Instant::now();
         while self.status("done") == "0" {
@@ -53,7 +53,7 @@ impl Control {
         }
     }
 
-    /// Waits until nothing is at work; the state it ended in.
+    /// Waits until no command runs; returns the final state.
     pub fn wait(&self) -> String {
         let start = Instant::now();
         loop {

@@ -1,4 +1,4 @@
-//! Is what the mount shows what QEMU reads?
+//! Compares the mount's views with QEMU's reads.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
@@ -25,7 +25,7 @@ pub struct View {
     pub snapshot: Option<String>,
 }
 
-/// What a chain must show according to `qemu-img info --backing-chain` of its leaf: `active.raw`, and
+/// The expected views of a chain according to `qemu-img info --backing-chain` of its leaf: `active.raw`, and
 /// every layer and internal snapshot by the plain naming rule (no clashes, no odd bytes).
 pub fn views_of(store: &Store, leaf: &str, format: &str) -> Vec<View> {
     let path = store.path(leaf);
@@ -87,7 +87,7 @@ pub fn assert_view(store: &Store, mount: &Mount, chain: &str, view: &View) {
         .try_oracle(&view.image, &view.format, view.snapshot.as_deref())
         .unwrap_or_else(|e| panic!("QEMU cannot read {view:?}: {e}"));
     if let Some(id) = &view.snapshot {
-        // QEMU reads a snapshot at the disk's present size; what it had then is the view's.
+        // QEMU reads a snapshot at the disk's present size; the view has the size of its time.
         let size = Damage::to(&view.image).snapshot_disk_size(id);
         File::options().write(true).open(&oracle).and_then(|f| f.set_len(size)).expect("the oracle's file");
     }
@@ -160,7 +160,7 @@ fn merged(runs: impl IntoIterator<Item = Run>) -> Vec<Run> {
     all
 }
 
-/// The file's holes and data as `SEEK_HOLE` and `SEEK_DATA` tell them.
+/// The file's holes and data by `SEEK_HOLE` and `SEEK_DATA`.
 pub fn runs_by_seek(path: &Path) -> Vec<Run> {
     let file = File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let size = file.metadata().expect("metadata").len();
@@ -233,8 +233,7 @@ pub fn assert_holes_are_zero(shown: &Path, runs: &[Run], oracle: &Path) {
     }
 }
 
-/// `info/chain.json` says what `qemu-img info --backing-chain` says, and has an object of our own for
-/// each layer.
+/// `info/chain.json` agrees with `qemu-img info --backing-chain`, and has one more object for each layer.
 fn assert_described(store: &Store, mount: &Mount, chain: &str, leaf: &str, format: &str) {
     let theirs = layers_of(store, &store.path(leaf), format);
     let text = mount.text(format!("{chain}/info/chain.json"));

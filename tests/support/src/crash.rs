@@ -1,17 +1,17 @@
-//! Every state in which a crash can leave what a log of changes describes.
+//! Every state in which a crash can leave the changes of a log.
 //!
-//! The log is cut at each point. Of the changes that no sync covers there, nothing has survived, or all, all
-//! but one, one alone, two, some, or one in part and the others lost, there or by chance. What a log changes
-//! (files in memory, a directory with names) is its own business: it implements [`CrashLog`].
+//! The log is cut at each point. Of the changes that no sync covers there, none has survived, or all, all but
+//! one, one alone, two, some, or one in part without the others, there or randomly. The log itself knows what
+//! it changes (files in memory, a directory with names): it implements [`CrashLog`].
 //!
-//! Each state is visited once. A state that misses the newest change was there at an earlier cut, so only
-//! those with it are made; when a flush is acknowledged, all are visited anew, because more is promised then.
+//! Each state is visited once. A state without the newest change was there at an earlier cut, so only those
+//! with it are made; when a flush is acknowledged, all are visited again, because more is promised then.
 
 use std::collections::HashSet;
 
 use crate::sim::{Random, mix};
 
-/// What an event of a log means to a crash.
+/// The meaning of a log's event for a crash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Changes something; with `can_tear`, it can be there in part.
@@ -28,7 +28,7 @@ pub enum Effect {
 
 /// A log of changes.
 pub trait CrashLog {
-    /// What the changes are made to.
+    /// The target of the changes.
     type State: Clone;
 
     /// The state before the first event, which is durable.
@@ -45,7 +45,7 @@ pub trait CrashLog {
     fn hash(&self, state: &Self::State) -> u64;
     fn describe(&self, index: usize) -> String;
 
-    /// Removes what cannot be there without something that was lost.
+    /// Removes changes that depend on a lost one.
     fn settle(&self, _state: &mut Self::State) {}
 
     /// Whether cuts here deserve more states than others: they get half of them.
@@ -138,13 +138,13 @@ pub fn each_state<L: CrashLog>(
     count
 }
 
-/// The state in which nothing is lost.
+/// The state without losses.
 pub fn last_state<L: CrashLog>(log: &L) -> (Candidate, L::State) {
     let candidate = Candidate { cut: log.len(), choice: Choice::All, seed: 1 };
     (candidate, at(log, &candidate))
 }
 
-/// After the whole log, some of what no sync covers is lost: one such state for each seed.
+/// After the whole log, some of the unsynced changes are lost: one such state for each seed.
 pub fn random_state<L: CrashLog>(log: &L, seed: u64) -> L::State {
     let choice = match seed % 4 {
         0 => Choice::All,
@@ -259,14 +259,14 @@ fn choose<L: CrashLog>(log: &L, all: Vec<Candidate>, effort: &Effort, random: &m
     kept
 }
 
-/// What a crash cannot lose any more, and what it can.
+/// The changes that a crash cannot lose any more, and those that it can.
 struct Volatile<'a, L: CrashLog> {
     log: &'a L,
     /// Events that have happened.
     done: usize,
     durable: L::State,
     live: L::State,
-    /// Changes that no sync has covered, oldest first.
+    /// Those whose sync has failed: the kernel takes them for clean and never writes them.
     changes: Vec<usize>,
     /// Those whose sync has failed: the kernel takes them for clean and writes them no more.
     doomed: HashSet<usize>,
@@ -298,7 +298,7 @@ impl<'a, L: CrashLog> Volatile<'a, L> {
                 let (durable, doomed) = (&mut self.durable, &self.doomed);
                 self.changes.retain(|change| {
                     let is_covered = log.covers(index, *change);
-                    // Once a sync has failed, the next one says nothing of what came before.
+                    // After a failed sync, the next one does not cover earlier changes.
                     if is_covered && !doomed.contains(change) {
                         log.apply(*change, durable);
                     }
@@ -323,7 +323,7 @@ impl<'a, L: CrashLog> Volatile<'a, L> {
                 Fate::Torn if matches!(self.log.effect(*index), Effect::Change { can_tear: true }) => {
                     self.log.tear(*index, random, &mut state);
                 }
-                // What cannot be torn is there in one step, or not at all.
+                // A change that cannot be torn is applied in one step, or not at all.
                 Fate::There | Fate::Torn => self.log.apply(*index, &mut state),
             }
         }

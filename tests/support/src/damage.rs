@@ -1,4 +1,4 @@
-//! Changes an image's bytes behind everybody's back, and finds the tables to change.
+//! Changes an image's bytes directly, and finds the tables to change.
 //!
 //! Offsets are those of the qcow2 specification; all numbers are big-endian.
 
@@ -75,7 +75,7 @@ impl Damage {
         self.0.set_len(len).expect("another length");
     }
 
-    /// Replaces all header extensions. What they may not reach, the backing file's name, stays.
+    /// Replaces all header extensions. They must not reach the backing file's name, which stays.
     pub fn set_extensions(&self, extensions: &[(u32, &[u8])]) {
         let mut at = u64::from(self.u32(header::HEADER_LEN));
         let limit = match self.u64(header::BACKING_OFFSET) {
@@ -123,7 +123,7 @@ impl Damage {
         }
     }
 
-    /// Where the L2 entry of a guest offset lies in the file. Standard entries only.
+    /// The file offset of a guest offset's L2 entry. Standard entries only.
     pub fn l2_entry_at(&self, guest: u64) -> u64 {
         let entry_count = self.cluster_size() / 8;
         let cluster = guest / self.cluster_size();
@@ -132,7 +132,7 @@ impl Damage {
         table + cluster % entry_count * 8
     }
 
-    /// Where a guest offset's cluster lies in the file.
+    /// The file offset of a guest offset's cluster.
     pub fn host_offset(&self, guest: u64) -> u64 {
         self.u64(self.l2_entry_at(guest)) & OFFSET_MASK
     }

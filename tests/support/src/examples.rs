@@ -1,4 +1,4 @@
-//! The examples of a document: commands in fenced blocks, and what they are said to print.
+//! The examples of a document: commands in fenced blocks, and their expected output.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,13 +11,13 @@ pub fn document(name: &str) -> String {
     fs::read_to_string(project().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
-/// One command of an example and what it is said to print.
+/// One command of an example and its expected output.
 pub struct Example {
     pub command: String,
     pub expected: String,
 }
 
-/// The fenced blocks of a text: what stands behind the opening fence, and the lines within.
+/// The fenced blocks of a text: the words after the opening fence, and the lines within.
 pub fn blocks(text: &str) -> Vec<(&str, Vec<&str>)> {
     let mut found = Vec::new();
     let mut lines = text.lines();
@@ -47,7 +47,7 @@ pub fn examples(text: &str, mark: &str) -> Vec<Example> {
 }
 
 impl Example {
-    /// Gives the command to a shell and compares what it prints, errors included.
+    /// Runs the command in a shell and compares its output, errors included.
     pub fn run(&self, place: &Path) {
         let Self { command, expected } = self;
         let program = Path::new(chainfs_binary()).parent().expect("its directory");
@@ -64,7 +64,7 @@ impl Example {
     }
 }
 
-/// Whether `said` is what `expected` promises; `[..]` stands for anything within a line.
+/// Whether `said` matches `expected`; `[..]` stands for anything within a line.
 pub fn matches(said: &str, expected: &str) -> bool {
     let line_matches = |said: &str, expected: &str| {
         let mut rest = said;
@@ -89,7 +89,7 @@ pub fn matches(said: &str, expected: &str) -> bool {
         && said.iter().zip(&expected).all(|(said, expected)| line_matches(said, expected))
 }
 
-/// Takes away what an example that failed has left mounted; a mount that hangs is aborted.
+/// Removes the mounts that a failed example has left; a mount that hangs is aborted.
 pub struct Ending(pub PathBuf);
 
 impl Drop for Ending {

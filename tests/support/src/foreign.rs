@@ -25,7 +25,7 @@ pub fn greeted(socket: &Path) {
     assert_eq!(&greeting, b"NBDMAGIC");
 }
 
-/// A loop device that goes with this.
+/// A loop device that is detached with this.
 pub struct Loop(pub PathBuf);
 
 impl Loop {
@@ -41,7 +41,7 @@ impl Loop {
 
     pub fn detach(self) {
         tool("losetup").arg("-d").arg(&self.0).succeeds();
-        // The kernel lets go of the file a moment later.
+        // The kernel releases the file a moment later.
         eventually("the loop device is free", || {
             let name = self.0.file_name().expect("a device has a name");
             !Path::new("/sys/block").join(name).join("loop/backing_file").exists()

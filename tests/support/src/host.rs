@@ -201,8 +201,8 @@ impl WriteStorage for WrappedObject {
     }
 }
 
-/// The machine as it is, until its time is up: from then on nothing that would change a store is done any
-/// more, as if the process had been killed.
+/// The real machine, until its time is up: from then on no change of a store is done any more, as if the
+/// process had been killed.
 #[derive(Clone)]
 pub struct Mortal {
     /// How many changes are left to it.
@@ -332,7 +332,7 @@ impl WriteStorage for MortalFile {
     }
 
     fn sync(&self) -> Result<()> {
-        // The kernel has what was written; what a power cut loses is for others to test, and syncs cost time.
+        // The kernel has the writes; losses by a power cut are tested elsewhere, and syncs cost time.
         self.host.breathe()
     }
 }

@@ -1,4 +1,4 @@
-//! Commands that were cut off, as they are found in a store.
+//! Interrupted commands, as found in a store.
 
 use std::path::Path;
 
@@ -15,7 +15,7 @@ pub fn witness(store: &Store, name: &str, fixed: bool) -> FileRef {
     FileRef::witness(&*root, Path::new(name), format, fixed).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// Leaves an intent as its owner would who is killed right after it. Returns its path in the store.
+/// Leaves an intent as its owner would that is killed right after writing it. Returns its path in the store.
 pub fn leave(store: &Store, command: &str, chain: &str, deed: Operation) -> std::path::PathBuf {
     let options = StoreOptions { notify: false, ..StoreOptions::default() };
     let opened = Opened::open(&store.root(), options).expect("a store");

@@ -1,4 +1,4 @@
-//! Commands of a real mount at work: given, met, cut off, and what their views show afterwards.
+//! Running commands of a real mount: given, observed, interrupted, and their views afterwards.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +20,7 @@ pub fn contents(lab: &Lab) -> Contents {
     LAYERS.iter().map(|layer| ((*layer).to_owned(), lab.content(&lab.file(layer)))).collect()
 }
 
-/// A slow chain, and what its layers show, which QEMU is asked once.
+/// A slow chain, and the bytes of its layers, which QEMU reads once.
 pub fn slow(raw_base: bool) -> (Lab, Arc<Contents>) {
     static SHOWN: [OnceLock<Arc<Contents>>; 2] = [OnceLock::new(), OnceLock::new()];
     let lab = Lab::slow(raw_base);
@@ -28,12 +28,12 @@ pub fn slow(raw_base: bool) -> (Lab, Arc<Contents>) {
     (lab, Arc::clone(shown))
 }
 
-/// What is begun and not finished.
+/// The unfinished commands.
 pub fn intents(lab: &Lab) -> usize {
     fs::read_dir(lab.store.path(".chainfs/intents")).map_or(0, Iterator::count)
 }
 
-/// Every snapshot of every chain is what it was; a commit into base has given base the bytes of `merged` if
+/// Every snapshot of every chain is unchanged; a commit into base has given base the bytes of `merged` if
 /// that is gone. Returns how many there were.
 pub fn assert_snapshots(
     mount: &Mount,
@@ -65,7 +65,7 @@ pub fn assert_snapshots(
 pub fn settled(lab: &Lab, mount: &Mount, context: &str) {
     let control = Control::of(mount, "web");
     let start = Instant::now();
-    // Between two states nothing is at work, and yet something may be begun.
+    // Between two states no command may seem to run although one has begun.
     while intents(lab) > 0 {
         let (state, error) = (control.status("state"), control.status("error"));
         let log = || fs::read_to_string(lab.store.beside("mount.output")).unwrap_or_default();
@@ -82,7 +82,7 @@ pub fn kill(mount: Mount) {
     mount.abandon();
 }
 
-/// Mounts a slow chain and gives it a command that is at work when this returns.
+/// Mounts a slow chain and gives it a command that is running when this returns.
 pub fn at_work(lab: &Lab, command: &str) -> Mount {
     let mount = Mount::new(&lab.store);
     let control = Control::of(&mount, "web");

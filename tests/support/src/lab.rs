@@ -1,5 +1,4 @@
-//! A chain under commands: base <- sn1 <- sn2 <- sn3 <- web, what QEMU reads of each layer, and the engine
-//! that is told what to do.
+//! A chain under commands: base <- sn1 <- sn2 <- sn3 <- web, QEMU's reads of each layer, and the engine.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -55,7 +54,7 @@ impl Lab {
         Self::made_once(kind, false)
     }
 
-    /// QEMU makes the chain once in a process; who wants another one of its kind gets the same bytes and
+    /// QEMU makes the chain once in a process; another one of its kind is a copy with the same bytes and
     /// holes.
     fn made_once(kind: Kind, is_speckled: bool) -> Self {
         static MADE: Mutex<Option<Made>> = Mutex::new(None);
@@ -107,7 +106,7 @@ impl Lab {
         lab
     }
 
-    /// A chain of which a commit or pull takes long enough to be met at work.
+    /// A chain of which a commit or pull takes long enough to be observed.
     pub fn slow(raw_base: bool) -> Self {
         Self::made_once(
             Kind { raw_base, options: "cluster_size=4k", sizes: [SLOW_SIZE; 5], inner: &[] },
@@ -123,7 +122,7 @@ impl Lab {
         format!("{layer}.{}", self.format(layer))
     }
 
-    /// What QEMU reads of these images, and of internal snapshots (`image@name`).
+    /// QEMU's reads of these images, and of internal snapshots (`image@name`).
     pub fn contents(&self, views: &[&str]) -> BTreeMap<String, Vec<u8>> {
         views.iter().map(|view| ((*view).to_owned(), self.content(view))).collect()
     }
@@ -160,7 +159,7 @@ impl Lab {
         }
     }
 
-    /// The names of all files of the store, without what chainfs keeps there.
+    /// The names of all files of the store, without chainfs' own.
     pub fn files(&self) -> Vec<String> {
         let entries =
             fs::read_dir(self.store.root()).expect("the store").map(|entry| entry.expect("an entry"));
@@ -187,7 +186,7 @@ impl Lab {
     }
 }
 
-/// A file as it was: its name, its length, and what it holds where it is no hole.
+/// The old state of a file: its name, its length, and its data outside of holes.
 struct Kept {
     name: String,
     len: u64,
@@ -223,7 +222,7 @@ impl Kept {
     }
 }
 
-/// What a name ends in, after its last dot.
+/// The extension of a name, after its last dot.
 pub fn extension(name: &str) -> &str {
     name.rsplit('.').next().unwrap_or_default()
 }

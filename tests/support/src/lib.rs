@@ -1,8 +1,8 @@
-//! What every test binary leans on: a store in a temporary directory, a mount that never
-//! outlives its test, QEMU's tools as the judge of every byte, and the means to damage an image.
+//! The common parts of all test binaries: a store in a temporary directory, a mount that never outlives its
+//! test, QEMU's tools as the reference for every byte, and the means to damage an image.
 //!
-//! Nothing here is skipped quietly: a tool that is missing or fails makes the test fail with that
-//! tool's own words.
+//! Nothing here is skipped silently: a tool that is missing or fails makes the test fail with that tool's own
+//! words.
 
 #![allow(missing_docs, reason = "only the tests call these")]
 #![allow(

@@ -166,7 +166,7 @@ impl Mount {
         Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
     }
 
-    /// Waits until the daemon has answered everything, what follows a close(2) included.
+    /// Waits until the daemon has answered everything, including requests that follow a close(2).
     pub fn answered(&self) {
         let connection = connection_of(&self.dir).expect("it is mounted");
         let waiting = PathBuf::from(format!("/sys/fs/fuse/connections/{connection}/waiting"));
@@ -187,7 +187,7 @@ impl Mount {
         assert_eq!(self.leave(), Ok(()), "chainfs umount {}", self.dir.display());
     }
 
-    /// After the daemon has been killed: takes the dead mount away, whoever is still in it.
+    /// After the daemon has been killed: removes the dead mount, even if it is in use.
     pub fn abandon(mut self) {
         while connection_of(&self.dir).is_some() {
             lazy_umount(&self.dir);
@@ -198,7 +198,8 @@ impl Mount {
     fn leave(&mut self) -> Result<(), String> {
         let mut result = Ok(());
         if connection_of(&self.dir).is_some() {
-            // A process that another test has just forked holds our descriptors until it runs its program.
+            // A process that another test has just forked holds these descriptors until it executes its
+            // program.
             let start = Instant::now();
             loop {
                 let mut umount = Command::new("timeout");
@@ -268,8 +269,8 @@ fn unescape(field: &str) -> String {
     field.replace("\\040", " ").replace("\\134", "\\")
 }
 
-/// Ends a connection whatever its daemon is doing; every call that hangs in it returns. Where the
-/// control file system is not mounted, the daemon's death does the same.
+/// Aborts a connection whatever its daemon is doing; every call that hangs in it returns. Where the control
+/// file system is not mounted, the daemon's death does the same.
 fn abort(dir: &Path) {
     if let Some(connection) = connection_of(dir)
         && fs::write(format!("/sys/fs/fuse/connections/{connection}/abort"), "1").is_ok()

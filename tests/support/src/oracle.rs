@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// A new directory. Panics where QEMU's tools are missing: a judge that is absent judges nothing.
+    /// A new directory. Panics where QEMU's tools are missing: without the reference there is no test.
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         static THERE: LazyLock<Output> = LazyLock::new(|| {
@@ -33,7 +33,7 @@ impl Scratch {
         self.0.join(name).to_str().unwrap().to_owned()
     }
 
-    /// Runs a tool in the directory, without judging what it says.
+    /// Runs a tool in the directory, without checking its result.
     pub fn run(&self, tool: &str, args: &[&str]) -> Output {
         Command::new(tool).args(args).current_dir(&self.0).output().unwrap()
     }

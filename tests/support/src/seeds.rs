@@ -1,5 +1,5 @@
-//! Runs of a model, one after the other with seeds that follow each other, on all processors, until enough
-//! steps are taken; and what has happened in them, so that a run in which nothing did is noticed.
+//! Runs of a model with consecutive seeds, on all processors, until enough steps are taken; and counters of
+//! events, so that a run without any is noticed.
 //!
 //! `CHAINFS_SEED` is the first seed, `CHAINFS_STEPS` how many steps are taken.
 
@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 
 /// Steps of the usual run, and where time is taken.
 const STEPS: [u64; 2] = [800, 100_000];
-/// After as many it is said how far it is.
+/// The interval of progress messages.
 const SAID: u64 = 10_000;
 
 /// How often something has happened.
@@ -22,10 +22,13 @@ pub trait Counts: Debug + Default + Send {
     fn all_happened(&self) -> bool;
 }
 
-/// Defines what is counted: what has to happen in every run of many seeds, and what may.
+/// Defines the counters: events that have to happen in every run of many seeds, and events that may.
 #[macro_export]
 macro_rules! tally {
-    (always: $($(#[$doc:meta])* $name:ident),* $(,)?; rarely: $($(#[$rare_doc:meta])* $rare:ident),* $(,)?) => {
+    (
+        always: $($(#[$doc:meta])* $name:ident),* $(,)?;
+        rarely: $($(#[$rare_doc:meta])* $rare:ident),* $(,)?
+    ) => {
         #[derive(Clone, Debug, Default)]
         pub(crate) struct Tally {
             pub(crate) steps: u64,
@@ -55,7 +58,7 @@ fn number(name: &str, usual: u64) -> u64 {
     std::env::var(name).map_or(usual, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
-/// Calls `run` with a seed, time and again; `place` makes what the runs of a thread share.
+/// Calls `run` with a seed, repeatedly; `place` makes the shared state of a thread's runs.
 pub fn run_all<T: Counts, P>(place: impl Fn() -> P + Sync, run: impl Fn(u64, &P) -> T + Sync) {
     let is_long = std::env::var_os("CHAINFS_LONG").is_some();
     let steps = number("CHAINFS_STEPS", STEPS[usize::from(is_long)]);

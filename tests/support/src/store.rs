@@ -83,7 +83,7 @@ impl Store {
         self.img(args);
     }
 
-    /// An overlay named `name`; `backing` is written into its header as it stands.
+    /// An overlay named `name`; `backing` is written into its header unchanged.
     pub fn overlay(&self, name: &str, backing: &str, backing_format: &str, options: &str) {
         let mut args = vec!["create", "-q", "-f", "qcow2", "-b", backing, "-F", backing_format];
         if !options.is_empty() {
@@ -98,7 +98,7 @@ impl Store {
         self.overlay_sized(name, backing, backing_format, 1 << 20);
     }
 
-    /// An overlay of this size, its backing file not looked at.
+    /// An overlay of this size; its backing file is not opened.
     pub fn overlay_sized(&self, name: &str, backing: &str, backing_format: &str, size: u64) {
         let size = size.to_string();
         self.img(["create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", backing_format, name, &size]);
@@ -107,7 +107,7 @@ impl Store {
     /// Runs qemu-io's commands on an image, in one process.
     pub fn io<S: AsRef<str>>(&self, name: &str, format: &str, commands: impl IntoIterator<Item = S>) {
         let mut io = tool("qemu-io");
-        // Nobody cuts the power here: what the kernel holds is as good as what the disk does.
+        // There are no power cuts here: data in the kernel is as good as data on the disk.
         io.args(["-t", "unsafe", "-f", format]).current_dir(self.root());
         for command in commands {
             io.args(["-c", command.as_ref()]);
@@ -132,8 +132,7 @@ impl Store {
         self.io(name, format, commands);
     }
 
-    /// Writes every other 4 KiB of the first `len` bytes, so that whoever copies them is kept busy by many
-    /// pieces.
+    /// Writes every other 4 KiB of the first `len` bytes, so that a copy has many pieces.
     pub fn speckle(&self, name: &str, len: u64, byte: u8) {
         self.io(name, "qcow2", (0..len).step_by(8 << 10).map(|at| format!("write -q -P {byte} {at} 4096")));
     }
@@ -177,8 +176,8 @@ impl Store {
         self.info(name, format)["virtual-size"].as_u64().expect("a virtual size")
     }
 
-    /// What QEMU reads from an image or one of its internal snapshots, as a file; `Err` is what
-    /// QEMU said when it would not read it.
+    /// QEMU's read of an image or one of its internal snapshots, as a file; `Err` is QEMU's message if it
+    /// would not read it.
     pub fn try_oracle(&self, name: &Path, format: &str, snapshot: Option<&str>) -> Result<PathBuf, String> {
         let (file, path) = tempfile::Builder::new()
             .prefix("view-")

@@ -1,5 +1,5 @@
-//! A file in memory that notes every change, fails when told to, and tells in which states a crash
-//! could have left it; and what every disk of an image in memory reads.
+//! A file in memory that records every change, fails on request, and lists the states in which a crash could
+//! have left it; and the reads of every disk of an image in memory.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
@@ -53,7 +53,7 @@ impl Tape {
         Self(Mutex::new(State { file, ..State::default() }))
     }
 
-    /// Call number `number` (from 0) of those that change the file fails, and if `lasting` all after it.
+    /// The changing call number `number` (from 0) fails, and if `lasting` all later ones.
     pub fn failing(file: Vec<u8>, number: usize, lasting: bool) -> Self {
         Self(Mutex::new(State { file, fault: Some((number, lasting)), ..State::default() }))
     }
@@ -125,8 +125,8 @@ impl WriteStorage for Tape {
     }
 }
 
-/// Every state in which a crash could leave the file: at each call, what was synced and of the rest
-/// all, none, one less, one alone, and one torn at a sector.
+/// Every state in which a crash could leave the file: at each call, the synced changes, and of the rest all,
+/// none, one less, one alone, and one torn at a sector.
 pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, &[u8])) {
     let mut durable = start.to_vec();
     let mut pending: Vec<&Event> = Vec::new();
@@ -170,8 +170,8 @@ pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, 
     }
 }
 
-/// What the disks of an image read: the active one and those of its snapshots, in pieces; `None` where
-/// they cannot be read.
+/// The reads of an image's disks: the active one and those of its snapshots, in pieces; `None` where they
+/// cannot be read.
 pub type Views = Vec<Vec<Option<u64>>>;
 
 pub fn views(file: &[u8]) -> Views {
@@ -217,7 +217,7 @@ fn snapshots(file: &[u8], header: &Header) -> Vec<Snapshot> {
     }
 }
 
-/// Whatever could be read before reads the same.
+/// All readable bytes read the same.
 pub fn assert_unchanged(before: &Views, after: &Views, case: &str) {
     for (number, view) in before.iter().enumerate() {
         for (piece, bytes) in view.iter().enumerate().filter(|(_, bytes)| bytes.is_some()) {

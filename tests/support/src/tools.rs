@@ -1,4 +1,4 @@
-//! Runs foreign programs: each with a time limit, each failure told in the program's own words.
+//! Runs foreign programs: each with a time limit, each failure reported in the program's own words.
 
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -9,8 +9,7 @@ pub fn hang() -> Duration {
     Duration::from_mins(if std::env::var_os("CHAINFS_LONG").is_some() { 60 } else { 5 })
 }
 
-/// A command that runs `program` under a time limit. A program that is not installed fails as
-/// loudly as one that fails.
+/// A command that runs `program` under a time limit. A missing program fails as loudly as one that fails.
 pub fn tool(program: &str) -> Command {
     let mut command = Command::new("timeout");
     command.args(["--kill-after=5", &hang().as_secs().to_string(), program]);

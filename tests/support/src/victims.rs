@@ -11,7 +11,7 @@ use super::{Damage, KIB, MIB, Mount, Rng, Store, assert_chain};
 
 /// However bad a store of this size is, the daemon has its tree ready with no more processor time than this.
 pub const READY: Duration = Duration::from_secs(5);
-/// The daemon must not take more than this, whatever an image claims to need.
+/// The daemon must not use more memory than this, whatever an image states.
 pub const MEMORY_LIMIT_KIB: u64 = 512 << 10;
 
 /// The standard victim: several L1 entries, several L2 tables, data almost everywhere.
@@ -20,7 +20,7 @@ pub const VICTIM_CLUSTER: u64 = 4 * KIB;
 
 pub struct Victims {
     pub store: Store,
-    /// What the undamaged victim reads.
+    /// The reads of the undamaged victim.
     pub intact: Vec<u8>,
 }
 
@@ -42,7 +42,7 @@ impl Victims {
         Damage::to(path)
     }
 
-    /// Mounts, holds the healthy chain to its contract, hands the mount to `then`, and holds it to it again.
+    /// Mounts, checks the healthy chain, runs `then` on the mount, and checks it again.
     pub fn mounted(&self, then: impl FnOnce(&Mount)) {
         let mount = Mount::new(&self.store);
         let took = mount.processor_time();
@@ -82,7 +82,7 @@ pub fn read_everything(dir: &Path) {
     }
 }
 
-/// The problem of a chain or of the store that names `image`; fails if nobody complains.
+/// The problem of a chain or of the store that names `image`; fails if there is none.
 pub fn problem_of(mount: &Mount, chain: &str, image: &str) -> String {
     let of_chain = fs::read_to_string(mount.path(chain).join("info/problem.txt")).unwrap_or_default();
     let of_store = mount.text(".chainfs/problems.txt");

@@ -70,7 +70,7 @@ impl CrashLog for Tape {
         }
     }
 
-    /// A directory that is lost takes along what is in it.
+    /// A lost directory takes its files along.
     fn settle(&self, scene: &mut Scene) {
         let is_there = |path: &Path| {
             let mut above = path.ancestors().skip(1).filter(|above| !above.as_os_str().is_empty());

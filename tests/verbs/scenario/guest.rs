@@ -1,4 +1,4 @@
-//! A guest of an active disk that a store holds: what it wrote, and what it was promised.
+//! A guest of an active disk in an open store: its writes, and the promises that it got.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ use support::sim::history::{History, Moment};
 use support::sim::value::{Value, pattern_range};
 use support::sim::{KIB, Random, SECTOR, mix};
 
-/// Whoever uses the disk.
+/// A user of the disk.
 pub(crate) struct Guest {
     handle: ActiveHandle,
     recorder: Recorder,
@@ -89,14 +89,14 @@ impl Guest {
         Ok(())
     }
 
-    /// Whether the disk shows what was written.
+    /// Whether the disk shows the writes.
     pub(crate) fn verify(&self) -> std::result::Result<(), String> {
         let mut bytes = vec![0; self.handle.size().map_err(|error| error.to_string())? as usize];
         self.handle.read_at(0, &mut bytes).map_err(|error| error.to_string())?;
         self.history.judge(0, &bytes, Moment::Now)
     }
 
-    /// Goes on in a thread of its own while `work` is done.
+    /// Continues in a thread of its own during `work`.
     pub(crate) fn while_at_it<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {

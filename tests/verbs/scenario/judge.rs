@@ -1,5 +1,4 @@
-//! What must be true of a store after any crash: at once, where it is only looked at; and when what was
-//! begun has been taken up.
+//! The checks of a store after any crash: at once, read-only; and after interrupted commands were resumed.
 
 use std::cell::Cell;
 use std::fs;
@@ -28,12 +27,12 @@ pub(crate) struct Judge {
     pub(crate) history: History,
     /// The point of the tape from which on the command was known to be done.
     pub(crate) done: usize,
-    /// The view that a snapshot freezes the guest's disk as, where only the guest knows what that was, and
-    /// the point of the tape before which that happened, unless the command has failed and is taken up.
+    /// The view that freezes the guest's disk, where only the guest knows its bytes, and the point of the
+    /// tape before which that happened, unless the command has failed and is resumed.
     pub(crate) frozen: Option<(&'static str, usize)>,
-    /// Whether an internal snapshot is taken: until its table is there, COPIED flags may say too much.
+    /// Whether an internal snapshot is being taken: until its table is there, COPIED flags may be wrong.
     pub(crate) may_share: bool,
-    /// Whether one is deleted or applied: when its table has gone, they may say too little.
+    /// Whether one is being deleted or applied: when its table has gone, flags may be missing.
     pub(crate) may_own: bool,
     /// One state in so many is shown to QEMU as well.
     pub(crate) qemu_one_in: u64,
@@ -42,12 +41,12 @@ pub(crate) struct Judge {
     pub(crate) leaks: Cell<(u64, u64)>,
     /// How many recoveries have led back, and how many to the end.
     pub(crate) ends: Cell<(u64, u64)>,
-    /// How many of them had something to take up: in the store itself, and in a copy of it.
+    /// How many of them had interrupted commands: in the store itself, and in a copy of it.
     pub(crate) resumed: Cell<(u64, u64)>,
 }
 
 impl Judge {
-    /// One of the same command, whose guest has done this, and of it before a snapshot what came before
+    /// One of the same command, whose guest has done these writes, and of it before a snapshot those before
     /// `frozen`.
     pub(crate) fn with(&self, history: History, frozen: Option<(&'static str, usize)>) -> Self {
         Self {
@@ -64,12 +63,12 @@ impl Judge {
     }
 }
 
-/// How a store is looked at by tests.
+/// How tests open a store.
 pub(crate) fn options(read_only: bool) -> StoreOptions {
     StoreOptions { notify: false, read_only, cache: 4 << 20, ..StoreOptions::default() }
 }
 
-/// Opens a store, takes up what was begun, and waits until that is done.
+/// Opens a store, resumes interrupted commands, and waits for their end.
 pub(crate) fn recover(root: &Path, open: &OpenBackend<'_>) -> Result<Arc<Store>, String> {
     let store = Store::open_on(root, options(false), open).map_err(|error| format!("opening: {error}"))?;
     let engine = Engine::new(&store);
@@ -96,7 +95,7 @@ pub(crate) fn recover(root: &Path, open: &OpenBackend<'_>) -> Result<Arc<Store>,
 }
 
 impl Judge {
-    /// Judges the state that lies beneath `root`: the first `cut` events of the tape have happened.
+    /// Judges the state beneath `root`: the first `cut` events of the tape have happened.
     pub(crate) fn judge(&self, root: &Path, cut: usize, seed: u64) -> Result<(), String> {
         let is_copy = self.at_once(root, cut)?;
         let store = recover(root, &LocalDirectory::open)?;
@@ -114,8 +113,7 @@ impl Judge {
         Ok(())
     }
 
-    /// Whoever only looks sees nothing wrong. Whether the store is a copy, if anything is left to be taken
-    /// up.
+    /// A read-only opening finds no error. Whether the store is a copy, if anything is left to be resumed.
     pub(crate) fn at_once(&self, root: &Path, cut: usize) -> Result<Option<bool>, String> {
         let within = |error: String| format!("before the recovery: {error}");
         let leaks = self.sound(root).map_err(within)?;
@@ -125,7 +123,7 @@ impl Judge {
         Ok(store.catalog().intents.first().map(|found| found.is_copied))
     }
 
-    /// Every view that `store` lists is what it was or is to be.
+    /// Every view that `store` lists has its old or its future bytes.
     pub(crate) fn listed(&self, store: &Arc<Store>, cut: usize, live: Option<u64>) -> Result<(), String> {
         let (_, views) = seen(store);
         for (name, view) in &views {
@@ -149,7 +147,7 @@ impl Judge {
         fs::metadata(root.join(name)).ok().map(|metadata| metadata.ino())
     }
 
-    /// What else the view may hold if it is the one that was frozen.
+    /// Other allowed bytes of the view if it is the frozen one.
     fn frozen(&self, name: &str) -> Vec<Content> {
         match self.frozen {
             Some((frozen, point)) if frozen == name && self.done == usize::MAX => {
@@ -192,7 +190,7 @@ impl Judge {
         }
     }
 
-    /// All is as it was, or as it is to be, and nothing else is there.
+    /// Everything is in its old or in its future state, and nothing else is there.
     pub(crate) fn recovered(&self, root: &Path, store: &Arc<Store>, cut: usize) -> Result<(), String> {
         let catalog = store.catalog();
         if let Some(found) = catalog.intents.first() {
@@ -248,14 +246,14 @@ impl Judge {
         })
     }
 
-    /// Our checker finds no corruption in any image; how many clusters are leaked.
+    /// chainfs' checker finds no corruption in any image; returns the number of leaked clusters.
     fn sound(&self, root: &Path) -> Result<u64, String> {
         let mut leaks = 0;
         for name in files(root).iter().filter(|name| is_qcow2(name)) {
             let pages = Pages::load(root.join(name));
             let report = check(&pages, name).map_err(|error| format!("checking {name}: {error}"))?;
-            // One that is counted once more than it is used is written in place, and nobody else has it.
-            // One that is counted once and not flagged is copied before it is written.
+            // A cluster counted once more than it is used is written in place, and has no other user. One
+            // that is counted once and not flagged is copied before it is written.
             let is_excused = |finding: &&String| {
                 finding.contains("OFLAG_COPIED")
                     && if finding.contains("refcount=1") { self.may_own } else { self.may_share }

@@ -23,18 +23,18 @@ use support::sim::{is_long, mix, seed};
 
 /// States of each command that are judged where not all are.
 const STATES: usize = 40;
-/// Recoveries that are cut off themselves, and states of each.
+/// Recoveries that are interrupted themselves, and states of each.
 const RECOVERIES: (usize, usize) = (4, 5);
 /// One state in so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 60;
-/// Disks of these tests have so many bytes, if nothing else is said.
+/// The default size of the disks of these tests.
 pub(crate) const SIZE: u64 = 512 << 10;
 
 /// Options of images whose clusters are small, or have parts.
 pub(crate) const SMALL: &str = "cluster_size=512";
 pub(crate) const EXTENDED: &str = "extended_l2=on,cluster_size=16k";
 
-/// A directory that is fast where there is one.
+/// A fast directory where there is one.
 pub(crate) fn scratch() -> TempDir {
     let builder = |builder: &mut tempfile::Builder<'_, '_>| {
         builder.prefix("chainfs-verbs-");
@@ -45,20 +45,20 @@ pub(crate) fn scratch() -> TempDir {
     fast.tempdir_in("/dev/shm").or_else(|_| any.tempdir()).expect("a temporary directory")
 }
 
-/// A command to be cut off.
+/// A command to be interrupted.
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) kind: Kind,
-    /// What is done with the store before.
+    /// The operations on the store before.
     pub(crate) prepare: fn(&Lab),
-    /// The chain that is asked; empty for the store's own control file.
+    /// The chain of the command; empty for the store's own control file.
     pub(crate) chain: &'static str,
     pub(crate) command: &'static str,
     /// The leaf that a guest writes, before and after.
     pub(crate) live: (&'static str, &'static str),
     /// Other leaves that are active, before and after.
     pub(crate) active: &'static [&'static str],
-    /// What a snapshot freezes the guest's disk as, where its moment is not the test's.
+    /// The view that freezes the guest's disk, where the moment is not the test's.
     pub(crate) frozen: Option<&'static str>,
     /// How many states are judged, where not very many are.
     pub(crate) states: usize,
@@ -66,7 +66,7 @@ pub(crate) struct Scenario {
     pub(crate) is_busy: bool,
 }
 
-/// What it is made of, said in a word each.
+/// Its properties, in a word each.
 impl Scenario {
     pub(crate) fn kind(self, change: impl FnOnce(Kind) -> Kind) -> Self {
         Self { kind: change(self.kind), ..self }
@@ -122,7 +122,7 @@ impl Scenario {
         (place, root)
     }
 
-    /// What the guest's disk holds at first, as our own read path shows it.
+    /// The guest's disk at first, by chainfs' own read path.
     pub(crate) fn initial(&self, start: &Scene) -> Vec<u8> {
         let place = scratch();
         start.save(place.path());
@@ -131,19 +131,19 @@ impl Scenario {
         views.remove(self.live.0).expect("its view").bytes.expect("its bytes")
     }
 
-    /// What it shows before.
+    /// The views before.
     pub(crate) fn before(&self, root: &Path, scratch: &Path) -> Shape {
         let active: Vec<&str> = self.active.iter().copied().chain([self.live.0]).collect();
         Shape::of(root, &active, Some(self.live.0), scratch)
     }
 
-    /// What it shows when the command is done.
+    /// The views when the command is done.
     pub(crate) fn after(&self, root: &Path, scratch: &Path) -> Shape {
         let active: Vec<&str> = self.active.iter().copied().chain([self.live.1]).collect();
         Shape::of(root, &active, Some(self.live.1), scratch)
     }
 
-    /// Runs the command on a recording host; the tape, and the judge who knows what is right.
+    /// Runs the command on a recording host; returns the tape, and a judge with the expected views.
     pub(crate) fn record(&self, host: impl FnOnce(&Path) -> Recorder) -> (Tape, Judge) {
         let (place, root) = self.make();
         let before = self.before(&root, place.path());
@@ -180,7 +180,7 @@ impl Scenario {
         (tape, self.judge(before, after, history, done))
     }
 
-    /// Whether the command leaves something that is taken up when it is cut off.
+    /// Whether the interrupted command leaves an intent that is resumed.
     fn has_intent(&self) -> bool {
         let is_inner = self.command.contains(" internal")
             || self.command.contains("delete active@")
@@ -263,7 +263,7 @@ impl Scenario {
     }
 }
 
-/// What a walk amounted to.
+/// The result of a walk.
 pub(crate) struct Tally {
     pub(crate) possible: usize,
     pub(crate) visited: usize,
@@ -293,10 +293,10 @@ fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<()
     let place = scratch();
     let root = place.path().join("store");
     fs::create_dir(&root).expect("a directory");
-    // Every other time it is a copy of the store that is taken up.
+    // Every other time it is resumed in a copy of the store.
     scene.save_as(&root, mix(candidate.seed ^ 0xC0).is_multiple_of(2));
     judge.judge(&root, candidate.cut, candidate.seed).map_err(|error| {
-        // Whatever is wrong, QEMU's word on it helps.
+        // For any error, QEMU's message on it helps.
         let theirs = judge.ask_qemu(&root, candidate.cut).err();
         let kept = std::env::var_os("CHAINFS_KEEP").map(|kept| {
             let kept = Path::new(&kept).join(format!("{:x}", mix(candidate.seed)));
@@ -321,7 +321,7 @@ fn cut_recoveries(
     bad: &mut dyn FnMut(String),
 ) -> usize {
     let mut scenes = Vec::new();
-    // Only where there is something to take up.
+    // Only where there is something to resume.
     let has_intent = |scene: &Scene| {
         scene.names.keys().any(|path| {
             path.starts_with(".chainfs/intents")

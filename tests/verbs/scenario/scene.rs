@@ -1,4 +1,4 @@
-//! A store's directory as a value: files, whatever names they have, and the directories those are in.
+//! A store's directory as a value: files, their names, and the directories of those.
 //!
 //! It can be made a directory again anywhere. Files have other inode numbers there: either intents, which
 //! name files by them, are rewritten on the way, and it is the store as it was; or they are not, and it is a
@@ -13,12 +13,12 @@ use chainfs::io::LocalDirectory;
 
 use support::sim::{Pages, mix};
 
-/// Where intents lie.
+/// The directory of intents.
 const INTENTS: &str = ".chainfs/intents";
 /// No file is that.
 const NOBODY: &str = "0:0:-";
 
-/// Which file that is, in the words of an intent.
+/// The identity of the file, in the words of an intent.
 fn identity(path: &Path) -> String {
     let directory = LocalDirectory::open(path.parent().expect("a file")).expect("its directory");
     directory.identify(Path::new(path.file_name().expect("a file"))).expect("its identity").to_string()
@@ -28,14 +28,14 @@ fn identity(path: &Path) -> String {
 #[derive(Clone, Default)]
 pub(crate) struct Scene {
     pub(crate) files: Vec<Pages>,
-    /// The inode number that each file had where it was seen.
+    /// The inode number that each file had when it was recorded.
     pub(crate) inodes: Vec<u64>,
     pub(crate) names: BTreeMap<PathBuf, usize>,
     pub(crate) directories: BTreeSet<PathBuf>,
 }
 
 impl Scene {
-    /// What lies beneath `root`.
+    /// The files beneath `root`.
     pub(crate) fn load(root: &Path) -> Self {
         let mut scene = Self::default();
         let mut known = HashMap::new();
@@ -100,7 +100,7 @@ impl Scene {
                 Some(("written", _)) => format!("written = {}\n", last.unwrap_or_default()),
                 _ => format!("{line}\n"),
             };
-            // What a crash has torn stays as it is.
+            // A torn part stays as it is.
             if text.ends_with('\n') {
                 fs::write(&path, text.lines().map(line).collect::<String>()).expect("room");
             }

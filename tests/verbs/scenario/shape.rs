@@ -1,5 +1,5 @@
-//! What a store shows: chains with their layers, and views with their bytes. By QEMU, as what is to be; and
-//! by a store of ours, as what is.
+//! The shape of a store: chains with their layers, and views with their bytes. By QEMU, as expected; and by a
+//! chainfs store, as found.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,17 +18,17 @@ pub(crate) type Chains = BTreeMap<String, (Vec<String>, bool)>;
 /// Views by file, and for an internal snapshot `file@name`.
 pub(crate) type Views<T> = BTreeMap<String, T>;
 
-/// What a view holds.
+/// The bytes of a view.
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     Fixed(Vec<u8>),
-    /// What a guest has made of it.
+    /// A guest's content.
     Live,
-    /// What he had made of it by this point of the tape.
+    /// The guest's content at this point of the tape.
     LiveUntil(usize),
 }
 
-/// What a store is to show.
+/// The expected shape of a store.
 #[derive(Clone)]
 pub(crate) struct Shape {
     pub(crate) files: BTreeSet<String>,
@@ -36,17 +36,17 @@ pub(crate) struct Shape {
     pub(crate) views: Views<Content>,
 }
 
-/// The format that a name says.
+/// The format that a name indicates.
 fn format(file: &str) -> &'static str {
     if is_qcow2(file) { "qcow2" } else { "raw" }
 }
 
-/// Whether a name says that a file is a qcow2 image.
+/// Whether a name indicates a qcow2 image.
 pub(crate) fn is_qcow2(file: &str) -> bool {
     Path::new(file).extension().is_some_and(|extension| extension == "qcow2")
 }
 
-/// What QEMU reads of a view.
+/// QEMU's read of a view.
 pub(crate) fn by_qemu(root: &Path, view: &str, scratch: &Path) -> Result<Vec<u8>, String> {
     let (file, inner) = view.split_once('@').map_or((view, None), |(file, inner)| (file, Some(inner)));
     let target = scratch.join("converted.raw");
@@ -71,7 +71,7 @@ pub(crate) fn checked_by_qemu(root: &Path, file: &str) -> Result<(), String> {
     if matches!(code, 0 | 3) { Ok(()) } else { Err(format!("qemu-img check of {file}: {code}\n{out}{said}")) }
 }
 
-/// The files of a store, without what chainfs keeps in its own directory.
+/// The files of a store, without those in chainfs' own directory.
 pub(crate) fn files(root: &Path) -> BTreeSet<String> {
     let (mut found, mut waiting) = (BTreeSet::new(), vec![String::new()]);
     while let Some(directory) = waiting.pop() {
@@ -90,7 +90,7 @@ pub(crate) fn files(root: &Path) -> BTreeSet<String> {
 }
 
 impl Shape {
-    /// What is there, by QEMU. `active`: leaves whose disks are active; `live`: the one that a guest writes.
+    /// The shape by QEMU. `active`: leaves whose disks are active; `live`: the one that a guest writes.
     pub(crate) fn of(root: &Path, active: &[&str], live: Option<&str>, scratch: &Path) -> Self {
         let files = files(root);
         let mut below = BTreeMap::new();
@@ -134,7 +134,7 @@ impl Shape {
     }
 }
 
-/// A view of ours.
+/// A view by chainfs.
 pub(crate) struct Seen {
     pub(crate) bytes: Result<Vec<u8>, String>,
     pub(crate) is_active: bool,
@@ -142,7 +142,7 @@ pub(crate) struct Seen {
     pub(crate) inode: u64,
 }
 
-/// What a store of ours shows: its chains, and what it lists.
+/// The shape by a chainfs store: its chains, and its listed views.
 pub(crate) fn seen(store: &Arc<Store>) -> (Chains, Views<Seen>) {
     let catalog = store.catalog();
     let (mut chains, mut views) = (Chains::new(), Views::new());

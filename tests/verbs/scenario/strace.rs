@@ -1,4 +1,4 @@
-//! What another program does to the files of a store, seen by strace(1), as the same kind of tape.
+//! The operations of another program on the files of a store, seen by strace(1), as the same kind of tape.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ use support::{Outcome as _, tool};
 const CALLS: &str = "trace=openat,close,write,pwrite64,pwritev,pwritev2,ftruncate,fallocate,fsync,fdatasync,\
                      io_submit,io_uring_enter,rename,renameat,renameat2,link,linkat,unlink,unlinkat";
 
-/// Runs a program in the directory `root`; what it does to the files there, in the order in which it is done.
+/// Runs a program in the directory `root`; returns its operations on the files there, in order.
 pub(crate) fn record(root: &Path, command: &[&str], log: &Path) -> Tape {
     let start = Scene::load(root);
     // Strings are hexadecimal and whole.
@@ -42,7 +42,7 @@ impl Parser<'_> {
         let Some((thread, call)) = line.split_once(' ') else { return };
         let call = call.trim_start();
         if let Some(first) = call.strip_suffix(" <unfinished ...>") {
-            // A sync covers what was there when it began.
+            // A sync covers the changes that were there when it began.
             if first.starts_with("fdatasync(") || first.starts_with("fsync(") {
                 self.call(&format!("{first}) = 0"));
             } else {

@@ -1,5 +1,5 @@
-//! The machine as it is, with a witness: whatever a store's hands do to files and names is done, and noted
-//! on one tape, in order. It can be told to let one of these calls fail.
+//! The real machine, with a recorder: every operation of a store on files and names is done, and recorded on
+//! one tape, in order. One of these calls can be made to fail.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
@@ -43,7 +43,7 @@ impl Naming {
         }
     }
 
-    /// Does it, as far as what it speaks of is there: others may have been lost.
+    /// Applies it, as far as its files exist: others may have been lost.
     pub(crate) fn apply(&self, names: &mut BTreeMap<PathBuf, usize>, directories: &mut BTreeSet<PathBuf>) {
         let mut take = |file: &usize, path: &PathBuf| {
             if names.get(path) == Some(file) {
@@ -64,7 +64,7 @@ impl Naming {
     }
 }
 
-/// What is on the tape.
+/// An event on the tape.
 #[derive(Clone, Debug)]
 pub(crate) enum Event {
     /// A change of the bytes of a file.
@@ -75,7 +75,7 @@ pub(crate) enum Event {
     Named(Naming),
     /// All such changes in that directory so far are durable.
     NamesSynced(PathBuf),
-    /// Somebody began or ended something.
+    /// An operation began or ended.
     Mark,
     /// A guest's flush has been acknowledged.
     Flushed,
@@ -90,7 +90,7 @@ pub(crate) struct Fault {
     pub(crate) lasting: bool,
 }
 
-/// What a run has left behind.
+/// The result of a run.
 #[derive(Clone)]
 pub(crate) struct Tape {
     pub(crate) start: Scene,
@@ -152,7 +152,7 @@ impl Recorder {
         self.0.state.lock().tape.clone()
     }
 
-    /// Puts a mark on the tape and says where.
+    /// Puts a mark on the tape and returns its position.
     pub(crate) fn mark(&self, event: Event) -> usize {
         let events = &mut self.0.state.lock().tape.events;
         events.push(event);
@@ -174,7 +174,7 @@ impl Recorder {
         self.0.state.lock().files[&inode]
     }
 
-    /// Does something that changes a file or a name while nobody else does, and notes it.
+    /// Runs a change of a file or a name exclusively, and records it.
     fn doing<T>(&self, work: impl FnOnce(&mut State) -> Result<T>) -> Result<T> {
         let done = {
             let mut state: MutexGuard<'_, State> = self.0.state.lock();
@@ -270,7 +270,7 @@ impl WriteStorage for TapedFile {
     }
 
     fn reserve(&self, at: u64, len: u64) -> Result<()> {
-        // Nothing of it shows in the file.
+        // The file does not change.
         self.recorder.doing(|_| self.inner.reserve(at, len))
     }
 

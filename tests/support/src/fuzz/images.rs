@@ -14,11 +14,11 @@ use super::reader::File;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 
-/// An image as it should be, and where its tables lie.
+/// An undamaged image, and the offsets of its tables.
 pub struct Specimen {
     pub name: String,
     pub file: File,
-    /// What lies below it, by place in the corpus, the next one first.
+    /// Its backing chain, by index in the corpus, the next one first.
     pub below: Vec<usize>,
     cluster: usize,
     tables: Vec<Range<usize>>,
@@ -141,8 +141,8 @@ impl Specimen {
         end.min(bytes.len())
     }
 
-    /// A word that a table may hold: a place of the file with flags, a word of another table, or
-    /// a number at which things break.
+    /// A word that a table may hold: an offset in the file with flags, a word of another table, or a boundary
+    /// value.
     fn value(&self, bytes: &[u8], random: &mut Random) -> u64 {
         let (place, len) = (self.start(bytes, random) as u64, bytes.len() as u64);
         match random.below(18) {
@@ -187,7 +187,7 @@ fn move_within(bytes: &mut [u8], from: Range<usize>, to: usize) {
     bytes.copy_within(from.start..end, to);
 }
 
-/// The places of an image where a changed byte means something.
+/// The offsets of an image where a changed byte matters.
 struct Map(Vec<Range<usize>>);
 
 impl Map {
@@ -233,7 +233,7 @@ impl Map {
         map
     }
 
-    /// Takes in a table without the long silence at its end.
+    /// Adds a table without the long unallocated range at its end.
     fn table(&mut self, bytes: &[u8], at: u64, len: u64) {
         let (start, end) = (at as usize, ((at + len) as usize).min(bytes.len()));
         let Some(table) = bytes.get(start..end) else { return };

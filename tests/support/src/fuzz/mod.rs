@@ -1,5 +1,5 @@
-//! What the fuzzing tests share: a driver that replays from one number, seeded changes, and a
-//! reader that holds every way to read an image against the others.
+//! The common parts of the fuzzing tests: a driver that replays from one number, seeded changes, and a reader
+//! that compares every way to read an image.
 //!
 //! `CHAINFS_FUZZ_SECONDS` sets the budget of each target, `CHAINFS_FUZZ_SEED` its first input: the
 //! seed that a failure names makes the failing input the first.
@@ -22,7 +22,7 @@ pub const LIMIT: Duration = Duration::from_secs(if cfg!(debug_assertions) { 5 } 
 /// An input that is still not done hangs.
 const HANG: Duration = Duration::from_mins(1);
 
-/// What a run amounted to.
+/// The result of a run.
 pub struct Run {
     pub inputs: u64,
     pub elapsed: Duration,
@@ -78,7 +78,7 @@ fn first_seed() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64)
 }
 
-/// Ends the test with a word when an input does not end by itself.
+/// Ends the test with a message when an input does not end by itself.
 fn watch(name: &str, current: &AtomicU64, ended: &mpsc::Receiver<()>) {
     let mut last = (current.load(Ordering::Relaxed), Instant::now());
     while ended.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
@@ -86,7 +86,7 @@ fn watch(name: &str, current: &AtomicU64, ended: &mpsc::Receiver<()>) {
         if seed != last.0 {
             last = (seed, Instant::now());
         } else if last.1.elapsed() > HANG {
-            // Not by `println`: what the test harness captures would be lost.
+            // Not by `println`: captured output would be lost.
             drop(writeln!(std::io::stderr(), "{name}: the input of CHAINFS_FUZZ_SEED={seed} hangs"));
             std::process::exit(101);
         }
@@ -105,7 +105,7 @@ pub fn fuzz(name: &str, corpus: &[Vec<u8>], target: impl Fn(&[u8], &mut Random))
     });
 }
 
-/// The most memory that this process ever had, in bytes; `None` where the system does not say.
+/// The peak memory of this process, in bytes; `None` where the system does not report it.
 pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,4 +1,4 @@
-//! Seeded numbers, and changes to bytes that tend to break what reads them.
+//! Seeded numbers, and changes to bytes that tend to break readers.
 
 /// A generator of numbers that replays from its seed (xorshift64*).
 pub struct Random(u64);
@@ -71,14 +71,14 @@ impl Random {
         }
     }
 
-    /// Puts a number of `len` bytes at `at`, or as much of it as there is room.
+    /// Writes a number of `len` bytes at `at`, or as much of it as there is room.
     pub fn put(&mut self, bytes: &mut [u8], at: usize, len: usize) {
         let value = self.number();
         put(bytes, at, len, value);
     }
 }
 
-/// Puts the low `len` bytes of `value` at `at`, big-endian, or as much of them as there is room.
+/// Writes the low `len` bytes of `value` at `at`, big-endian, or as much of them as there is room.
 pub fn put(bytes: &mut [u8], at: usize, len: usize, value: u64) {
     for (target, byte) in bytes[at..].iter_mut().zip(&value.to_be_bytes()[8 - len..]) {
         *target = *byte;

@@ -1,8 +1,8 @@
-//! Reads a chain of images to its end, every way there is, and holds the ways against each other.
+//! Reads a chain of images to its end, in every way, and compares the results.
 //!
-//! Any bytes will do. The library may refuse them and may fail to read them; it may not panic, nor
-//! give two answers: the flattened map, a live top layer and a walk through the layers without
-//! any map have to read the same, and what is said to be zero has to read as zeroes.
+//! Any bytes will do. The library may refuse them and may fail to read them; it may not panic, nor give two
+//! answers: the flattened map, a live top layer and a walk through the layers without any map have to read
+//! the same, and ranges reported as zero have to read as zeroes.
 
 use std::sync::Arc;
 
@@ -21,25 +21,25 @@ use super::random::Random;
 
 /// Disks of up to this size are read as a whole; of larger ones both ends, and places.
 const WHOLE: u64 = 1 << 20;
-/// How far a walk by runs, or by seeking, goes.
+/// The limit of a walk by runs, or by seeking.
 const MAX_RUNS: usize = 200;
 const MAX_SEEKS: usize = 60;
 /// A seek may give up after this.
 const LONG: u64 = 4 << 20;
-/// Sectors that are looked at one by one where a range cannot be read.
+/// The number of sectors that are read one by one where a range cannot be read.
 const MAX_SECTORS: usize = 100;
 /// Bytes of a run that are read, at its start and at its end.
 const RUN_HEAD: u64 = 64 << 10;
 const RUN_TAIL: u64 = 4096;
 
-/// A file that may be an image, and the data file that goes with it.
+/// A file that may be an image, and its data file.
 #[derive(Clone)]
 pub struct File {
     pub bytes: Arc<Vec<u8>>,
     pub data: Arc<Vec<u8>>,
 }
 
-/// What was read.
+/// The bytes read.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Images that were read to their end.
@@ -94,7 +94,7 @@ struct Opened {
     damage: Option<Malformed>,
 }
 
-/// What the top image is asked for.
+/// The requests to the top image.
 #[expect(clippy::enum_variant_names, reason = "a state of the machine is what it is called")]
 #[derive(Clone, Copy, Debug)]
 enum State {
@@ -151,15 +151,15 @@ pub fn read_chain(files: &[File], random: &mut Random, tally: &mut Tally) {
     tally.read += 1;
 }
 
-/// Whether an audit finds nothing that forbids reading.
+/// Whether an audit finds no error that forbids reading.
 fn is_sound(file: &File) -> bool {
     let Ok(report) = check(&*file.bytes, "image") else { return false };
     assert_eq!(report.exit_code() == 0, report.findings.is_empty());
     matches!(report.exit_code(), 0 | 3)
 }
 
-/// Whether it is of what an audit does not look at: whether streams unpack, how much of its
-/// last cluster the file has, and how large a snapshot calls itself.
+/// Whether an audit does not check it: whether streams unpack, how much of its last cluster the file has, and
+/// the stated size of a snapshot.
 fn is_excused(sentence: &str) -> bool {
     let excused = [
         "compressed cluster at",
@@ -225,7 +225,7 @@ fn snapshots(bytes: &[u8], header: &Header) -> std::result::Result<Vec<Snapshot>
     parser.finish()
 }
 
-/// The active state, and some of what the snapshots hold.
+/// The active state, and parts of the snapshots.
 fn states(snapshots: &[Snapshot], random: &mut Random) -> Vec<State> {
     let mut states = vec![State::Active];
     // Damaged entries are refused.
@@ -273,7 +273,7 @@ struct Ways<'a> {
     /// Of each layer, whether an audit found it fit to be read.
     sound: &'a [bool],
     state: State,
-    /// Sectors that may yet be looked at one by one.
+    /// The remaining number of sectors that may be read one by one.
     patience: usize,
     /// Seeks that may yet be made.
     seeks: usize,
@@ -363,7 +363,7 @@ impl Ways<'_> {
         }
     }
 
-    /// A sound image fails only for what [`is_excused`].
+    /// A sound image fails only for the reasons of [`is_excused`].
     fn expect_damage(&self, sentence: &str) {
         let layer =
             sentence.strip_prefix("layer ").and_then(|rest| rest.split(':').next()?.parse::<usize>().ok());
@@ -403,7 +403,7 @@ impl Ways<'_> {
         }
     }
 
-    /// That the data file has `bytes` where `map` says.
+    /// Checks that the data file has `bytes` where `map` says.
     fn expect_at_offset(&self, depth: usize, offset: Option<u64>, bytes: &[u8]) {
         let Some(offset) = offset else { return };
         let mut there = vec![0; bytes.len()];
@@ -426,7 +426,7 @@ impl Ways<'_> {
         }
     }
 
-    /// Goes from data to hole to data.
+    /// Walks from data to hole to data.
     fn seek(&mut self, start: u64) {
         let size = self.frozen.size();
         let (mut at, mut data) = (start, true);
@@ -437,8 +437,8 @@ impl Ways<'_> {
             let found = self.frozen.seek(at, wanted).expect("memory can be read");
             let live = self.live.seek(at, wanted).expect("memory can be read");
             let end = found.unwrap_or(size);
-            // What is missing at the end of a file that grows is not known to be missing; and a
-            // seek that gives up does so after so many runs, which are longer if flattened.
+            // The missing end of a growing file is not known to be missing; and a seek that gives up does so
+            // after a number of runs, which are longer if flattened.
             let excused = self.grows || end.min(live.unwrap_or(size)) - at > LONG;
             assert!(
                 found == live || excused,
@@ -452,7 +452,7 @@ impl Ways<'_> {
             if found.is_none() {
                 return;
             }
-            // What cannot be read is data.
+            // An unreadable range is data.
             let is_data = self.frozen.map_run(end, 1).map_or(true, |run| run.data);
             if is_data != data {
                 // It has had enough, which takes a while.
@@ -469,7 +469,7 @@ fn pieces(at: u64, len: u64, chunk: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..len).step_by(chunk as usize).map(move |done| (at + done, chunk.min(len - done)))
 }
 
-/// Reads without any map: each extent from the layer that speaks for it.
+/// Reads without any map: each extent from the layer that holds it.
 fn read_by_layer(view: &View, at: u64, buf: &mut [u8]) -> Result<()> {
     let mut done = 0;
     while done < buf.len() {

@@ -48,8 +48,8 @@ impl Action {
         }
     }
 
-    /// What may be left of a change that was cut: its first part, its last, or some of its sectors.
-    /// Sometimes of a write that made the file longer nothing but the length.
+    /// The possible remains of a torn change: its first part, its last, or some of its sectors. Sometimes of
+    /// a write that extended the file nothing but the length.
     pub fn torn(&self, random: &mut Random) -> Vec<Self> {
         let (at, len) = match self {
             Self::Write { at, bytes } => (*at, bytes.len() as u64),
@@ -80,7 +80,8 @@ impl Action {
         match random.below(8) {
             0 | 1 => vec![piece(at, bounds[1])],
             2 | 3 => vec![piece(bounds[1], end)],
-            // The length alone, as where a file system adds it before the data: nothing to read but zeroes.
+            // The length alone, as where a file system extends the file before the data: nothing to read but
+            // zeroes.
             4 if !matches!(self, Self::Punch { .. }) => vec![Self::Allocate { at, len }],
             _ => some(random.next()),
         }

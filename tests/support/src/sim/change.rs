@@ -13,12 +13,12 @@ use crate::oracle::Scratch;
 /// One state of so many is repaired by QEMU.
 const QEMU_ONE_IN: u64 = 25;
 
-/// What is done to an image.
+/// The change of an image.
 pub struct Change<'a> {
     pub name: &'a str,
     pub image: &'a StartImage,
     pub options: WriterOptions,
-    /// What the disk has been through before; not flushed.
+    /// The earlier operations on the disk; not flushed.
     pub before: &'a dyn Fn(&mut Ledger),
     pub act: &'a dyn Fn(&mut Ledger) -> Result<()>,
     /// It can be done again when it is done already, and has to be after a crash.
@@ -27,7 +27,7 @@ pub struct Change<'a> {
     pub missing_flags: bool,
 }
 
-/// What came of it.
+/// The result.
 #[derive(Debug, Default)]
 pub struct Outcome {
     pub states: u64,
@@ -53,7 +53,7 @@ impl Change<'_> {
         Tolerance { leaks: u64::MAX, missing_flags: self.missing_flags }
     }
 
-    /// Cuts it everywhere, `limit` states of it, and goes on from there.
+    /// Crashes it everywhere, `limit` states of it, and continues from there.
     pub fn survives_crashes(&self, limit: usize) -> Outcome {
         let name = self.name;
         let machine = Machine::honest();
@@ -128,7 +128,7 @@ impl Change<'_> {
         let mut before = files[0].clone();
         before.set_len(before.len().max(after[0].len()));
         let leaks = check(&before, IMAGE).map_err(text)?.leaks;
-        // Whoever opens it next puts the flags right.
+        // The next opening repairs the flags.
         let tolerance = Tolerance { leaks, missing_flags: false };
         judge(self.image, &after, &[&ledger.views], tolerance).map(drop)
     }
@@ -189,7 +189,7 @@ impl Change<'_> {
                 (self.act)(&mut ledger).unwrap();
                 ledger.views
             };
-            // Where there was no room, the flags are put right at once.
+            // Without room, the flags are repaired at once.
             let is_mended = fault.failure == Failure::NoSpace && !fault.lasting && hit != Some(Hit::Sync);
             let tolerance = Tolerance { missing_flags: self.missing_flags && !is_mended, ..self.crashed() };
             let seen = judge(self.image, &ledger.files(), &[&old, &new], tolerance);

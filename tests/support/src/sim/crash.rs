@@ -17,7 +17,7 @@ const STATES: usize = 450;
 /// One of so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 50;
 
-/// What a run amounted to.
+/// The result of a run.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Changes and syncs on the tape.
@@ -27,7 +27,7 @@ pub struct Tally {
     /// Different ones judged.
     pub judged: u64,
     pub by_qemu: u64,
-    /// What was wrong with the first bad ones.
+    /// The errors of the first bad states.
     pub failures: Vec<String>,
 }
 
@@ -138,7 +138,7 @@ impl Workload {
             tally.judged += 1;
             let state = State { files, cut: candidate.cut, seed: candidate.seed };
             if let Err(sentence) = judge.judge(&state) {
-                // What is expected to be bad is nothing to look at.
+                // A state that is expected to be bad is not inspected.
                 let is_expected = self.sync_rule != SyncRule::Honest;
                 let name = self.name.replace(' ', "-");
                 let kept = if is_expected { String::new() } else { judge.keep(&name, &state.files) };
@@ -154,7 +154,7 @@ impl Workload {
     }
 }
 
-/// Adds to what all workloads of this run have judged.
+/// Adds to the totals of all workloads of this run.
 fn count(tally: &Tally) {
     static JUDGED: AtomicU64 = AtomicU64::new(0);
     static BY_QEMU: AtomicU64 = AtomicU64::new(0);
@@ -240,7 +240,7 @@ pub fn each_state(tape: &[Event], start: &[Pages], limit: usize, mut visit: impl
     });
 }
 
-/// After everything on the tape, some of what was not synced is lost: one such state for each seed.
+/// After everything on the tape, some unsynced changes are lost: one such state for each seed.
 pub fn random_crash(tape: &[Event], start: &[Pages], seed: u64) -> Vec<Pages> {
     crash::random_state(&FileLog { tape, start }, seed)
 }

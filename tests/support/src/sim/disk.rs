@@ -1,5 +1,5 @@
-//! The simulated machine: files whose changes are put on one tape, in the order in which they happened,
-//! and a fault that strikes when it is due.
+//! The simulated machine: files whose changes are recorded on one tape, in their order, and a fault at a
+//! chosen call.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use super::action::Action;
 use super::{Pages, mix};
 
-/// What is on the tape.
+/// An event on the tape.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A change of a file.
@@ -24,7 +24,7 @@ pub enum Event {
     Synced { file: usize },
     /// They may be lost, and the kernel will not try again.
     SyncFailed { file: usize },
-    /// Somebody began or ended something: nothing happens to the files.
+    /// An operation began or ended: no change of the files.
     Mark,
     /// A flush has been acknowledged.
     Flushed,
@@ -93,7 +93,7 @@ pub struct Fault {
     pub lasting: bool,
 }
 
-/// What kind of call a fault has hit.
+/// The kind of call that a fault has hit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hit {
     Change,
@@ -110,14 +110,14 @@ struct Plan {
     used: u64,
 }
 
-/// What all files share.
+/// The state that all files share.
 pub struct Machine {
     tape: Mutex<Vec<Event>>,
     changes: AtomicU64,
     reads: AtomicU64,
     plan: Mutex<Plan>,
     sync_rule: SyncRule,
-    /// Whether calls let other threads go first now and then.
+    /// Whether calls yield to other threads now and then.
     jitter: bool,
     pauses: AtomicU64,
     /// Whether holes can be punched and space taken.
@@ -143,24 +143,24 @@ impl Machine {
         })
     }
 
-    /// One that works.
+    /// A machine without faults.
     pub fn honest() -> Arc<Self> {
         Self::new(SyncRule::Honest, false, true)
     }
 
-    /// One that works and keeps no tape, for long runs.
+    /// A machine without faults and tape, for long runs.
     pub fn forgetful() -> Arc<Self> {
         Self::honest().forget()
     }
 
-    /// Keeps no tape from here on.
+    /// Stops recording.
     #[must_use]
     pub fn forget(self: Arc<Self>) -> Arc<Self> {
         self.forgets.store(true, Ordering::Relaxed);
         self
     }
 
-    /// Puts a mark on the tape and says where.
+    /// Puts a mark on the tape and returns its position.
     pub fn mark(&self, event: Event) -> usize {
         let mut tape = self.tape.lock();
         if self.forgets.load(Ordering::Relaxed) {
@@ -190,7 +190,7 @@ impl Machine {
         (plan.fault, plan.hit) = (fault, None);
     }
 
-    /// What the fault has hit, if it has.
+    /// The call that the fault has hit, if it has.
     pub fn hit(&self) -> Option<Hit> {
         self.plan.lock().hit
     }
@@ -268,7 +268,7 @@ impl SimDisk {
         Arc::new(Self { file, pages: Mutex::new(pages), machine: Arc::clone(machine) })
     }
 
-    /// What the file holds now.
+    /// The present content of the file.
     pub fn snapshot(&self) -> Pages {
         self.pages.lock().clone()
     }
@@ -364,7 +364,7 @@ impl WriteStorage for SimDisk {
     }
 
     fn reserve(&self, at: u64, len: u64) -> Result<()> {
-        // Nothing of it shows in the file; whether there is room is asked all the same.
+        // The file does not change; the room is checked all the same.
         let pages = self.pages.lock();
         let failure = self.machine.strikes(Calls::Changes, Hit::Change);
         match failure.or_else(|| self.lacks_space(&pages, &Action::Allocate { at, len })) {
@@ -375,7 +375,7 @@ impl WriteStorage for SimDisk {
 
     fn sync(&self) -> Result<()> {
         self.machine.pause();
-        // No change can come between the word and the deed.
+        // No change can come between the record and the operation.
         let pages = self.pages.lock();
         if let Some(failure) = self.machine.strikes(Calls::Changes, Hit::Sync) {
             self.machine.mark(Event::SyncFailed { file: self.file });

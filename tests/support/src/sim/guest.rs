@@ -1,4 +1,4 @@
-//! A guest: writes through a `Writer` on simulated files and remembers what its disk may hold.
+//! A guest: writes through a `Writer` on simulated files and remembers the allowed bytes of its disk.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use super::history::{History, Moment};
 use super::value::{Value, pattern_range};
 use super::{Backing, IMAGE, Machine, Pages, SECTOR, SimDisk, StartImage};
 
-/// Whoever uses the disk.
+/// A user of the disk.
 pub struct Guest {
     pub machine: Arc<Machine>,
     pub disks: Vec<Arc<SimDisk>>,
@@ -66,7 +66,7 @@ impl Guest {
         Arc::clone(self.writer.read().as_ref().expect("it is open"))
     }
 
-    /// What lies below the image.
+    /// The backing disk of the image.
     pub fn backing(&self) -> Backing {
         self.backing.clone().expect("an image with a backing file")
     }
@@ -75,7 +75,7 @@ impl Guest {
         self.writer().size()
     }
 
-    /// What the files hold now.
+    /// The present content of the files.
     pub fn files(&self) -> Vec<Pages> {
         self.disks.iter().map(|disk| disk.snapshot()).collect()
     }
@@ -101,7 +101,7 @@ impl Guest {
         Ok(())
     }
 
-    /// No two writes look alike.
+    /// No two writes have the same bytes.
     fn next_tag(&self) -> u64 {
         self.tags.fetch_add(1, Ordering::Relaxed)
     }
@@ -136,7 +136,7 @@ impl Guest {
         )
     }
 
-    /// Takes an internal snapshot while nobody else writes: what it holds is what the disk holds now.
+    /// Takes an internal snapshot without concurrent writes: its bytes are the disk's.
     pub fn try_snapshot(&self, name: &str) -> Result<()> {
         let content = self.content()?;
         let begun = self.machine.mark(Event::Mark);
@@ -146,7 +146,7 @@ impl Guest {
             |writer, _| writer.take_snapshot(&new_snapshot(name)),
         );
         if taken.is_err() && self.writer().poison().is_none() {
-            // Refused, so that there is none, however the files are looked at.
+            // Refused, so no snapshot may be in the files.
             self.history.lock().take_snapshot_back();
         }
         taken?;
@@ -155,7 +155,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Fills from below; nothing that can be seen changes.
+    /// Fills from below; no view changes.
     pub fn try_fill(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<()> {
         self.operation(
             format!("fill {at:#x}+{len:#x}"),
@@ -207,7 +207,7 @@ impl Guest {
         self.try_write(at, len).unwrap_or_else(|error| panic!("write {at:#x}+{len:#x}: {error}"));
     }
 
-    /// Zeroes that keep their place.
+    /// Zeroes that stay preallocated.
     pub fn zero(&self, at: u64, len: u64) {
         self.try_zero(at, len, Zeroing::Keep)
             .unwrap_or_else(|error| panic!("zero {at:#x}+{len:#x}: {error}"));
@@ -242,7 +242,7 @@ impl Guest {
         *writer = Some(open_writer(&self.disks, self.backing.as_ref(), self.options).unwrap());
     }
 
-    /// Lets the writer go without a word, as a process does that ends.
+    /// Drops the writer without closing it, as a killed process does.
     pub fn abandon(&self) {
         *self.writer.write() = None;
     }

@@ -1,20 +1,20 @@
-//! What each sector may hold, at any point of the tape.
+//! The allowed content of each sector, at any point of the tape.
 //!
-//! A sector has a list of versions. What a flush covers that has been acknowledged is certain; what
-//! was begun later, or failed, may be there or not. A write that covers a part of a sector may
-//! be there byte by byte; whole sectors only as wholes.
+//! A sector has a list of versions. A write covered by an acknowledged flush is certain; a later or failed
+//! one may be there or not. A write of a part of a sector may be there byte by byte; whole sectors only as
+//! wholes.
 
 use std::collections::BTreeMap;
 
 use super::value::{Value, describe};
 use super::{Pages, SECTOR};
 
-/// When the disk is looked at.
+/// The point at which the disk is checked.
 #[derive(Clone, Copy, Debug)]
 pub enum Moment {
     /// After a crash that kept at most the first so many events of the tape.
     Cut(usize),
-    /// Through the writer, with nothing under way: all that was acknowledged is there.
+    /// Through the writer, with nothing in flight: all acknowledged writes are there.
     Now,
 }
 
@@ -40,7 +40,7 @@ pub struct History {
     sizes: Vec<(usize, u64)>,
     /// Where acknowledged flushes were begun and acknowledged.
     flushes: Vec<(usize, usize)>,
-    /// Internal snapshots and what they hold, in the order in which they were taken.
+    /// Internal snapshots and their bytes, in the order in which they were taken.
     snapshots: Vec<(usize, Pages)>,
 }
 
@@ -77,14 +77,14 @@ impl History {
         self.snapshots.pop().expect("one that was begun");
     }
 
-    /// What the internal snapshots hold, oldest first, and how many of them have to be there.
+    /// The bytes of the internal snapshots, oldest first, and how many of them have to be there.
     pub fn snapshots(&self, moment: Moment) -> (Vec<&Pages>, usize) {
         let possible = self.snapshots.iter().filter(|(operation, _)| self.is_possible(*operation, moment));
         let certain = self.snapshots.iter().filter(|(operation, _)| self.is_done(*operation, moment)).count();
         (possible.map(|(_, content)| content).collect(), certain)
     }
 
-    /// Whether an internal snapshot is under way, so that COPIED flags may say too much.
+    /// Whether an internal snapshot is being taken, so that COPIED flags may be wrong.
     pub fn is_sharing(&self, moment: Moment) -> bool {
         let (possible, certain) = self.snapshots(moment);
         possible.len() > certain

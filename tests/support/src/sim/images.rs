@@ -166,25 +166,25 @@ impl StartImage {
         }
     }
 
-    /// Without its directory, for who keeps it until the process ends; [`elsewhere`](Self::elsewhere) is one
-    /// to be used.
+    /// Without its directory, for a caller that keeps it until the process ends;
+    /// [`elsewhere`](Self::elsewhere) makes one to be used.
     pub fn kept(self) -> Self {
         drop(std::fs::remove_dir_all(self.scratch.path("")));
         self
     }
 }
 
-/// An image in memory, and what it shows.
+/// An image in memory, and its expected bytes.
 pub struct StartImage {
     /// Where it was made; its backing file is there for QEMU.
     pub scratch: Scratch,
     /// The image, and its external data file if it has one.
     pub files: Vec<Pages>,
     pub backing: Option<Backing>,
-    /// What the guest's disk shows, as QEMU reads it.
+    /// The bytes of the guest's disk, as QEMU reads it.
     pub initial: Pages,
     pub initial_size: u64,
-    /// What the internal snapshots show.
+    /// The bytes of the internal snapshots.
     pub snapshots: Vec<Pages>,
     pub is_dirty: bool,
 }
@@ -197,7 +197,7 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens the files of an image. The text says what is wrong.
+    /// Opens the files of an image. The text is the error.
     pub fn new(files: &[Pages]) -> std::result::Result<Self, String> {
         let file = &files[0];
         let first = file.bytes(0, (PROBE_LEN as u64).min(file.len()));

@@ -1,8 +1,7 @@
-//! What must be true of an image after any crash.
+//! The checks of an image after any crash.
 //!
-//! No corruption, every sector one of its legal versions, internal snapshots as they were; the
-//! writer opens it without touching it, sees the same bytes, writes on, and leaves no new leaks. For some
-//! states QEMU says the same.
+//! No corruption, every sector one of its allowed versions, internal snapshots unchanged; the writer opens it
+//! without writing, sees the same bytes, writes on, and leaves no new leaks. QEMU checks some states as well.
 
 use std::cell::Cell;
 
@@ -20,7 +19,7 @@ use super::{IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, StartImage
 const PIECE: u64 = 64 * KIB;
 /// Larger disks are not converted by QEMU.
 const MAX_CONVERTED: u64 = 1 << 30;
-/// The tag of what is written after the crash.
+/// The tag of writes after the crash.
 const AFTER_TAG: u64 = 0xAF7E;
 
 /// Bytes of the disk, by position.
@@ -84,7 +83,7 @@ impl<'a> Judge<'a> {
         Self { image, history, options, pieces, qemu_one_in: u64::MAX, by_qemu: Cell::new(0) }
     }
 
-    /// What to look at: all that was touched, or as much of it as is quick; and what was not.
+    /// The range to check: all that was written, or as much of it as is quick; and a part of the rest.
     fn choose(&self, random: &mut Random, size: u64) -> Vec<(u64, u64)> {
         let limit = if is_long() { 64 * MIB } else { MIB };
         let all: u64 = self.pieces.iter().map(|(_, len)| len).sum();
@@ -108,8 +107,8 @@ impl<'a> Judge<'a> {
         if header.corrupt() {
             return Err("it is marked corrupt".into());
         }
-        // Where an internal snapshot is under way, counts and flags may differ, and the image says so if it
-        // can.
+        // While an internal snapshot is being taken, counts and flags may differ, and the image is marked if
+        // its version has the mark.
         let is_sharing = self.history.is_sharing(Moment::Cut(state.cut));
         if header.dirty() && !self.image.is_dirty && !is_sharing {
             return Err("it is marked dirty".into());
@@ -164,7 +163,7 @@ impl<'a> Judge<'a> {
         Ok(())
     }
 
-    /// What a user would do next: open it and go on.
+    /// The next step of a user: open it and continue.
     fn write_on(
         &self,
         state: &State,
@@ -243,7 +242,7 @@ impl<'a> Judge<'a> {
             .try_for_each(|((at, have), (_, want))| differ(*at, have, want, "after writing on"))
     }
 
-    /// Somewhere near what was written, or anywhere.
+    /// Near a written range, or anywhere.
     fn place(&self, random: &mut Random, size: u64) -> Option<(u64, u64)> {
         let len = (1 + random.next() % 24) * SECTOR;
         let at = match self.pieces.get(random.below(self.pieces.len() + 1)) {
@@ -291,7 +290,7 @@ impl<'a> Judge<'a> {
         content.iter().try_for_each(same)
     }
 
-    /// Leaves the files of a state where somebody can look at them.
+    /// Keeps the files of a state for inspection.
     pub fn keep(&self, name: &str, files: &[Pages]) -> String {
         let directory = std::env::temp_dir().join(format!("chainfs-crash-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
@@ -326,7 +325,7 @@ fn patch(content: &mut Content, at: u64, bytes: &[u8]) {
     }
 }
 
-/// Judges what a writer has left without a crash: as after a crash that lost nothing.
+/// Judges the state of a writer without a crash: as after a crash that lost nothing.
 pub fn judge_end(image: &StartImage, history: &History, files: &[Pages]) -> Result<(), String> {
     let judge = Judge { qemu_one_in: 1, ..Judge::new(image, history, WriterOptions::default()) };
     judge.judge(&State { files: files.to_vec(), cut: usize::MAX, seed: 1 }).map_err(|sentence| {

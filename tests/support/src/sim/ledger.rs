@@ -1,5 +1,5 @@
-//! A disk with its internal snapshots, and what each of them must show, byte by byte: for operations that
-//! change which snapshots there are, or how long the disk is.
+//! A disk with its internal snapshots, and the expected bytes of each: for operations that change the set of
+//! snapshots, or the size of the disk.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use super::images::{DATA_FILE, Opened};
 use super::value::pattern_range;
 use super::{IMAGE, KIB, Machine, Pages, Random, SECTOR, SimDisk, StartImage};
 
-/// What an image shows.
+/// The views of an image.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Views {
     pub disk: Vec<u8>,
@@ -28,7 +28,7 @@ fn whole(pages: &Pages) -> Vec<u8> {
 }
 
 impl Views {
-    /// What an image shows at the start, to QEMU as well.
+    /// The views of an image at the start, also by QEMU.
     pub fn of(image: &StartImage) -> Self {
         let views = Self::read(image, &Opened::new(&image.files).unwrap()).unwrap();
         let theirs =
@@ -37,7 +37,7 @@ impl Views {
         views
     }
 
-    /// What the read path shows of files.
+    /// The views in the files, by the read path.
     pub fn read(image: &StartImage, opened: &Opened) -> std::result::Result<Self, String> {
         let read = |snapshot: Option<usize>, size: u64| {
             let view = opened.view(snapshot, image.backing.as_ref())?;
@@ -81,11 +81,11 @@ impl Views {
     }
 }
 
-/// What may be wrong with an image that a crash has left.
+/// The allowed errors of an image after a crash.
 #[derive(Clone, Copy, Default)]
 pub struct Tolerance {
     pub leaks: u64,
-    /// COPIED may be missing where a count is 1, in an image that says so, or is of version 2 and cannot.
+    /// COPIED may be missing where a count is 1, in an image with the mark, or of version 2 without it.
     pub missing_flags: bool,
 }
 
@@ -140,7 +140,7 @@ impl Fill for All {
     }
 }
 
-/// A writer, and what it must show.
+/// A writer, and its expected views.
 pub struct Ledger {
     pub machine: Arc<Machine>,
     pub disks: Vec<Arc<SimDisk>>,
@@ -206,7 +206,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Applies one, and keeps what the disk held as another.
+    /// Applies one, and saves the disk as another.
     pub fn apply_and_save(&mut self, index: usize, name: &str) -> Result<()> {
         self.writer.apply_snapshot(&self.writer.snapshots()?[index], Some(&new_snapshot(name)))?;
         let disk = self.views.snapshots[index].clone();
@@ -247,7 +247,7 @@ impl Ledger {
         }
     }
 
-    /// Does one thing of any kind. What an image of its kind cannot do is left out.
+    /// Does one operation of any kind. Operations that an image of its kind does not support are left out.
     pub fn any_step(&mut self, random: &mut Random, longest: u64) -> Result<()> {
         let (size, count) = (self.views.disk.len() as u64, self.views.snapshots.len());
         let done = match random.below(24) {
@@ -262,7 +262,7 @@ impl Ledger {
         done.or_else(|error| if error.kind() == ErrorKind::Unsupported { Ok(()) } else { Err(error) })
     }
 
-    /// The writer shows what it must.
+    /// The writer shows the expected bytes.
     pub fn verify(&self) -> std::result::Result<(), String> {
         let mut have = vec![0; self.views.disk.len()];
         if self.writer.size() != have.len() as u64 {

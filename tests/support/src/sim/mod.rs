@@ -1,9 +1,9 @@
-//! A machine that does not exist: files in memory whose every change is written on a tape, calls
-//! that fail when told to, and every state in which a crash could have left those files.
+//! A simulated machine: files in memory whose every change is recorded on a tape, calls that fail on request,
+//! and every state in which a crash could have left those files.
 //!
-//! The tests of the writer stand on it. A [`Guest`] writes through a real `Writer` and notes
-//! what each sector may hold; [`crash`] cuts the tape at every point and has a [`Judge`] look at what
-//! is left: chainfs' checker, its read path, its writer, and QEMU for some of them.
+//! The base of the writer's tests. A [`Guest`] writes through a real `Writer` and records the allowed content
+//! of each sector; [`crash`] cuts the tape at every point and has a [`Judge`] check the result: chainfs'
+//! checker, its read path, its writer, and QEMU for some of them.
 //!
 //! `CHAINFS_SEED` replays random choices, `CHAINFS_LONG=1` takes the time for all of them.
 

@@ -1,7 +1,7 @@
 //! Sparse bytes that are cheap to copy: a copy shares every page until one of the two changes it.
 //!
-//! Each value carries a hash of its content, kept up to date page by page, so that equal states are
-//! found without comparing them. A page of zeroes and a page that is not there are the same.
+//! Each value carries a hash of its content, updated page by page, so that equal states are found without
+//! comparing them. A page of zeroes and a missing page are equal.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -52,7 +52,7 @@ fn hash_of(index: u64, bytes: &[u8; PAGE as usize]) -> u64 {
     if any == 0 { 0 } else { mix(hash) }
 }
 
-/// The parts of `[at, at + len)` that lie in one page each: page, place in it, bytes.
+/// The parts of `[at, at + len)` within one page each: page, offset in it, bytes.
 fn pieces(at: u64, len: u64) -> impl Iterator<Item = (u64, usize, usize)> {
     let mut done = 0;
     std::iter::from_fn(move || {
@@ -121,7 +121,7 @@ impl Pages {
         self.chunks.get(&(index / PER_CHUNK))?.0[(index % PER_CHUNK) as usize].as_ref()
     }
 
-    /// Fills `buf`, with zeroes where nothing is, even past the end.
+    /// Fills `buf`, with zeroes for missing pages, even past the end.
     pub fn fill(&self, at: u64, buf: &mut [u8]) {
         let mut done = 0;
         for (index, within, len) in pieces(at, buf.len() as u64) {
@@ -160,13 +160,13 @@ impl Pages {
         self.len = self.len.max(at + bytes.len() as u64);
     }
 
-    /// Zeroes without a length of their own; whole pages go.
+    /// Zeroes without extending; whole pages are removed.
     pub fn punch(&mut self, at: u64, len: u64) {
         let end = at.saturating_add(len).min(self.len.next_multiple_of(PAGE));
         let mut position = at;
         while position < end {
             let (index, within) = (position / PAGE, position % PAGE);
-            // What is not there needs no visit: a chunk at a time.
+            // Missing pages need no visit: a chunk at a time.
             if !self.chunks.contains_key(&(index / PER_CHUNK)) {
                 position = (index / PER_CHUNK + 1) * PER_CHUNK * PAGE;
                 continue;
@@ -190,7 +190,7 @@ impl Pages {
         }
     }
 
-    /// What lies beyond a shorter end is gone for good.
+    /// Bytes beyond a shorter end are lost for good.
     pub fn set_len(&mut self, len: u64) {
         if len < self.len {
             self.punch(len, self.len - len);
@@ -203,7 +203,7 @@ impl Pages {
         let is_data = self.page(at / PAGE).is_some();
         let mut next = (at / PAGE + 1) * PAGE;
         while next < end && self.page(next / PAGE).is_some() == is_data {
-            // A chunk that is not there is 256 KiB of hole.
+            // A missing chunk is 256 KiB of hole.
             let is_chunk = self.chunks.contains_key(&(next / PAGE / PER_CHUNK));
             next = if is_chunk { next + PAGE } else { (next / PAGE / PER_CHUNK + 1) * PER_CHUNK * PAGE };
         }

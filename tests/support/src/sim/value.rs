@@ -1,17 +1,17 @@
-//! What a sector holds: bytes that tell by which write they came, and for which sector.
+//! The content of a sector: bytes that identify the write they came from, and the sector they are for.
 //!
-//! So that bytes in the wrong place are seen as what they are, not taken for a legal older version.
+//! So that bytes in the wrong place are detected, and not taken for an allowed older version.
 
 use std::sync::Arc;
 
 use super::{Pages, SECTOR, mix};
 
-/// Marks the first word of what a write left in a sector.
+/// Marks the first word of a written sector.
 const MARK: u64 = 0xC4A1_F500_0000_0000;
-/// The tag of what lies in a backing image.
+/// The tag of bytes in a backing image.
 pub const BACKING_TAG: u64 = 0xBA;
 
-/// What one write, numbered `tag`, leaves in `sector`.
+/// The bytes that one write, numbered `tag`, puts in `sector`.
 pub fn pattern(tag: u64, sector: u64) -> [u8; SECTOR as usize] {
     let mut bytes = [0; SECTOR as usize];
     let first = MARK ^ (tag << 20) ^ sector.wrapping_mul(1 << 44 | 1);
@@ -44,9 +44,9 @@ pub fn pattern_range(tag: u64, at: u64, len: u64) -> Vec<u8> {
 pub enum Value {
     /// Zeroes.
     Zero,
-    /// What the write of this number leaves.
+    /// The bytes of the write of this number.
     Written(u64),
-    /// What was there when the test began.
+    /// The bytes at the beginning of the test.
     Initial,
     /// Of several writes that did not cover the whole.
     Mixed(Arc<[u8]>),
@@ -77,7 +77,7 @@ impl Value {
     }
 }
 
-/// For people: what these bytes seem to be.
+/// A description of these bytes for people.
 pub fn describe(bytes: &[u8]) -> String {
     let word =
         |index: usize| u64::from_be_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"));
