@@ -22,7 +22,8 @@ use super::object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 use super::permissions::Permissions;
 use super::{Changes, Directory, LocalFile, Storage};
 
-const FILE_MODE: u32 = libc::S_IFREG | 0o444;
+/// As if it could be written: that nothing can be is a matter of the tree, and no image is frozen for it.
+const FILE_MODE: u32 = libc::S_IFREG | 0o644;
 const DIRECTORY_MODE: u32 = libc::S_IFDIR | 0o555;
 
 /// A tree of objects in memory. Clones are the same tree.
