@@ -14,6 +14,7 @@ mod map;
 pub mod mount;
 pub mod mount_options;
 mod offline;
+mod outcome;
 mod output;
 mod progress;
 mod recover;

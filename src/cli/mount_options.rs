@@ -17,7 +17,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 use values::{format_rule, glob, number, octal, path_map, path_of, refuse, utf8};
 
-pub(super) use names::suggestion;
+pub(super) use names::{SETTINGS, Takes, suggestion};
+pub use values::{FormatRule, ImageFormat, PathMap};
 
 /// The options of a mount. `None` means "not given".
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -89,33 +90,6 @@ pub struct MountOptions {
     pub dirsync: bool,
 }
 
-/// A directory that moved.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PathMap {
-    /// Prefix of the names in image headers.
-    pub old: PathBuf,
-    /// The directory to use instead.
-    pub new: PathBuf,
-}
-
-/// The format of images whose path in the store matches.
-#[derive(Clone, Debug, PartialEq)]
-pub struct FormatRule {
-    /// Matched against the path within the store.
-    pub glob: Pattern,
-    /// The format of these images.
-    pub format: ImageFormat,
-}
-
-/// The formats that a user can declare.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
-pub enum ImageFormat {
-    /// The plain bytes of the disk.
-    Raw,
-    /// QEMU's format.
-    Qcow2,
-}
-
 /// How symbolic links of a guest's file system are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Symlinks {
@@ -124,49 +98,6 @@ pub enum Symlinks {
     /// Unchanged.
     Verbatim,
 }
-
-/// The argument that an option takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Takes {
-    /// Nothing.
-    Nothing,
-    /// One value; the last one holds.
-    Value,
-    /// A value; values add up.
-    Values,
-}
-
-/// Options that a configuration file may set as well.
-pub(super) const SETTINGS: [(&str, Takes); 28] = [
-    ("ro", Takes::Nothing),
-    ("allow_other", Takes::Nothing),
-    ("uid", Takes::Value),
-    ("gid", Takes::Value),
-    ("umask", Takes::Value),
-    ("threads", Takes::Value),
-    ("cache", Takes::Value),
-    ("backing_dir", Takes::Values),
-    ("map", Takes::Values),
-    ("readonly", Takes::Values),
-    ("format", Takes::Values),
-    ("standalone", Takes::Values),
-    ("probe", Takes::Nothing),
-    ("force_share", Takes::Nothing),
-    ("salvage", Takes::Nothing),
-    ("nolock", Takes::Nothing),
-    ("nofiles", Takes::Nothing),
-    ("symlinks", Takes::Value),
-    ("rescan", Takes::Value),
-    ("trash", Takes::Value),
-    ("nopassthrough", Takes::Nothing),
-    ("noparallelwrites", Takes::Nothing),
-    ("nosharedmapping", Takes::Nothing),
-    ("noacl", Takes::Nothing),
-    ("noseccomp", Takes::Nothing),
-    ("noinotify", Takes::Nothing),
-    ("noreadahead", Takes::Nothing),
-    ("noexec", Takes::Nothing),
-];
 
 impl MountOptions {
     /// Parses each `-o` in turn; later ones hold. `sloppy` ignores unknown options.

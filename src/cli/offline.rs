@@ -13,10 +13,10 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use super::args::RunArgs;
 use super::config;
 use super::mount_options::MountOptions;
+use super::outcome::{exit_code, print_plan};
 use super::progress::Meter;
 use super::store_options::{store_options, variable};
 use super::target::place_in_mount;
-use super::verbs::{finished, tell_plan};
 use super::warn;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Engine, JobState, Plan, Request, Status};
@@ -76,7 +76,7 @@ pub(super) fn planned(target: &Path, request: &Request, options: &[OsString]) ->
 fn plan_by(engine: &Arc<Engine>, chain: &Path, request: &Request) -> Result<u8> {
     let plan =
         engine.plan(chain, request).map_or_else(|error| plan::refusal(&error), |made| plan::plan(&made));
-    tell_plan(&plan)
+    print_plan(&plan)
 }
 
 fn chain_is_store(request: &Request) -> bool {
@@ -148,7 +148,7 @@ fn carry_out(
         engine.plan(chain, request)?.notes.iter().for_each(|note| warn(note));
     }
     engine.run(chain, request, &request.to_string())?;
-    finished(&wait(engine, chain, Meter::new(args.progress), stopping)?)
+    exit_code(&wait(engine, chain, Meter::new(args.progress), stopping)?)
 }
 
 /// Waits until the chain's command has ended.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::args::Invocation;
 use super::offline;
-use super::output::print;
+use super::outcome::{exit_code, print_plan};
 use super::progress::Meter;
 use super::target::place_in_mount;
 use super::warn;
@@ -42,7 +42,7 @@ pub(super) fn run(invocation: &Invocation<'_>) -> Result<u8> {
     let control = control_directory(target, request)?;
     if args.dry_run {
         return match planned(&control, request)? {
-            Some(plan) => tell_plan(&plan),
+            Some(plan) => print_plan(&plan),
             // A read-only mount accepts no text.
             None => offline::plan_of_mounted(&store, &rest, request),
         };
@@ -56,28 +56,7 @@ pub(super) fn run(invocation: &Invocation<'_>) -> Result<u8> {
         return Ok(0);
     }
     let status = follow(&control, status, Meter::new(args.progress))?;
-    finished(&status)
-}
-
-/// Prints a plan; 1 if the command would be refused.
-pub(super) fn tell_plan(plan: &str) -> Result<u8> {
-    print(plan)?;
-    Ok(u8::from(is_refused(plan)))
-}
-
-/// The exit code or error of this process for the final status of a command.
-pub(super) fn finished(status: &Status) -> Result<u8> {
-    let sentence = |otherwise: &str| status.error.clone().unwrap_or_else(|| otherwise.to_string());
-    status.notes.iter().for_each(|note| warn(note));
-    match status.state {
-        JobState::Done => Ok(0),
-        JobState::Cancelled => Err(Error::new(ErrorKind::Cancelled, sentence("the command was cancelled"))),
-        JobState::Failed => Err(Error::new(ErrorKind::Io, sentence("the command failed"))),
-        JobState::Idle | JobState::Running => Err(Error::new(
-            ErrorKind::Stale,
-            "another command has started since; the result of this one is unknown",
-        )),
-    }
+    exit_code(&status)
 }
 
 /// The directory of the control files.

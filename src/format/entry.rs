@@ -6,8 +6,10 @@
 use super::bytes::be_u64;
 use super::header::Version;
 use super::malformed::Malformed;
-use super::subcluster::SUBCLUSTERS;
 use crate::units::{ClusterBits, GuestOffset, HostOffset, Run};
+
+/// Subclusters of a cluster, if L2 entries are extended.
+pub const SUBCLUSTERS: u32 = 32;
 
 /// Upper limit of host offsets; from the specification.
 pub const HOST_OFFSET_END: u64 = 1 << 56;

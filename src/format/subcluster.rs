@@ -1,11 +1,8 @@
 //! Extended L2 entries: one cluster in 32 subclusters, each with its own mapping.
 
-use super::entry::{Allocation, Compressed, EntryFormat, Mapping, ZeroOffset};
+use super::entry::{Allocation, Compressed, EntryFormat, Mapping, SUBCLUSTERS, ZeroOffset};
 use super::malformed::Malformed;
 use crate::units::{GuestOffset, HostOffset};
-
-/// Subclusters of a cluster.
-pub const SUBCLUSTERS: u32 = 32;
 
 /// A 16-byte entry of an L2 table. No subcluster is both allocated and zero, and none is
 /// allocated without a host cluster.

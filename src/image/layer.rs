@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::entry::SUBCLUSTERS;
 use crate::format::{EntryFormat, Header, L1Table, L2Entry, Malformed, Mapping, Snapshot};
 use crate::units::{GuestOffset, HostOffset, Run};
 

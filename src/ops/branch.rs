@@ -17,7 +17,6 @@ use crate::store::{
 };
 use crate::units::Stability;
 
-use super::clone::give_name;
 use super::context::Context;
 use super::copy::{CommitSegment, PIECE};
 use super::ending;
@@ -27,7 +26,7 @@ use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::Plan;
 use super::refusals;
-use super::revert::{self, ClosedDisk};
+use super::replace::{self, ClosedDisk};
 use super::scanned_store::ScannedStore;
 
 /// The view that a new image shows.
@@ -151,10 +150,10 @@ impl Job for BranchJob {
                     if let Some(below) = below {
                         scan.begun(&[below]).map_or(Ok(()), Err)?;
                     }
-                    give_name(&store, &scan, &draft, &name).map(|()| lock)
+                    draft.give_name(&scan, &name).map(|()| lock)
                 }
                 ImagePurpose::Revert(closed) => {
-                    revert::switch(context, &scan, lock, &path, &command, &draft, *closed)
+                    replace::switch(context, &scan, lock, &path, &command, &draft, *closed)
                 }
             }
         });

@@ -5,11 +5,10 @@
 //! shares blocks, and the new image is backed by the backing file of the snapshot's layer.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Existing, directory_of};
-use crate::store::{ACTIVE, Format, Store, shown};
+use crate::io::directory_of;
+use crate::store::{ACTIVE, Format, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::check::{check_new_name, check_view};
@@ -156,24 +155,7 @@ pub(super) fn begin(context: &Context, path: &Path, request: &CloneRequest, comm
         let job = BranchJob::begin(context, &scan, path, command, &of, (source, draft), purpose)?;
         return Ok(Some(Box::new(job)));
     }
-    give_name(store, &scan, &draft, &name)?;
+    draft.give_name(&scan, &name)?;
     drop(lock);
     store.rescan().map(|_| None)
-}
-
-/// Renames a complete image to its final name, durably.
-pub(super) fn give_name(
-    store: &Arc<Store>,
-    scan: &ScannedStore,
-    draft: &DraftImage,
-    name: &Path,
-) -> Result<()> {
-    let names = store.guard_names();
-    let name = scan.guarded(name);
-    if !draft.is_there(store) {
-        let fact = "has been replaced by another process; give the command again";
-        return Err(Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&draft.path))));
-    }
-    names.rename(&draft.named.path, &name, Existing::Refuse).inspect_err(|_| draft.remove(store))?;
-    names.sync(&directory_of(&name))
 }

@@ -2,9 +2,10 @@
 //!
 //! A qcow2 image has the mark in its header, a raw image in the store's list.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::write::Writer;
 use crate::image::{HeaderChange, change_header};
@@ -44,14 +45,46 @@ pub(super) fn freeze(
     if image.frozen.is_some() {
         return Ok(());
     }
+    let format = image.format.unwrap_or(Format::Qcow2);
+    mark(store, format, &scan.guarded(&image.place.path), frozen, |change| {
+        let job = store.take_image(&scan.catalog, index)?;
+        change_header(job.name(), &*job.file()?, change)?;
+        job.finish()
+    })
+}
+
+/// Writes the mark of a frozen layer: for a raw image into the store's list, for a qcow2 image into its header,
+/// by `change`. A header without room for the description gets the mark without it. `Unsupported` if the
+/// header has no room for the mark.
+pub(super) fn mark(
+    store: &Store,
+    format: Format,
+    path: &Path,
+    frozen: &Frozen,
+    change: impl Fn(&HeaderChange) -> Result<()>,
+) -> Result<()> {
     // C5: durably, or the command fails.
-    if image.format == Some(Format::Raw) {
-        return store.note_frozen(&scan.guarded(&image.place.path), Some(frozen));
+    if format == Format::Raw {
+        return store.note_frozen(path, Some(frozen));
     }
-    let job = store.take_image(&scan.catalog, index)?;
-    let change = HeaderChange { backing: None, frozen: Some(Some(frozen.clone())) };
-    change_header(job.name(), &*job.file()?, &change)?;
-    job.finish()
+    let set = |frozen: Frozen| change(&HeaderChange { backing: None, frozen: Some(Some(frozen)) });
+    match set(frozen.clone()) {
+        Err(error) if error.kind() == ErrorKind::Unsupported && !frozen.description.is_empty() => {
+            set(Frozen { description: String::new(), ..frozen.clone() })
+        }
+        done => done,
+    }
+}
+
+/// A header without room for the mark is no reason to lose a snapshot, or to stop halfway.
+pub(super) fn unless_unsupported(marked: Result<()>) -> Result<()> {
+    match marked {
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            tracing::warn!("{error}: only its overlay protects it from being written");
+            Ok(())
+        }
+        done => done,
+    }
 }
 
 /// Removes the mark from a layer that is about to become the active layer.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::create::{CreateOptions, NewBacking, initial_image};
-use crate::io::directory_of;
+use crate::io::{Existing, directory_of};
 use crate::store::{FileRef, Format, ImageEntry, ImageIndex, Store, StorePath, shown};
 
 use super::refusals;
@@ -64,6 +64,19 @@ impl DraftImage {
         if self.is_there(store) {
             let _ = store.names().unlink(&self.path);
         }
+    }
+
+    /// Renames the complete image to its final name, durably.
+    pub(super) fn give_name(&self, scan: &ScannedStore, name: &Path) -> Result<()> {
+        let store = &scan.store;
+        let names = store.guard_names();
+        let name = scan.guarded(name);
+        if !self.is_there(store) {
+            let fact = "has been replaced by another process; give the command again";
+            return Err(Error::new(ErrorKind::Stale, format!("{} {fact}", shown(&self.path))));
+        }
+        names.rename(&self.named.path, &name, Existing::Refuse).inspect_err(|_| self.remove(store))?;
+        names.sync(&directory_of(&name))
     }
 
     /// Whether the file of its name is still this draft.

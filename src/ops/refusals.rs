@@ -146,3 +146,14 @@ pub(super) fn count(scan: &ScannedStore, target: ImageIndex, counted: Result<u64
 pub(super) fn shares_blocks(store: &Store) -> bool {
     store.roots()[0].shares_blocks()
 }
+
+/// Why a disk cannot be replaced: other images use it, or some cannot be read.
+pub(super) fn used_by_others(scan: &ScannedStore, leaf: ImageIndex) -> Option<Error> {
+    let others = scan.others_using(leaf, &[]);
+    if others.is_empty() {
+        return None;
+    }
+    let fact = "is used by other images as well, which would be invalidated";
+    let sentence = format!("{} {fact}: {}; snapshot it instead", scan.image(leaf).shown(), others.join(", "));
+    Some(Error::new(ErrorKind::NotEmpty, sentence))
+}

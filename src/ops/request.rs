@@ -17,9 +17,6 @@ use super::snapshot::{self, SnapshotRequest};
 use super::tokenize::split;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 
-/// Maximum number of bytes of a command.
-pub const MAX_COMMAND_LEN: usize = 64 << 10;
-
 /// Declares the verbs: a row has the words of its documentation, its name, its request and its [`VerbSpec`].
 /// `cancel` has no row: it acts on the command of another verb.
 macro_rules! verbs {

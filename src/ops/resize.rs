@@ -21,7 +21,6 @@ use super::locked::TouchedImages;
 use super::lookup;
 use super::plan::Plan;
 use super::refusals;
-use super::revert::used_by_others;
 use super::scanned_store::ScannedStore;
 use super::words::{LineBuilder, ParsedWords, VerbSpec, show, usage};
 
@@ -182,7 +181,7 @@ pub(super) fn plan(
             let names = [format!("the active disk of {}", chain.shown(scan))];
             refusals.push(refusals::still_open(context, path, &names, "it is about to shrink"));
         }
-        plan.refusals.extend(used_by_others(scan, leaf));
+        plan.refusals.extend(refusals::used_by_others(scan, leaf));
         plan.notes.push(format!("{} at the end of the disk are lost", exact(old - new)));
     }
     plan.notes.push(format!("from {} to {}", exact(old), exact(new)));
@@ -279,7 +278,7 @@ pub(super) fn examine(
     let mut refusals: Vec<Error> = Vec::new();
     refusals.extend(scan.untouchable(leaf));
     refusals.extend(scan.begun(&[leaf]));
-    refusals.extend(used_by_others(scan, leaf));
+    refusals.extend(refusals::used_by_others(scan, leaf));
     if context.store().is_active_open(scan.image(leaf).stat.id) {
         let names = ["the active disk".to_owned()];
         refusals.push(refusals::still_open(

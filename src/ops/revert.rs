@@ -11,10 +11,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
-use crate::io::{FileLock, directory_of};
-use crate::store::{
-    CachePolicy, FileRef, Format, ImageIndex, Intent, JobImage, NewTop, SnapshotOperation, Store, shown,
-};
+use crate::store::{CachePolicy, Format, ImageIndex, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::check::{check_new_name, check_view};
@@ -28,6 +25,7 @@ use super::lookup;
 use super::overlay::{self, DraftImage};
 use super::plan::{Plan, PlanLayer};
 use super::refusals;
+use super::replace::{self, ClosedDisk};
 use super::scanned_store::{ScannedChain, ScannedStore, with_stem};
 use super::snapshot;
 use super::snapshot::SnapshotRequest;
@@ -111,14 +109,6 @@ enum RevertMethod {
     Apply(Snapshot),
 }
 
-/// A disk that is about to be replaced, locked against writers, also while data is copied for its
-/// replacement.
-pub(super) struct ClosedDisk {
-    leaf: FileRef,
-    saved: Option<PathBuf>,
-    held: JobImage,
-}
-
 impl PlannedRevert {
     /// The images that are opened for it.
     pub(super) fn touched(&self, scan: &ScannedStore) -> TouchedImages {
@@ -159,7 +149,7 @@ pub(super) fn plan(
         refusals.extend(scan.not_renamable(&image.place.path));
     }
     refusals.extend(scan.begun(&chain.views.layers));
-    refusals.extend(used_by_others(scan, leaf));
+    refusals.extend(refusals::used_by_others(scan, leaf));
     if scan.store.is_active_open(image.stat.id) {
         let names = [format!("the active disk of {}", chain.shown(scan))];
         refusals.push(refusals::still_open(context, path, &names, "it is about to be replaced"));
@@ -282,17 +272,6 @@ fn note_newer(
     notes.push(format!("{} {is} newer, and {go} on in the chain {chain}, beside this one", names.join(", ")));
 }
 
-/// Why a disk cannot be replaced: other images use it, or some cannot be read.
-pub(super) fn used_by_others(scan: &ScannedStore, leaf: ImageIndex) -> Option<Error> {
-    let others = scan.others_using(leaf, &[]);
-    if others.is_empty() {
-        return None;
-    }
-    let fact = "is used by other images as well, which would be invalidated";
-    let sentence = format!("{} {fact}: {}; snapshot it instead", scan.image(leaf).shown(), others.join(", "));
-    Some(Error::new(ErrorKind::NotEmpty, sentence))
-}
-
 /// The layer that becomes a leaf when the old active layer is removed.
 fn becomes_leaf(scan: &ScannedStore, leaf: ImageIndex, source: &CopySource) -> Option<ImageIndex> {
     let below = scan.backing_of(leaf)?;
@@ -330,7 +309,7 @@ pub(super) fn begin(context: &Context, path: &Path, request: &RevertRequest, com
         let job = BranchJob::begin(context, &scan, path, command, &of, (source, draft), purpose)?;
         return Ok(Some(Box::new(job)));
     }
-    match switch(context, &scan, lock, path, command, &draft, closed) {
+    match replace::switch(context, &scan, lock, path, command, &draft, closed) {
         Ok(lock) => {
             drop(lock);
             Ok(None)
@@ -360,48 +339,4 @@ fn apply(
         drop(writer);
         applied.and(job.finish())
     })
-}
-
-/// Renames a complete overlay over the active layer. Returns the lock once the rename is durable. If it fails
-/// before that, nothing has changed.
-pub(super) fn switch(
-    context: &Context,
-    scan: &ScannedStore,
-    lock: FileLock,
-    path: &Path,
-    command: &str,
-    draft: &DraftImage,
-    closed: ClosedDisk,
-) -> Result<FileLock> {
-    let store = context.store();
-    let ClosedDisk { leaf, saved, held } = closed;
-    let index = scan.expect(&leaf)?;
-    used_by_others(scan, index).map_or(Ok(()), Err)?;
-    let of = context.intent_name();
-    // A layer that is not saved needs a name, too, until it is removed.
-    let frozen = match &saved {
-        Some(saved) => scan.guarded(saved),
-        None => overlay::draft_name(&leaf.path, &of, 1),
-    };
-    let below = scan.backing_of(index).filter(|_| saved.is_none());
-    let backing = below.map(|below| scan.witness(below, false)).transpose()?;
-    let top = NewTop {
-        old: scan.witness(index, false)?,
-        frozen,
-        overlay: draft.named.clone(),
-        name: leaf.path.clone(),
-        backing,
-    };
-    let mark = Frozen::now("");
-    let (seconds, nanoseconds, description) = (mark.seconds, mark.nanoseconds, mark.description);
-    let operation = SnapshotOperation { seconds, nanoseconds, description, disks: vec![top] };
-    let names = store.guard_names();
-    store.while_closed(scan.image(index), || {
-        let intent = store.guard().begin(&*names, &of, &Intent::new(command, path, operation))?;
-        // From here on the steps are those of a resumed revert.
-        snapshot::finish_or_roll_back(context, intent, vec![held], true)
-    })?;
-    names.sync(&directory_of(&leaf.path))?;
-    store.rescan()?;
-    Ok(lock)
 }

@@ -11,9 +11,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
+use crate::image::change_header;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
-use crate::image::{HeaderChange, change_header};
 use crate::io::{Backend, Directory, Existing, FileLock, directory_of};
 use crate::store::{
     ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile,
@@ -395,7 +395,7 @@ pub(super) fn run(context: &Context, path: &Path, request: &SnapshotRequest, com
         Ok(fallen) => {
             let named = tops.iter().map(|top| &top.frozen);
             for (old, path) in fallen.into_iter().zip(named) {
-                mark(store, old, path, &frozen)?;
+                freeze_former(store, old, path, &frozen)?;
             }
             store.rescan()?;
             jobs.iter().for_each(ActiveJob::settle);
@@ -612,26 +612,9 @@ fn switch_back(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Resul
 }
 
 /// Marks the former top as frozen, and makes it an ordinary layer.
-fn mark(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Result<()> {
-    let change = HeaderChange { backing: None, frozen: Some(Some(frozen.clone())) };
-    let marked = match old.format() {
-        Format::Raw => store.note_frozen(path, Some(frozen)),
-        // A header without room for the mark is no reason to lose the snapshot.
-        Format::Qcow2 => match old.writer.change_header(&change) {
-            Err(error) if error.kind() == ErrorKind::Unsupported => {
-                let bare = Frozen { description: String::new(), ..frozen.clone() };
-                let change = HeaderChange { backing: None, frozen: Some(Some(bare)) };
-                match old.writer.change_header(&change) {
-                    Err(error) if error.kind() == ErrorKind::Unsupported => {
-                        tracing::warn!("{error}: only its overlay protects it from being written");
-                        Ok(())
-                    }
-                    done => done,
-                }
-            }
-            done => done,
-        },
-    };
+fn freeze_former(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Frozen) -> Result<()> {
+    let marked = freeze::mark(store, old.format(), path, frozen, |change| old.writer.change_header(change));
+    let marked = freeze::unless_unsupported(marked);
     let finished = old.finish();
     marked.and(finished)
 }
@@ -780,10 +763,13 @@ fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobI
             job.renamed(&ending::own_path(store, &top.frozen));
         }
         // A file restored from the trash is a snapshot.
-        let is_put_aside = top.is_some_and(|top| is_draft(&top.frozen));
-        if is_put_aside && store.keeps_trash(job.id()) && job.format() == Format::Qcow2 {
-            let change = HeaderChange { backing: None, frozen: Some(Some(mark.clone())) };
-            let marked = job.file().and_then(|file| change_header(job.name(), &*file, &change));
+        if let Some(top) = top.filter(|top| is_draft(&top.frozen))
+            && store.keeps_trash(job.id())
+            && job.format() == Format::Qcow2
+        {
+            let marked = freeze::mark(store, Format::Qcow2, &top.frozen, &mark, |change| {
+                change_header(job.name(), &*job.file()?, change)
+            });
             if let Err(error) = marked {
                 tracing::info!("{error}: moved to the trash without the mark");
             }
@@ -812,20 +798,9 @@ fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobI
     }
     for top in disks.iter().filter(|top| !is_draft(&top.frozen)) {
         let old = scan.expect(&FileRef::known(top.frozen.clone(), top.old.file))?;
-        unless_unsupported(freeze::freeze(store, &scan, old, &mark))?;
+        freeze::unless_unsupported(freeze::freeze(store, &scan, old, &mark))?;
     }
     Ok(())
-}
-
-/// A header without room for a mark is no reason to stop halfway.
-fn unless_unsupported(marked: Result<()>) -> Result<()> {
-    match marked {
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
-            tracing::warn!("{error}: it is not marked");
-            Ok(())
-        }
-        done => done,
-    }
 }
 
 /// Whether all files that a disk of a snapshot needs exist, and no file of another process is in the way. If

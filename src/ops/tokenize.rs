@@ -6,7 +6,8 @@
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::MAX_COMMAND_LEN;
+/// Maximum number of bytes of a command.
+pub const MAX_COMMAND_LEN: usize = 64 << 10;
 
 /// The words of a line; its end may be marked by a newline. There may be none.
 pub(super) fn split(text: &[u8]) -> Result<Vec<Vec<u8>>> {

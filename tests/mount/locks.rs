@@ -113,8 +113,7 @@ fn closing_one_of_two_handles_drops_no_lock() {
     let again = open(&mid).expect("a view");
     drop(first);
     eventually("the active layer is free", || qemu_writes(&store, "web.qcow2", "qcow2").is_ok());
-    drop(again);
-    mount.answered();
+    mount.close(again);
     assert!(qemu_writes(&store, "mid.qcow2", "qcow2").is_err(), "mid is still open");
     assert!(qemu_writes(&store, "base.raw", "raw").is_err(), "base lies below it");
     drop(second);

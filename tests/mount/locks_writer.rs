@@ -233,8 +233,7 @@ fn closing_the_last_writer_drops_its_locks_and_keeps_a_reader_s() {
             let mut have = [0; 4096];
             reading.read_exact_at(&mut have, 4096).expect("a read");
             assert_eq!(have, [round + 1; 4096], "a reader sees what is written");
-            drop(one);
-            mount.answered();
+            mount.close(one);
             assert!(!readable(), "one writer is left");
             two.write_all_at(&[round + 2; 4096], 4096).expect("a write");
             drop(two);

@@ -11,9 +11,13 @@ use chainfs::fs::service::{
     AttributeChange, CacheMode, Errno, Features, OpenFile, ServedBy, Statistics, TimedAttributes, Write,
     XattrReply,
 };
+use support::damage::header;
 use support::transport::libc_flags::{READ, READ_WRITE, WRITE};
 use support::transport::{FEATURES, Listed, Open, PendingBytes, ROOT, Transport};
 use support::*;
+
+/// The length of the VM state here.
+const VM_STATE_LEN: u64 = 4 * KIB;
 
 /// `base.raw` <- `mid.qcow2` with an internal snapshot <- `web.qcow2`, in the root; a disk with a partition and
 /// an ext4 file system in `vms`.
@@ -26,6 +30,11 @@ fn store() -> Store {
     store.scribble("mid.qcow2", "qcow2", 3);
     store.overlay("web.qcow2", "mid.qcow2", "qcow2", "cluster_size=4k");
     store.scribble("web.qcow2", "qcow2", 4);
+    // The internal snapshot has VM state, as its entry in the table says.
+    let image = Damage::to(store.path("mid.qcow2"));
+    let entry = image.u64(header::SNAPSHOTS_OFFSET);
+    image.put_u32(entry + 32, VM_STATE_LEN as u32);
+    image.put_u64(entry + 40, VM_STATE_LEN);
     let tree = store.beside("tree");
     fs::create_dir_all(tree.join("etc/many")).expect("a directory");
     fs::write(tree.join("etc/hostname"), "web01\n").expect("a file");
@@ -134,7 +143,7 @@ fn each_directory_finds_what_it_lists_at_every_offset() {
     assert_lookups_agree(&transport, &found);
     assert_offsets_agree(&transport, &found);
     let entries = |path: &str| found[Path::new(path).as_os_str()].1.len();
-    assert_eq!([entries("vms/disk/files/active/p1/etc/many"), entries("web/snapshots")], [40, 3]);
+    assert_eq!([entries("vms/disk/files/active/p1/etc/many"), entries("web/snapshots")], [40, 4]);
 }
 
 #[test]
@@ -178,6 +187,7 @@ fn disks_have_the_bytes_that_qemu_reads() {
         "the partition"
     );
     assert_eq!(transport.content("vms/disk/files/active/p1/etc/hostname"), b"web01\n");
+    assert_eq!(transport.content("web/snapshots/mid@monday.vmstate"), [0; VM_STATE_LEN as usize]);
     let link = transport.inode("vms/disk/files/active/p1/link");
     let target = transport.ask(|service, reply| service.read_link(Transport::call(link), reply));
     assert_eq!(target.as_deref(), Ok(&b"etc/hostname"[..]));

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::super::args::{DiffArgs, Output};
-use super::images::{OpenStores, StoreDisk};
+use super::images::OpenStores;
 use super::operands::{self, DiskName, DiskPath, GuestOperand};
+use super::store_disk::StoreDisk;
 use super::{about, complain};
 use crate::browse::DiskContents;
 use crate::browse::difference::{

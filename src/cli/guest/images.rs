@@ -14,13 +14,12 @@ use super::super::mount_options::{FormatRule, ImageFormat, MountOptions};
 use super::super::store_options::{store_options, variable};
 use super::super::warn;
 use super::operands::{DiskName, GuestOperand};
-use super::view_ref::{self, ViewRef};
+use super::store_disk::{self, OpenStore, StoreDisk};
+use crate::browse::Browser;
 use crate::browse::worker::WorkerProgram;
-use crate::browse::{Browser, DiskContents, PointInTime};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal;
-use crate::store::{MARKER, OpenView, Store, StoreOptions, ViewId, shown};
-use crate::units::Stability;
+use crate::store::{MARKER, Store, StoreOptions, shown};
 
 /// The remedy for a journal that is not replayed.
 const REPLAY_REMEDY: &str = "let the guest replay it, or run e2fsck on a clone";
@@ -31,40 +30,6 @@ pub(super) struct OpenStores {
     /// The store given with `--store`.
     store: Option<PathBuf>,
     open: Vec<Arc<OpenStore>>,
-}
-
-/// An open store, and the browser of its disks.
-pub(super) struct OpenStore {
-    path: PathBuf,
-    pub(super) store: Arc<Store>,
-    pub(super) browser: Arc<Browser>,
-}
-
-/// A disk of an open store.
-#[derive(Clone)]
-pub(super) struct StoreDisk {
-    pub(super) opened: Arc<OpenStore>,
-    pub(super) view_ref: ViewRef,
-    pub(super) id: ViewId,
-}
-
-impl StoreDisk {
-    /// Its volumes and files.
-    pub(super) fn contents(&self) -> Result<Arc<DiskContents>> {
-        self.opened.browser.contents(&self.id, PointInTime::First)
-    }
-
-    /// The disk itself, open.
-    pub(super) fn view(&self) -> Result<OpenView> {
-        let catalog = self.opened.store.catalog();
-        let is_live = self.id.is_active() || self.opened.store.options().force_share;
-        self.opened.store.open_shown(
-            &catalog,
-            &self.view_ref.layers(),
-            self.view_ref.part(),
-            Stability::live_if(is_live),
-        )
-    }
 }
 
 impl OpenStores {
@@ -135,7 +100,7 @@ impl OpenStores {
         let (image_a, image_b) = (canonical(path_a)?, canonical(path_b)?);
         if let Some(store) = self.store.clone() {
             let both = (self.in_store(&store, &image_a, &a.disk)?, self.in_store(&store, &image_b, &b.disk)?);
-            return Ok(view_ref::in_one_chain(both));
+            return Ok(store_disk::in_one_chain(both));
         }
         // One may be a layer of the other; else a common directory may have both.
         let mut candidates = vec![image_a.clone(), image_b.clone()];
@@ -153,7 +118,7 @@ impl OpenStores {
             if candidate.is_file() && (a.has_inner || b.has_inner) && (lacks(&found_a) || lacks(&found_b)) {
                 continue;
             }
-            return Ok(view_ref::in_one_chain((found_a, found_b)));
+            return Ok(store_disk::in_one_chain((found_a, found_b)));
         }
         Ok((self.disk(a)?, self.disk(b)?))
     }
@@ -177,18 +142,18 @@ impl OpenStores {
 
     fn alone(&mut self, image: &Path, name: &DiskName) -> Result<StoreDisk> {
         let opened = self.open(image)?;
-        view_ref::find(&opened, image, name)?.ok_or_else(|| not_in(image, image))
+        store_disk::find(&opened, image, name)?.ok_or_else(|| not_in(image, image))
     }
 
     fn in_store(&mut self, store: &Path, image: &Path, name: &DiskName) -> Result<StoreDisk> {
         let opened = self.open(store)?;
-        view_ref::find(&opened, image, name)?.ok_or_else(|| not_in(image, store))
+        store_disk::find(&opened, image, name)?.ok_or_else(|| not_in(image, store))
     }
 
     /// The disk in the store at `path`; `None` if it has no such image.
     fn within(&mut self, path: &Path, image: &Path, name: &DiskName) -> Result<Option<StoreDisk>> {
         let opened = self.open(path)?;
-        view_ref::find(&opened, image, name)
+        store_disk::find(&opened, image, name)
     }
 
     fn mounted(&mut self, name: &DiskName) -> Result<StoreDisk> {
@@ -196,7 +161,7 @@ impl OpenStores {
             unreachable!("called only for paths in mounts")
         };
         let opened = self.open(store)?;
-        view_ref::in_chain(&opened, chain, view.as_deref(), address.as_deref())
+        store_disk::in_chain(&opened, chain, view.as_deref(), address.as_deref())
     }
 }
 

@@ -9,15 +9,15 @@ mod images;
 pub(super) mod ls;
 mod operands;
 mod out;
+mod store_disk;
 pub(super) mod versions;
-mod view_ref;
 
 use std::ffi::OsStr;
 
 use super::warn;
 use crate::browse::walk::GuestTree;
 use crate::error::{Error, Result};
-use crate::report::safe::terminal_bytes;
+use operands::shown;
 
 use images::OpenStores;
 use operands::DiskPath;
@@ -50,12 +50,6 @@ fn open(images: &mut OpenStores, word: &OsStr) -> Result<OpenedPath> {
 /// An error, prefixed with the operand that it is about.
 fn about(word: &OsStr, error: Error) -> Error {
     error.within(shown(word))
-}
-
-/// An operand, made safe for a message.
-fn shown(word: &OsStr) -> String {
-    use std::os::unix::ffi::OsStrExt;
-    terminal_bytes(word.as_bytes())
 }
 
 /// Prints the error of one of several operands; the command continues with the others.

@@ -7,7 +7,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::super::target::place_in_mount;
-use super::shown;
 use crate::browse::DiskContents;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -178,6 +177,12 @@ pub(super) fn no_volume(word: &OsStr) -> Error {
         word.trim_end_matches([':', '/'])
     );
     Error::new(ErrorKind::Usage, fact)
+}
+
+/// An operand, made safe for a message.
+pub(super) fn shown(word: &OsStr) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    crate::report::safe::terminal_bytes(word.as_bytes())
 }
 
 #[cfg(test)]

@@ -6,9 +6,11 @@ use jiff::tz::TimeZone;
 
 use super::super::args::{Output, VersionsArgs};
 use super::super::output::print;
-use super::images::{OpenStores, StoreDisk};
+use super::images::OpenStores;
+use super::operands::shown;
 use super::operands::{self, DiskName, DiskPath};
-use super::{about, shown, view_ref};
+use super::store_disk::StoreDisk;
+use super::{about, store_disk};
 use crate::browse::versions::{PathState, find, versions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::json::pretty;
@@ -31,7 +33,7 @@ fn look(args: &VersionsArgs) -> Result<u8> {
         DiskName::Image { .. } => None,
     };
     let (names, disks): (Vec<Vec<u8>>, Vec<StoreDisk>) =
-        view_ref::all_around(&disk, alone).into_iter().unzip();
+        store_disk::all_around(&disk, alone).into_iter().unzip();
     let found: Vec<PathState> = disks.iter().map(|disk| found(disk, inner)).collect();
     if found.iter().all(|found| matches!(found, PathState::Absent)) {
         let names: Vec<String> =

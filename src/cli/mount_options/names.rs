@@ -1,8 +1,50 @@
 //! The names of mount options: known ones, ignored ones, and suggestions for unknown ones.
 
-use super::SETTINGS;
 use crate::error::{Error, ErrorKind};
 use crate::report::safe::terminal_bytes;
+
+/// The argument that an option takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::cli) enum Takes {
+    /// Nothing.
+    Nothing,
+    /// One value; the last one holds.
+    Value,
+    /// A value; values add up.
+    Values,
+}
+
+/// Options that a configuration file may set as well.
+pub(in crate::cli) const SETTINGS: [(&str, Takes); 28] = [
+    ("ro", Takes::Nothing),
+    ("allow_other", Takes::Nothing),
+    ("uid", Takes::Value),
+    ("gid", Takes::Value),
+    ("umask", Takes::Value),
+    ("threads", Takes::Value),
+    ("cache", Takes::Value),
+    ("backing_dir", Takes::Values),
+    ("map", Takes::Values),
+    ("readonly", Takes::Values),
+    ("format", Takes::Values),
+    ("standalone", Takes::Values),
+    ("probe", Takes::Nothing),
+    ("force_share", Takes::Nothing),
+    ("salvage", Takes::Nothing),
+    ("nolock", Takes::Nothing),
+    ("nofiles", Takes::Nothing),
+    ("symlinks", Takes::Value),
+    ("rescan", Takes::Value),
+    ("trash", Takes::Value),
+    ("nopassthrough", Takes::Nothing),
+    ("noparallelwrites", Takes::Nothing),
+    ("nosharedmapping", Takes::Nothing),
+    ("noacl", Takes::Nothing),
+    ("noseccomp", Takes::Nothing),
+    ("noinotify", Takes::Nothing),
+    ("noreadahead", Takes::Nothing),
+    ("noexec", Takes::Nothing),
+];
 
 /// Options for mount(8), fstab, systemd and the kernel that have no effect here: the mount always has
 /// nosuid and nodev, reading never changes its times, and `allow_other` implies `default_permissions`.

@@ -1,12 +1,38 @@
 //! The values of mount options: text in, a valid value or an error out.
 
-use super::{FormatRule, ImageFormat, PathMap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal_bytes;
 use glob::Pattern;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
+
+/// A directory that moved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathMap {
+    /// Prefix of the names in image headers.
+    pub old: PathBuf,
+    /// The directory to use instead.
+    pub new: PathBuf,
+}
+
+/// The format of images whose path in the store matches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FormatRule {
+    /// Matched against the path within the store.
+    pub glob: Pattern,
+    /// The format of these images.
+    pub format: ImageFormat,
+}
+
+/// The formats that a user can declare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
+pub enum ImageFormat {
+    /// The plain bytes of the disk.
+    Raw,
+    /// QEMU's format.
+    Qcow2,
+}
 
 pub(super) fn refuse(name: &str, why: &str) -> Error {
     Error::new(ErrorKind::Usage, format!("mount option '{name}': {why}"))

@@ -2,9 +2,9 @@
 //!
 //! Only if the extension is in force; else QEMU drops it, and its clusters are leaks.
 
+use super::audited::{Audited, Pass, ReferencedRanges};
 use super::ranges::{Weight, WeightedRange};
 use super::report::{CheckReport, FindingKind};
-use super::{Audited, Pass, ReferencedRanges};
 use crate::error::Result;
 use crate::format::bitmap::{BitmapCluster, parse_directory, table_entry};
 use crate::format::refcount::refcount;

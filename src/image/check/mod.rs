@@ -7,6 +7,7 @@
 //! it is stricter where an image cannot be read: a zero flag in version 2, a reserved bit of extended L2
 //! entries, an external data cluster that is not at its guest offset.
 
+mod audited;
 mod bitmaps;
 mod ranges;
 mod refcounts;
@@ -15,12 +16,12 @@ mod report;
 mod tables;
 mod window;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::format::refcount::max_refcount;
-use crate::format::snapshot::{SnapshotParser, check_l1};
-use crate::format::{Header, Malformed, Snapshot, Version};
-use crate::image::{read_header_with, read_snapshots_with};
+use crate::format::snapshot::check_l1;
+use crate::format::{Malformed, Version};
 use crate::io::Storage;
+use audited::{Audited, Pass, ReferencedRanges};
 use ranges::{Weight, WeightedRange, disjoint};
 use refcounts::Refcounts;
 use tables::L2List;
@@ -29,10 +30,6 @@ use window::{WINDOW_CLUSTERS, Window};
 pub use repair::{Actions, Repaired, Scope, repair, repair_dirty, repair_flags};
 use report::FindingKind;
 pub use report::{CheckReport, MAX_FINDINGS};
-
-/// More clusters than any real image has (256 TiB of 64 KiB clusters); bounds the time that a
-/// sparse file of absurd length can take.
-const MAX_CLUSTERS: u64 = 1 << 32;
 
 /// Audits the image in `storage`. An `Err` means that it could not be checked: exit code 1.
 pub fn check(storage: &dyn Storage, name: &str) -> Result<CheckReport> {
@@ -104,114 +101,7 @@ impl References {
     }
 }
 
-/// The image under audit.
-struct Audited<'a> {
-    storage: &'a dyn Storage,
-    name: &'a str,
-    header: Header,
-    file_len: u64,
-}
-
-/// Byte ranges found before counting starts.
-#[derive(Default)]
-struct ReferencedRanges {
-    /// Ranges that are referenced as a whole, cluster by cluster.
-    regions: Vec<WeightedRange>,
-    /// The refcount table; a repair may replace it.
-    refcount_table: Vec<WeightedRange>,
-    /// The snapshot table; so may it.
-    snapshot_table: Vec<WeightedRange>,
-    /// L1 tables, by their bytes.
-    l1_tables: Vec<WeightedRange>,
-    /// Bitmap tables, by their bytes.
-    bitmap_tables: Vec<WeightedRange>,
-}
-
-/// The pass over one window.
-struct Pass<'a> {
-    audited: &'a Audited<'a>,
-    /// Findings that do not belong to a cluster of the window are reported in the first pass only.
-    first: bool,
-    window: &'a mut Window,
-    report: &'a mut CheckReport,
-}
-
-impl Pass<'_> {
-    /// Counts references to the bytes `at..at + len`, or reports that they are beyond the file.
-    fn count(&mut self, at: u64, len: u64, times: u64) {
-        if self.audited.is_beyond_end(at, len) {
-            if self.first {
-                self.report.corruptions(FindingKind::Dangling, times, || beyond_end(at, len));
-            }
-        } else {
-            self.window.count(at, len, times, self.report);
-        }
-    }
-}
-
-fn beyond_end(at: u64, len: u64) -> String {
-    format!("reference to a region beyond the end of the file: offset {at:#x} size {len:#x}")
-}
-
-impl<'a> Audited<'a> {
-    fn open(storage: &'a dyn Storage, name: &'a str) -> Result<Self> {
-        let (header, file_len) = read_header_with(name, storage, Header::parse_for_check)?;
-        if let Some(unsupported) = &header.unsupported {
-            return Err(Error::new(ErrorKind::Unsupported, format!("{name}: {unsupported}")));
-        }
-        if file_len.div_ceil(header.cluster.size()) >= MAX_CLUSTERS {
-            let fact =
-                format!("{name}: the file has {file_len} bytes, too many to check with clusters this small");
-            return Err(Error::new(ErrorKind::Limit, fact));
-        }
-        Ok(Self { storage, name, header, file_len })
-    }
-
-    fn file_clusters(&self) -> u64 {
-        self.file_len.div_ceil(self.header.cluster.size())
-    }
-
-    fn malformed(&self, reason: &Malformed) -> Error {
-        Error::new(reason.kind(), format!("{}: {reason}", self.name))
-    }
-
-    /// Reads all of `buf`; bytes beyond the end of the file are zero.
-    fn read(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let have = self.storage.read_at(at, buf)?;
-        buf[have..].fill(0);
-        Ok(())
-    }
-
-    /// The last cluster may be truncated: a region may cross the end by less than one cluster.
-    fn is_beyond_end(&self, at: u64, len: u64) -> bool {
-        let limit = self.file_len + self.header.cluster.size();
-        at.checked_add(len).is_none_or(|end| end >= limit)
-    }
-
-    fn add_region(&self, places: &mut ReferencedRanges, at: u64, len: u64, report: &mut CheckReport) {
-        self.region(&mut places.regions, at, len, FindingKind::Dangling, report);
-    }
-
-    fn region(
-        &self,
-        regions: &mut Vec<WeightedRange>,
-        at: u64,
-        len: u64,
-        kind: FindingKind,
-        report: &mut CheckReport,
-    ) {
-        if len == 0 {
-            return;
-        }
-        if self.is_beyond_end(at, len) {
-            report.corruptions(kind, 1, || beyond_end(at, len));
-            return;
-        }
-        let cluster = self.header.cluster;
-        let end = cluster.floor(at + len - 1) + cluster.size();
-        regions.push(WeightedRange { start: cluster.floor(at), end, weight: Weight::OTHER });
-    }
-
+impl Audited<'_> {
     fn collect_metadata(&self, places: &mut ReferencedRanges, report: &mut CheckReport) -> Result<()> {
         let header = &self.header;
         if let Some(damage) = &header.refcount_damage {
@@ -274,20 +164,13 @@ impl<'a> Audited<'a> {
         self.add_region(places, at, len, report);
         places.l1_tables.push(WeightedRange { start: at, end: at + len, weight });
     }
-
-    /// The snapshots and the bytes of their table.
-    fn read_snapshots(&self) -> Result<(Vec<Snapshot>, u64)> {
-        let found =
-            read_snapshots_with(SnapshotParser::for_check(&self.header), &self.header, |at, piece| {
-                self.read(at, piece).map(|()| piece.len())
-            })?;
-        found.map_err(|reason| self.malformed(&reason))
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
+    use crate::format::Header;
     use crate::format::refcount::set_refcount;
     use crate::image::create::{CreateOptions, initial_image};
 

@@ -1,7 +1,7 @@
 //! The refcounts that an image stores, and the references to the blocks that store them.
 
+use super::audited::{Audited, Pass};
 use super::report::FindingKind;
-use super::{Audited, Pass};
 use crate::error::Result;
 use crate::format::refcount::{block_entries, refcount, table_entry};
 use crate::units::{ClusterBits, HostOffset};

@@ -1,9 +1,9 @@
 //! References of the L1 and L2 tables, and the COPIED flags of the active ones.
 
+use super::audited::{Audited, Pass, beyond_end};
 use super::ranges::{Weight, WeightedRange};
 use super::refcounts::Refcounts;
 use super::report::{CheckReport, FindingKind};
-use super::{Audited, Pass, beyond_end};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::entry::{Allocation, COPIED, EntryFormat, Mapping, ZERO};
 use crate::format::refcount::refcount;

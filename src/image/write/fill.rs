@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Version;
-use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::entry::SUBCLUSTERS;
 use crate::io::Storage;
 use crate::units::{BlockStatus, HostOffset, Run};
 

@@ -8,8 +8,8 @@
 use std::collections::HashMap;
 
 use crate::error::Result;
+use crate::format::entry::SUBCLUSTERS;
 use crate::format::refcount::max_refcount;
-use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{EntryFormat, Mapping, RawL2Entry, SubclusterEntry};
 use crate::units::{GuestOffset, HostOffset};
 

@@ -12,7 +12,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::decompress;
-use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::entry::SUBCLUSTERS;
 use crate::format::{Compressed, Compression, EntryFormat, L2Entry, Mapping, RawL2Entry, SubclusterEntry};
 use crate::units::{BlockStatus, GuestOffset, HostOffset, Run};
 

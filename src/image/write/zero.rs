@@ -10,7 +10,7 @@
 use std::sync::atomic::Ordering;
 
 use crate::error::Result;
-use crate::format::subcluster::SUBCLUSTERS;
+use crate::format::entry::SUBCLUSTERS;
 use crate::format::{EntryFormat, Mapping, RawL2Entry, SubclusterEntry, Version};
 use crate::units::{BlockStatus, HostOffset, Run};
 

@@ -2,6 +2,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::error::ErrorKind;
+use crate::ops::MAX_COMMAND_LEN;
 use crate::ops::check::{MAX_DESCRIPTION_LEN, MAX_NAME_LEN};
 use crate::ops::{DeleteMethod, NewSize};
 

@@ -166,13 +166,18 @@ impl Mount {
         Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
     }
 
-    /// Waits until the daemon has answered everything, including requests that follow a close(2).
-    pub fn answered(&self) {
-        let connection = connection_of(&self.dir).expect("it is mounted");
-        let waiting = PathBuf::from(format!("/sys/fs/fuse/connections/{connection}/waiting"));
-        eventually("all requests are answered", || {
-            fs::read_to_string(&waiting).expect("requests that wait").trim() == "0"
-        });
+    /// Files and directories that the daemon has open for the kernel.
+    pub fn open_handles(&self) -> u64 {
+        let text = self.text(".chainfs/metrics");
+        let line = text.lines().find_map(|line| line.strip_prefix("chainfs_open_handles "));
+        line.expect("the gauge").parse().expect("a number")
+    }
+
+    /// Closes a file, and waits until the daemon has been told.
+    pub fn close(&self, file: File) {
+        let before = self.open_handles();
+        drop(file);
+        eventually("the daemon knows that a file is closed", || self.open_handles() < before);
     }
 
     /// Exit code of a mount run in the foreground, if it has ended. Killed by a signal: 128 + signal.

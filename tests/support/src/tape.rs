@@ -14,6 +14,12 @@ use chainfs::image::{Caches, Image, Layer};
 use chainfs::io::{Expect, Storage, WriteStorage};
 use chainfs::units::Stability;
 
+use crate::crash::{CrashLog, Effect, Effort, each_state};
+use crate::sim::Random;
+
+/// A disk writes whole sectors, in any order.
+const SECTOR: usize = 512;
+
 /// A change of the file.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -125,49 +131,84 @@ impl WriteStorage for Tape {
     }
 }
 
-/// Every state in which a crash could leave the file: at each call, the synced changes, and of the rest all,
-/// none, one less, one alone, and one torn at a sector.
-pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, &[u8])) {
-    let mut durable = start.to_vec();
-    let mut pending: Vec<&Event> = Vec::new();
-    for (number, event) in events.iter().enumerate() {
-        if matches!(event, Event::Sync) {
-            pending.drain(..).for_each(|event| event.apply(&mut durable));
-            judge(&format!("synced at {number}"), &durable);
-            continue;
-        }
-        pending.push(event);
-        let last = pending.len() - 1;
-        let mut state = |what: &str, keep: &dyn Fn(usize) -> bool| {
-            let mut file = durable.clone();
-            (0..)
-                .zip(&pending)
-                .filter(|(index, _)| keep(*index))
-                .for_each(|(_, event)| event.apply(&mut file));
-            judge(&format!("at {number}: {what}"), &file);
-        };
-        state("all", &|_| true);
-        state("the last alone", &|index| index == last);
-        if last < 20 {
-            for one in 0..last {
-                state(&format!("without {one}"), &|index| index != one);
-            }
-        }
-        if let Event::Write(at, bytes) = event {
-            for cut in [512, 4096, bytes.len() / 2 / 512 * 512] {
-                // Sectors of the file, not of the write.
-                let cut = cut.saturating_sub((*at % 512) as usize);
-                if cut > 0 && cut < bytes.len() {
-                    let mut file = durable.clone();
-                    Event::Write(at + cut as u64, bytes[cut..].to_vec()).apply(&mut file);
-                    judge(&format!("at {number}: from {cut} on"), &file);
-                    let mut file = durable.clone();
-                    Event::Write(*at, bytes[..cut].to_vec()).apply(&mut file);
-                    judge(&format!("at {number}: up to {cut}"), &file);
-                }
-            }
+/// The changes of one file, as the enumerator of crashes takes them.
+struct FileChanges<'a> {
+    start: &'a [u8],
+    events: &'a [Event],
+}
+
+impl CrashLog for FileChanges<'_> {
+    type State = Vec<u8>;
+
+    fn start(&self) -> Vec<u8> {
+        self.start.to_vec()
+    }
+
+    fn len(&self) -> usize {
+        self.events.len()
+    }
+
+    fn effect(&self, index: usize) -> Effect {
+        match &self.events[index] {
+            Event::Write(_, bytes) => Effect::Change { can_tear: bytes.len() > SECTOR },
+            Event::Len(_) => Effect::Change { can_tear: false },
+            Event::Sync => Effect::Sync,
         }
     }
+
+    fn covers(&self, _sync: usize, _change: usize) -> bool {
+        true
+    }
+
+    fn apply(&self, change: usize, file: &mut Vec<u8>) {
+        self.events[change].apply(file);
+    }
+
+    /// Sectors of the file up to one, or from there on.
+    fn tear(&self, change: usize, random: &mut Random, file: &mut Vec<u8>) {
+        let Event::Write(at, bytes) = &self.events[change] else { return };
+        let first = SECTOR - *at as usize % SECTOR;
+        let cut = first + random.below((bytes.len() - first).div_ceil(SECTOR).max(1)) * SECTOR;
+        let cut = cut.min(bytes.len());
+        let part = if random.once_in(2) {
+            Event::Write(*at, bytes[..cut].to_vec())
+        } else {
+            Event::Write(at + cut as u64, bytes[cut..].to_vec())
+        };
+        part.apply(file);
+    }
+
+    fn hash(&self, file: &Vec<u8>) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        file.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn describe(&self, index: usize) -> String {
+        match &self.events[index] {
+            Event::Write(at, bytes) => format!("{} bytes at {at:#x}", bytes.len()),
+            Event::Len(len) => format!("length {len:#x}"),
+            Event::Sync => "sync".to_owned(),
+        }
+    }
+}
+
+/// States in which a crash could leave the file: all that are worth making, each content once.
+pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, &[u8])) {
+    let log = FileChanges { start, events };
+    let effort = Effort {
+        width: 20,
+        draws: 2,
+        pairs: false,
+        tears: 3,
+        at_syncs: true,
+        always_flushed: false,
+        limit: usize::MAX,
+    };
+    each_state(&log, &effort, 1, |candidate, file| {
+        judge(&format!("{:?} at {}", candidate.choice, candidate.cut), &file);
+        true
+    });
 }
 
 /// The reads of an image's disks: the active one and those of its snapshots, in pieces; `None` where they

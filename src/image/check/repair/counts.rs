@@ -1,6 +1,8 @@
 //! Counts that are changed in place. Only if [`super::survey`] finds the refcounts sound.
 
-use super::{Actions, Stage, Without};
+use super::super::Without;
+use super::Actions;
+use super::stage::Stage;
 use crate::error::Result;
 use crate::format::refcount::{max_refcount, set_refcount};
 

@@ -3,10 +3,12 @@
 //! A reader sees neither. An entry is written with its unchanged neighbours, so that a torn write leaves each
 //! old or repaired.
 
+use super::super::Without;
 use super::super::tables::Verdict;
 use super::super::window::Window;
+use super::Actions;
+use super::stage::{CountPolicy, Stage};
 use super::survey::Survey;
-use super::{Actions, CountPolicy, Stage, Without};
 use crate::error::Result;
 use crate::format::EntryFormat;
 use crate::format::entry::COPIED;

@@ -6,15 +6,16 @@
 //! without a table the layers below would be visible. A partly lost cluster keeps its remaining part.
 
 use super::super::tables::Verdict;
+use super::Actions;
+use super::stage::Stage;
 use super::survey::Survey;
-use super::{Actions, Stage};
 use crate::error::Result;
 use crate::format::compressed::decompress;
+use crate::format::entry::SUBCLUSTERS;
 use crate::format::entry::{COPIED, ZERO};
 use crate::format::header::SNAPSHOTS_AT;
 use crate::format::refcount::{refcount, set_refcount};
 use crate::format::snapshot::{check_l1, places};
-use crate::format::subcluster::SUBCLUSTERS;
 use crate::format::{EntryFormat, SubclusterEntry, Version};
 
 /// Bytes of an L1 table at a time.

@@ -17,16 +17,19 @@ mod counts;
 mod entries;
 mod loss;
 mod rebuild;
+mod stage;
 mod survey;
 
-use super::window::{WINDOW_CLUSTERS, Window};
-use super::{Audited, CheckReport, FindingKind, MAX_FINDINGS, Pass, References, Without, check_in_windows};
+use super::audited::Audited;
+use super::window::WINDOW_CLUSTERS;
+use super::{CheckReport, FindingKind, MAX_FINDINGS, References, check_in_windows};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Version;
 use crate::format::feature;
 use crate::format::header::{AUTOCLEAR_AT, INCOMPATIBLE_AT};
 use crate::io::{Storage, WriteStorage};
 use rebuild::Rebuilt;
+use stage::{CountPolicy, Stage};
 use survey::Survey;
 
 /// The scope of a repair.
@@ -39,15 +42,6 @@ pub enum Scope {
     /// As [`Scope::All`]; and data beyond the end of a truncated file, which is an error to read, becomes
     /// zeroes for good: each place is reported.
     Loss,
-}
-
-/// The value that refcounts are set to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum CountPolicy {
-    /// The number of references.
-    References,
-    /// The same, but no less than the stored count: there are references that cannot be decoded.
-    NeverLower,
 }
 
 /// The result of a repair.
@@ -190,14 +184,6 @@ struct Repair<'a> {
     actions: Actions,
     notes: Vec<String>,
     lost: Actions,
-}
-
-/// The image as it is at one step of a repair.
-struct Stage<'a> {
-    storage: &'a dyn WriteStorage,
-    audited: Audited<'a>,
-    references: References,
-    window_clusters: u64,
 }
 
 impl<'a> Repair<'a> {
@@ -350,39 +336,6 @@ impl<'a> Repair<'a> {
             }
         }
         Ok(())
-    }
-}
-
-impl Stage<'_> {
-    /// The windows of the file, as first cluster and length; one cluster more than the file has.
-    fn windows(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
-        let (step, end) = (self.window_clusters, self.audited.file_clusters() + 1);
-        (0..end).step_by(step as usize).map(move |first| (first, step.min(end - first)))
-    }
-
-    /// Counts one window. Unlike an audit's, it distinguishes more references than the image can count.
-    fn window(&self, (first, len): (u64, u64), without: Without) -> Result<Window> {
-        let mut window = Window::new(self.audited.header.cluster, first, len, u64::MAX);
-        let mut told_before = CheckReport::default();
-        let mut pass =
-            Pass { audited: &self.audited, first: false, window: &mut window, report: &mut told_before };
-        self.references.count(&mut pass, without)?;
-        Ok(window)
-    }
-
-    /// The runs of `clusters` that one refcount block counts.
-    fn block_parts(
-        &self,
-        clusters: std::ops::Range<u64>,
-    ) -> impl Iterator<Item = std::ops::Range<u64>> + use<> {
-        let per_block = self.references.refcounts.per_block();
-        let mut at = clusters.start;
-        std::iter::from_fn(move || {
-            let next = ((at / per_block + 1) * per_block).min(clusters.end);
-            let part = (at < clusters.end).then_some(at..next);
-            at = next;
-            part
-        })
     }
 }
 

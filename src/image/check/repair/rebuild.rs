@@ -5,7 +5,8 @@
 
 use std::ops::Range;
 
-use super::{CountPolicy, Stage, Without};
+use super::super::Without;
+use super::stage::{CountPolicy, Stage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::header::{MAX_REFCOUNT_TABLE_LEN, REFCOUNT_TABLE_AT};
 use crate::format::refcount::{max_refcount, set_refcount};

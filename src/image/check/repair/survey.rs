@@ -1,7 +1,8 @@
 //! The structures that may be written in place: those with no other reference.
 
+use super::super::Without;
 use super::super::tables::{L2Table, Verdict};
-use super::{Stage, Without};
+use super::stage::Stage;
 use crate::error::Result;
 use crate::format::refcount::{refcount, table_entry};
 

@@ -1,15 +1,49 @@
-//! Resolves a disk's name to a view of a chain in an open store.
+//! A disk of an open store, and how it is found by its name.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::super::address;
-use super::images::{OpenStore, StoreDisk};
-use super::operands::DiskName;
-use super::shown;
+use super::operands::{DiskName, shown};
+use crate::browse::{Browser, DiskContents, PointInTime};
 use crate::error::{Error, ErrorKind, Result};
-use crate::store::{Catalog, ChainView, ChainViews, ImageIndex, ViewPart};
+use crate::store::{Catalog, ChainView, ChainViews, ImageIndex, OpenView, Store, ViewId, ViewPart};
+use crate::units::Stability;
+
+/// An open store, and the browser of its disks.
+pub(super) struct OpenStore {
+    pub(super) path: PathBuf,
+    pub(super) store: Arc<Store>,
+    pub(super) browser: Arc<Browser>,
+}
+
+/// A disk of an open store.
+#[derive(Clone)]
+pub(super) struct StoreDisk {
+    pub(super) opened: Arc<OpenStore>,
+    pub(super) view_ref: ViewRef,
+    pub(super) id: ViewId,
+}
+
+impl StoreDisk {
+    /// Its volumes and files.
+    pub(super) fn contents(&self) -> Result<Arc<DiskContents>> {
+        self.opened.browser.contents(&self.id, PointInTime::First)
+    }
+
+    /// The disk itself, open.
+    pub(super) fn view(&self) -> Result<OpenView> {
+        let catalog = self.opened.store.catalog();
+        let is_live = self.id.is_active() || self.opened.store.options().force_share;
+        self.opened.store.open_shown(
+            &catalog,
+            &self.view_ref.layers(),
+            self.view_ref.part(),
+            Stability::live_if(is_live),
+        )
+    }
+}
 
 /// A view of a chain.
 #[derive(Clone, Debug)]
