@@ -83,7 +83,7 @@ impl BrowsedDisk {
         let (mut is_forced, mut bytes) = (false, None);
         let (size, point_in_time) = if id.is_active() {
             let handle = store.open_writable(id, Access::Read)?;
-            let point_in_time = handle.hold_still()?;
+            let point_in_time = handle.point_in_time_view()?;
             is_forced = handle.is_forced();
             if is_forced {
                 // A second open would show another state: this one is kept open until the disk is idle.
@@ -142,7 +142,7 @@ impl BrowsedDisk {
             return self.store.open_frozen(&self.id).map(DiskBytes::Frozen);
         };
         let handle = self.store.open_writable(&self.id, Access::Read)?;
-        handle.hold_again(point_in_time)?;
+        handle.resume_view(point_in_time)?;
         Ok(DiskBytes::Active(handle, Arc::clone(point_in_time)))
     }
 
@@ -174,7 +174,7 @@ impl BrowsedDisk {
         else {
             return;
         };
-        self.store.let_go_of_still(&self.id, point_in_time);
+        self.store.release_view(&self.id, point_in_time);
         let bytes = open.bytes.take();
         drop(open);
         drop(bytes);
@@ -193,7 +193,7 @@ impl LeasedDisk<'_> {
                 within(open.view.size(), at, buf.len())?;
                 open.view.read_at(at, buf)
             }
-            DiskBytes::Active(handle, point_in_time) => handle.read_still(point_in_time, at, buf),
+            DiskBytes::Active(handle, point_in_time) => handle.read_view(point_in_time, at, buf),
         }
     }
 
@@ -237,7 +237,7 @@ impl LeasedDisk<'_> {
                 }
                 open.view.origin(at, max).map(Some)
             }
-            DiskBytes::Active(handle, point_in_time) => handle.origin_still(point_in_time, at, max),
+            DiskBytes::Active(handle, point_in_time) => handle.view_origin(point_in_time, at, max),
         };
         match found {
             // Reading there reports the damage.

@@ -2,9 +2,9 @@
 //! transport.
 //!
 //! [`MountTree`] serves the kernel's requests (lookup, attributes, read, seek) in terms of nodes. [`Service`]
-//! decides threads, caching, TTLs and errno. Only the module `fuse`, a transport, uses fuser, and only `mount`
-//! calls mount(2). Only active disks can be written (`change`). Writes to control files go to the engine
-//! (`control` and `progress`).
+//! decides threads, caching, TTLs and errno. Only the module `fuse`, a transport, uses fuser, and only
+//! `mount` calls mount(2). Only active disks can be written (`change`). Writes to control files go to the
+//! engine (`control` and `progress`).
 
 mod access;
 mod attributes;

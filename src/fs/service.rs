@@ -47,7 +47,8 @@ use listing::ListedNode;
 use opening::Opens;
 use threads::Operation;
 
-/// The calls that a transport makes. `B`: the transport's registration of a file that the kernel reads itself.
+/// The calls that a transport makes. `B`: the transport's registration of a file that the kernel reads
+/// itself.
 pub struct Service<B> {
     tree: Arc<MountTree>,
     features: Features,

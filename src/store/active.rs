@@ -1,9 +1,9 @@
-//! Active disks in use: one for each leaf image, shared by all who have its `active.raw` open.
+//! Active disks in use: one for each leaf image, shared by all handles of its `active.raw`.
 //!
-//! Promises: the image is opened for writing, and carries QEMU's writer locks, from the first
-//! writable opening to the last, and no longer; while it is written all openings, the read-only
-//! ones too, go through the one writer, so that they see each other's bytes. Whatever was written
-//! is flushed, and loudly told of if it could not be, before the locks are let go.
+//! Promises: the image is opened for writing, and has QEMU's writer locks, from the first writable handle to
+//! the last, and no longer. While it is written, all handles, the read-only ones too, use the one writer, so
+//! that they see each other's bytes. Writes are flushed before the locks are released, and a failure is
+//! logged as an error.
 
 mod before_images;
 mod handle;
@@ -34,15 +34,15 @@ pub use before_images::PointInTimeView;
 pub use handle::ActiveHandle;
 pub use job::{ActiveJob, FormerTop, Mirror, NewTopFile, PreparedActiveCommit, PreparedOverlay, Quiesced};
 
-/// Memory for the tables of one writer, at most and at least; in between, a part of `cache=`.
+/// Maximum and minimum memory for the tables of one writer; in between, a share of `cache=`.
 const WRITER_CACHE: (u64, u64) = (1 << 20, 16 << 20);
 
-/// For what an active disk is opened.
+/// The access that a handle of an active disk has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// To read.
     Read,
-    /// To write; such a descriptor cannot be mapped.
+    /// To write; such a handle cannot be mapped.
     Write,
     /// To read and write, perhaps through a mapping.
     ReadWrite,
@@ -55,14 +55,14 @@ impl Access {
     }
 }
 
-/// What an active disk in use looks like.
+/// The attributes of an active disk in use.
 #[derive(Clone, Copy, Debug)]
 pub struct ActiveAttributes {
     /// Its image's file.
     pub stat: ObjectStat,
     /// Blocks of 512 bytes of its external data file.
     pub data_blocks: u64,
-    /// Bytes of the disk.
+    /// Size of the disk.
     pub size: u64,
 }
 
@@ -76,8 +76,8 @@ pub(super) struct ActiveDisks {
     flush_count: AtomicU64,
 }
 
-/// Disks by number, and the number of the disk whose top each image is. A job may put another image on
-/// top; the disk, and its number, stay.
+/// Disks by number, and the number of the disk whose top each image is. A job may change a disk's top image;
+/// the disk, and its number, stay.
 #[derive(Default)]
 struct Numbered {
     last: u64,
@@ -105,22 +105,22 @@ struct ActiveDisk {
     /// meanwhile. Taken before every other lock of a store.
     openings: Mutex<Openings>,
     // W3: all handles read and write through this.
-    /// Held shared during a read or write, alone only to put another state in place.
+    /// Held shared during a read or write, exclusively only to change the state.
     state: RwLock<DiskState>,
-    /// Openings that may hold pages they have changed and not yet written.
+    /// Number of handles that may have dirty pages of a mapping.
     mappable: AtomicUsize,
-    /// Whether a command keeps everybody from opening it: who came to wait for that would wait for long.
+    /// Whether a command keeps it closed: an opener is refused at once, since it would wait for long.
     is_closed: AtomicBool,
-    /// Whether it has been said that the image is no longer in the store.
+    /// Whether the warning that the image is no longer in the store has been logged.
     is_gone: AtomicBool,
-    /// Why nothing more is written: it is not sure that a crash leaves the disk where it is.
+    /// Why nothing more is written: after a crash the disk might have another name.
     unsettled: OnceLock<Error>,
-    /// Whether a change was broken off by a bug: tables in memory may be wrong, and must stay there.
+    /// Whether a bug interrupted a change: tables in memory may be wrong, and must not be written.
     has_panicked: AtomicBool,
-    stills: BeforeImages,
+    before_images: BeforeImages,
 }
 
-/// Notes a panic that passes by.
+/// Records a panic of the change that it guards.
 struct PanicWatch<'a>(&'a AtomicBool);
 
 impl Drop for PanicWatch<'_> {
@@ -138,7 +138,7 @@ struct Openings {
 }
 
 enum DiskState {
-    /// Nobody has it open; what it looked like, until the next scan has seen it.
+    /// The disk is closed; its last attributes, until the next scan has seen the file.
     Closed(Option<ActiveAttributes>),
     Reading(OpenView),
     Writing(WritingDisk),
@@ -146,12 +146,13 @@ enum DiskState {
     Failed(Error),
 }
 
-/// In the order in which they are let go of.
+/// In the order in which they are dropped.
 struct WritingDisk {
     writer: Arc<Writer>,
     locks: Vec<WriteLock>,
     open: OpenView,
-    /// Where all changes go as well, while a job merges the disk into a layer below.
+    /// The target of a mirror: all changes are repeated there, while a job merges the disk into a layer
+    /// below.
     mirror: Option<Arc<dyn Mirror>>,
 }
 
@@ -181,13 +182,13 @@ impl Store {
             {
                 return Err(Error::new(
                     ErrorKind::ReadOnly,
-                    format!("{problem}; what is left of it is only read"),
+                    format!("{problem}; its remaining layers are read-only"),
                 ));
             }
         }
         let disk = self.active.disk(leaf);
         if disk.is_closed.load(Ordering::Acquire) {
-            let fact = "is kept closed by a command that is at work on it; try again";
+            let fact = "is kept closed by a running command; try again";
             return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", leaf.shown())));
         }
         let mut openings = disk.openings.lock();
@@ -205,13 +206,13 @@ impl Store {
             let fingerprint = open.fingerprint;
             let old = std::mem::replace(&mut *disk.state.write(), DiskState::Reading(open));
             if matches!(&old, DiskState::Reading(old) if old.fingerprint != fingerprint) {
-                disk.stills.lose();
+                disk.before_images.lose();
             }
             drop(old);
             if access.writes() {
                 disk.begin_writing(self, leaf)?;
-                // A command may have frozen it since the catalog was made: it held the lock until that was
-                // seen.
+                // A command may have frozen the layer since the catalog was built: it held the lock until a
+                // scan had seen that.
                 if let Err(error) = self.is_still_leaf(catalog, leaf) {
                     disk.end_writing(self, openings.count > 0);
                     return Err(error);
@@ -236,8 +237,8 @@ impl Store {
         }
     }
 
-    /// Does something while nobody has the active disk of that leaf open, and nobody opens it. `Busy` if
-    /// somebody has. Nothing may be done meanwhile that opens or looks after active disks.
+    /// Runs `work` while the active disk of that leaf is closed, and keeps it closed. `Busy` if it is open.
+    /// `work` must not open or inspect active disks.
     pub(crate) fn while_closed<T>(&self, leaf: &ImageEntry, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let disk = self.active.disk(leaf);
         let openings = disk.openings.lock();
@@ -246,7 +247,7 @@ impl Store {
         }
         disk.is_closed.store(true, Ordering::Release);
         let done = work();
-        // Whoever opens it from here on opens another disk, of another number.
+        // The next opening opens another disk, of another number.
         self.active.disks.lock().by_image.remove(&leaf.stat.id);
         disk.is_closed.store(false, Ordering::Release);
         drop(openings);
@@ -267,8 +268,8 @@ impl Store {
         number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
     }
 
-    /// Why the disk of an image could not be written, if so: nothing is locked or written to find out. What
-    /// this process writes already has been found good.
+    /// Why the disk of an image could not be written, if so. Locks and writes nothing. A disk that this
+    /// process writes already has passed the check.
     pub(crate) fn check_writable(&self, catalog: &Catalog, index: ImageIndex) -> Result<()> {
         let image = &catalog.images[index];
         let number = self.active.disks.lock().by_image.get(&image.stat.id).copied();
@@ -285,7 +286,7 @@ impl Store {
         check_writable(&image.shown(), file, data_file, writer_options(self))
     }
 
-    /// Of a store in a store: whether nothing else in the one around it stands on the image, or may do so.
+    /// For a store within a store: whether other images of the outer one are, or may be, backed by the image.
     fn is_nobodys_base(&self, leaf: &ImageEntry) -> Result<()> {
         let Some(whole) = self.whole()? else { return Ok(()) };
         is_unclaimed(&whole, leaf.stat.id)?;
@@ -296,12 +297,12 @@ impl Store {
         if users.is_empty() {
             return Ok(());
         }
-        let fact = "has other images of its store standing on it, which would be spoilt";
+        let fact = "backs other images of its store, which would be invalidated";
         let sentence = format!("{} {fact}: {}; write to one of those", leaf.shown(), users.join(", "));
         Err(Error::new(ErrorKind::ReadOnly, sentence))
     }
 
-    /// Whether somebody writes the active disk of that number.
+    /// Whether the active disk of that number is being written.
     pub fn is_written(&self, number: u64) -> bool {
         self.active.find(number).is_some_and(|disk| disk.writer().is_some())
     }
@@ -319,17 +320,15 @@ impl Store {
             return refuse(leaf, &format!("is in a store that {fact}"));
         }
         if leaf.is_frozen() {
-            return refuse(leaf, "is frozen or read-only; make a clone of it to be written");
+            return refuse(leaf, "is frozen or read-only; make a clone and write to that");
         }
         if !leaf.users.is_empty() {
-            return refuse(
-                leaf,
-                "has other images standing on it, which would be spoilt; write to one of those",
-            );
+            return refuse(leaf, "backs other images, which would be invalidated; write to one of those");
         }
         // S3: a possible user protects it like a user.
         is_unclaimed(catalog, leaf.stat.id)?;
-        // A header may name any file: what keeps an image from being written keeps it here, too.
+        // A header may name any file as its data file: whatever protects an image from writes protects it
+        // here, too.
         let is_data_file =
             |image: &&ImageEntry| leaf.data_file.as_ref().is_some_and(|(_, stat)| stat.id == image.stat.id);
         if let Some(data) = catalog.images.iter().find(is_data_file) {
@@ -346,25 +345,22 @@ impl Store {
                 );
             }
             if !data.users.is_empty() {
-                return refuse(
-                    data,
-                    "has images standing on it, which would be spoilt: it is an external data file",
-                );
+                return refuse(data, "backs images, which would be invalidated: it is an external data file");
             }
             is_unclaimed(catalog, data.stat.id)?;
         }
         self.active.poisoned.lock().get(&leaf.stat.id).map_or(Ok(()), |poison| Err(poison.clone()))
     }
 
-    /// What the top image of the active disk of that number looks like now, if it is in use.
+    /// The current attributes of the top image of the active disk of that number, if it is in use.
     pub fn active_attributes(&self, number: u64) -> Option<ActiveAttributes> {
         self.active.find(number)?.attributes()
     }
 
-    /// Writes back what active disks have in memory, and says in the log what cannot be.
+    /// Flushes active disks, and logs the ones that fail.
     pub fn flush_writers(&self) {
         for disk in self.active.all() {
-            // Nothing may be written once the locks have gone: until this is done, the disk stays as it is.
+            // Nothing may be written once the locks are released: until this is done, the disk's state stays.
             let state = disk.state.read();
             let DiskState::Writing(WritingDisk { writer, .. }) = &*state else { continue };
             if !writer.is_dirty() || disk.poison(writer).is_some() {
@@ -373,12 +369,13 @@ impl Store {
             let _watch = PanicWatch(&disk.has_panicked);
             self.active.flush_count.fetch_add(1, Ordering::Relaxed);
             if let Err(error) = writer.flush() {
-                tracing::error!("{} could not be written back, and data may be lost: {error}", disk.name());
+                tracing::error!("{} could not be flushed, and data may be lost: {error}", disk.name());
             }
         }
     }
 
-    /// Leaves all images as a checker wants them, whoever still has them open; locks go with the openings.
+    /// Makes all images clean for a checker, even if they are still open; locks are released with the
+    /// handles.
     pub fn close_writers(&self) {
         for disk in self.active.all() {
             if let DiskState::Writing(WritingDisk { writer, .. }) = &*disk.state.read() {
@@ -387,7 +384,7 @@ impl Store {
         }
     }
 
-    /// How many disks are being written, and how often any was flushed so far.
+    /// Number of disks being written, and number of flushes so far.
     pub fn writer_usage(&self) -> (usize, u64) {
         let writers = self.active.all().iter().filter(|disk| disk.writer().is_some()).count();
         (writers, self.active.flush_count.load(Ordering::Relaxed))
@@ -395,7 +392,7 @@ impl Store {
 }
 
 impl ActiveDisks {
-    /// The disk of that leaf; a new one if nobody has it open.
+    /// The disk of that leaf; a new one if it is closed.
     fn disk(&self, leaf: &ImageEntry) -> Arc<ActiveDisk> {
         let mut numbered = self.disks.lock();
         let number = numbered.number(leaf.stat.id);
@@ -413,7 +410,7 @@ impl ActiveDisks {
             is_gone: AtomicBool::new(false),
             unsettled: OnceLock::new(),
             has_panicked: AtomicBool::new(false),
-            stills: BeforeImages::default(),
+            before_images: BeforeImages::default(),
         });
         numbered.disks.insert(number, Arc::downgrade(&disk));
         disk
@@ -434,7 +431,7 @@ impl ActiveDisks {
         self.poisoned.lock().retain(|id, _| there.contains(id));
         let mut numbered = self.disks.lock();
         let Numbered { by_image, disks, .. } = &mut *numbered;
-        // A disk in use keeps its number: its image may be one that this scan has not met yet.
+        // A disk in use keeps its number: its image may be newer than this scan.
         by_image.retain(|id, number| {
             there.contains(id) || disks.get(number).is_some_and(|disk| disk.strong_count() > 0)
         });
@@ -459,7 +456,7 @@ impl ActiveDisk {
         self.top.lock().0
     }
 
-    /// What that is called.
+    /// The name of its top image.
     fn name(&self) -> String {
         self.top.lock().1.clone()
     }
@@ -486,13 +483,13 @@ impl ActiveDisk {
         Some(ActiveAttributes { stat: open.top.file.stat().ok()?, data_blocks, size })
     }
 
-    /// From reading to writing. What fails leaves it reading.
+    /// Switches from reading to writing. After a failure it is still reading.
     fn begin_writing(&self, store: &Store, leaf: &ImageEntry) -> Result<()> {
         let (top, view) = match &*self.state.read() {
             DiskState::Reading(OpenView { forced: Some(error), .. }) => return Err(error.clone()),
             DiskState::Reading(open) => (open.top.clone(), Arc::clone(&open.view)),
             DiskState::Closed(_) | DiskState::Writing(_) | DiskState::Failed(_) => {
-                unreachable!("it has just been opened to be read")
+                unreachable!("it has just been opened for reading")
             }
         };
         // M6: the locks come first; only then the image is opened read-write.
@@ -506,11 +503,11 @@ impl ActiveDisk {
             unreachable!("only openings change the state, and they wait");
         };
         *state = DiskState::Writing(WritingDisk { writer, locks, open, mirror: None });
-        self.stills.begin();
+        self.before_images.begin();
         Ok(())
     }
 
-    /// From writing to reading, or to nothing if nobody is left.
+    /// Switches from writing to reading, or closes the disk if no handle is left.
     fn end_writing(&self, store: &Store, has_readers: bool) {
         let Some(writer) = self.writer() else { return };
         // W2: flushed while the locks are held.
@@ -527,7 +524,7 @@ impl ActiveDisk {
         else {
             unreachable!("only openings change the state, and they wait");
         };
-        // The descriptor goes before the file's looks are noted: closing may be what changes them.
+        // The descriptor is closed before the file's attributes are recorded: closing may change them.
         drop((writer, last));
         for file in open.top.files() {
             if let Err(error) = file.accept_changes() {
@@ -539,7 +536,7 @@ impl ActiveDisk {
             Ok(open) if has_readers => DiskState::Reading(open),
             Ok(_) => DiskState::Closed(last_look),
             Err(error) => {
-                // What is kept of its tables is from before the writer.
+                // Cached tables are from before the writer.
                 store.opened.forget(self.id());
                 DiskState::Failed(error)
             }
@@ -553,7 +550,7 @@ impl ActiveDisk {
         if seen.is_some_and(|seen| seen != size)
             && let Err(error) = store.rescan()
         {
-            tracing::warn!("the store cannot be scanned: {error}");
+            tracing::warn!("could not scan the store: {error}");
         }
     }
 
@@ -574,17 +571,17 @@ impl ActiveDisk {
     }
 
     fn close_writer(&self, writer: &Writer) {
-        // Of one that is poisoned everything has been said.
+        // A poisoned writer has reported its error already.
         let _watch = PanicWatch(&self.has_panicked);
         if self.poison(writer).is_none()
             && let Err(error) = writer.close()
         {
-            tracing::error!("{} could not be closed properly, and data may be lost: {error}", self.name());
+            tracing::error!("{} could not be closed cleanly, and data may be lost: {error}", self.name());
         }
     }
 }
 
-/// Whether an image is under the writer's locks still what the catalog says of it.
+/// Whether an image under the writer's locks still matches the catalog.
 pub(super) fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
     let seen = std::iter::once(&leaf.stat).chain(leaf.data_file.as_ref().map(|(_, stat)| stat));
     for (file, seen) in top.files().zip(seen) {
@@ -617,7 +614,7 @@ fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>
     }
 }
 
-/// How writers of a store behave.
+/// The options of a store's writers.
 pub(super) fn writer_options(store: &Store) -> WriterOptions {
     WriterOptions { cache: (store.options.cache / 8).clamp(WRITER_CACHE.0, WRITER_CACHE.1) as usize }
 }
@@ -631,7 +628,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn what_our_own_writer_has_left_since_the_scan_is_no_change_by_others() {
+    fn changes_by_the_own_writer_since_the_scan_are_not_foreign() {
         let OneDisk { directory, store, .. } = &OneDisk::new(1 << 20);
         let catalog = store.catalog();
         let leaf = catalog.chain(Path::new("a")).unwrap();
@@ -639,7 +636,7 @@ mod tests {
             let disk = store.open_active(&catalog, &[leaf], Access::Write).unwrap();
             disk.write_at(at << 16, b"guest").unwrap();
             drop(disk);
-            // By the same catalog, which is older than all of that.
+            // With the same catalog, which is older than all of that.
             let job = store.take_active(&catalog, &[leaf]).unwrap();
             job.writer().unwrap().write_at(at << 16, b"a job").unwrap();
             drop(job);
@@ -651,7 +648,7 @@ mod tests {
             disk.read_at(at << 16, &mut have).unwrap();
             assert_eq!(&have, b"a job");
         }
-        // By others it is.
+        // Changes by another process are.
         let place = directory.path().join("a.qcow2");
         let image = std::fs::read(&place).unwrap();
         std::thread::sleep(std::time::Duration::from_millis(20));
@@ -663,7 +660,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_has_grown_since_the_scan_is_looked_at_again() {
+    fn a_disk_that_has_grown_since_the_scan_is_rescanned() {
         let OneDisk { store, .. } = &OneDisk::new(1 << 20);
         let catalog = store.catalog();
         let leaf = catalog.chain(Path::new("a")).unwrap();
@@ -676,7 +673,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_that_a_bug_broke_off_is_never_flushed_and_ends_all_writing() {
+    fn a_change_interrupted_by_a_panic_is_never_flushed() {
         let OneDisk { directory, store, .. } = &OneDisk::new(1 << 20);
         let place = directory.path().join("a.qcow2");
         let catalog = store.catalog();
@@ -703,7 +700,7 @@ mod tests {
         .map(|refused| refused.unwrap_err().kind());
         assert_eq!(kinds, [ErrorKind::Poisoned; 4]);
         drop(disk);
-        // The tables, of which a change was broken off, are those that were flushed.
+        // The tables of the interrupted change are those that were flushed.
         let now = std::fs::read(&place).unwrap();
         assert!(now[..3 << 16] == flushed[..3 << 16], "header, counts and L1 table");
         assert_eq!(open(Access::Write).map(drop).unwrap_err().kind(), ErrorKind::Poisoned);

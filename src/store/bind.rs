@@ -1,9 +1,9 @@
-//! Which files an intent that somebody has left speaks of.
+//! Finds the files that an intent of another process names.
 //!
-//! Promises: a file is bound to a name of the intent only if it is proven to be the one that was meant; what
-//! cannot be is said. In the store where the intent was written that is the file's identity and, before
-//! anything is done, its evidence; in a store that was copied as a whole it is one of the names that the
-//! command gives it, and the evidence.
+//! Promises: a file is bound to a name of the intent only if it is proven to be the intended one; otherwise
+//! the reason is returned. In the intent's own store the proof is the file's identity and, before anything is
+//! changed, its evidence; in a copied store it is one of the names that the command gives it, and the
+//! evidence.
 
 use std::path::{Path, PathBuf};
 
@@ -15,19 +15,19 @@ use super::evidence::{AllowedChange, FileRef};
 use super::intents::Intent;
 use super::operation::{Effects, ExpectedFile};
 
-/// What was found of a file that an intent names.
+/// The result for a file that an intent names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FileBinding {
     /// It is there, by that name.
     Here(PathBuf),
     /// No file that could be it has any of its names.
     Gone(PathBuf),
-    /// Nobody can tell: a sentence.
+    /// Unknown, with the reason.
     Doubt(String),
 }
 
 impl FileBinding {
-    /// Why nobody can tell, if so.
+    /// The reason why it is unknown, if so.
     pub fn into_doubt(self) -> Option<String> {
         match self {
             Self::Doubt(sentence) => Some(sentence),
@@ -72,7 +72,7 @@ fn against(root: &dyn Backend, name: &Path, named: &FileRef, allowed: AllowedCha
     match evidence.against(root, name, allowed, named.data.is_some()) {
         Ok(None) => named.data.as_ref().and_then(|data| data.against(root, allowed)),
         Ok(Some(fact)) => Some(format!("{} {fact}", shown(name))),
-        Err(error) => Some(format!("{} cannot be looked at: {error}", shown(name))),
+        Err(error) => Some(format!("{} cannot be checked: {error}", shown(name))),
     }
 }
 
@@ -126,7 +126,7 @@ fn bind_copies(root: &dyn Backend, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileB
                 FileBinding::Doubt(format!("{} could be either of two files of the command", shown(name)))
             }
             [(one, _), (other, _), ..] => {
-                let fact = "could both be the one that was meant; remove the one that is not";
+                let fact = "could both be the file of the command; remove the one that is not";
                 FileBinding::Doubt(format!("{} and {} {fact}", shown(one), shown(other)))
             }
         };

@@ -1,4 +1,4 @@
-//! From scanned files to a catalog: who names whom, and what format each is read in.
+//! Builds a catalog from scanned files: follows names, and decides the format of each file.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use super::operation::{Effects, FileLookup, NewTop};
 use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, UseReach, pattern};
-use super::resolve::{StorePath, climbed, resolve};
+use super::resolve::{BrokenLink, StorePath, UnresolvedName, climbed, resolve};
 use super::scan::{
     KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, has_extension, known_of,
 };
@@ -39,12 +39,12 @@ pub(super) struct CatalogBuilder<'a> {
     /// Who may stand on what.
     pub(super) claims: Vec<PossibleUse>,
     is_single: bool,
-    /// The link by which the user has named the one image.
+    /// The link by which the user has named the single image.
     by_link: Option<StorePath>,
-    /// Where files that headers name are, or ought to be, and no scan comes by.
+    /// Directories of files that headers name, and that no scan covers.
     directories: BTreeSet<StorePath>,
     owners: Owners<'a>,
-    /// Images whose names do not count, and what they name.
+    /// Images whose names do not count, and the images that they name.
     uncounted: Vec<(ImageIndex, ImageIndex)>,
     /// The other names from which alone images' backing files are found.
     found_by: HashMap<ImageIndex, StorePath>,
@@ -94,7 +94,7 @@ pub(super) fn build(
     }
     let mut references = builder.follow();
     let data_references = builder.data_files();
-    // Nor are data files passed over that no scan has met.
+    // Data files that no scan has covered are included.
     builder.follow_rest(&mut references);
     let said = builder.listen(&references, &data_references);
     let next_known = known_of(&builder.files);
@@ -132,7 +132,7 @@ pub(super) fn build(
             Some((stat, version)) if stat.version == file.stat.version => *version,
             _ => next(&VERSION),
         };
-        // What protects one name of a file protects the file.
+        // An option for one name of a file applies to the file.
         let others = names.get(&index).map_or(&[][..], Vec::as_slice);
         let frozen: Option<Frozen> = match &content {
             DetectedContent::Qcow2(qcow2) if format == Some(Format::Qcow2) => qcow2.header.frozen.clone(),
@@ -194,9 +194,9 @@ fn is_file(roots: &[Arc<dyn Backend>], place: &StorePath, id: ObjectId, named: &
     id == named.file.id() && (named.file.birth().is_none() || is_born())
 }
 
-/// What intents are whose words nobody understands.
+/// Problems for intents that cannot be parsed.
 fn unreadable(senseless: &[(PathBuf, String)]) -> impl Iterator<Item = Problem> {
-    let fact = "notes a command that was begun, but cannot be understood";
+    let fact = "records a command that was begun, and cannot be parsed";
     let remedy = "nothing of the store is shown, for nobody can tell what that has spoilt; restore it, or \
         see what \
                   chainfs recover STORE says of it";
@@ -208,27 +208,25 @@ fn unreadable(senseless: &[(PathBuf, String)]) -> impl Iterator<Item = Problem> 
 
 fn not_finished(guard: &ControlDir, found: &FoundIntent) -> Problem {
     if !found.is_trusted {
-        let fact =
-            "holds a chain of which a command was begun and is not finished, and whose note is not trusted";
-        let remedy = "what it may have spoilt is hidden until the note is trusted or taken away";
+        let fact = "holds a chain with an unfinished command whose intent is not trusted";
+        let remedy = "views that it may have invalidated are hidden until the intent is trusted or removed";
         return Problem {
             path: found.intent.chain.clone(),
             sentence: format!("{fact}; {remedy}: {}", found.intent.command),
         };
     }
     let state = match (guard.refusal(&found.name), found.is_copied) {
-        (Some(refusal), _) => format!("could not be taken up ({refusal})"),
+        (Some(refusal), _) => format!("could not be resumed ({refusal})"),
         (None, true) => "is not finished, in the store of which this is a copy".to_owned(),
         (None, false) => "is not finished".to_owned(),
     };
     let remedy = "what it has spoilt is hidden until the store is mounted without ro, or chainfs recover has \
         seen to it";
-    let sentence =
-        format!("holds a chain of which a command was begun and {state}; {remedy}: {}", found.intent.command);
+    let sentence = format!("holds a chain whose command {state}; {remedy}: {}", found.intent.command);
     Problem { path: found.intent.chain.clone(), sentence }
 }
 
-/// The files of a scan, as operations ask for them.
+/// The files of a scan, for queries of operations.
 struct ScannedFiles<'a> {
     files: &'a [ScannedFile],
     /// The path from the guarded directory to the store's own.
@@ -256,8 +254,8 @@ impl FileLookup for ScannedFiles<'_> {
     }
 }
 
-/// While a snapshot gives an active layer its second name, the first is the one that counts, until the
-/// overlay has come.
+/// While a snapshot gives an active layer its second name, the first one counts, until the overlay has its
+/// name.
 fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) {
     for NewTop { old, frozen, overlay, name, .. } in
         intents.iter().flat_map(|found| found.intent.operation.new_tops())
@@ -285,13 +283,13 @@ const DOUBTFUL: &str = "cannot be read: its header and that of the file it names
     guest may have \
                         written one of them; say what it is with -o format=NAME:raw or -o format=NAME:qcow2";
 
-/// What headers say of other files, as far as they are to be believed.
+/// The references to other files in headers that are trusted.
 struct StatedReferences {
-    /// The formats in which others want to read a file.
+    /// The formats that other images' headers state for a file.
     formats: Vec<Vec<Format>>,
-    /// Whether it is somebody's external data file.
+    /// Whether it is the external data file of an image.
     is_data_file: Vec<bool>,
-    /// Whether nobody can tell what it is.
+    /// Whether its format is unknown.
     is_doubtful: Vec<bool>,
 }
 
@@ -308,8 +306,8 @@ fn next(counter: &AtomicU64) -> u64 {
 }
 
 impl CatalogBuilder<'_> {
-    /// Takes the files of the scan in the order of their places: of several names of one file
-    /// the first counts, and the others are a problem.
+    /// Adds the files of the scan in the order of their paths: of several names of one file the first counts,
+    /// and the others are a problem.
     fn add_scanned(&mut self, mut files: Vec<ScannedFile>) {
         files.sort_by(|a, b| a.place.cmp(&b.place));
         for file in files {
@@ -331,8 +329,7 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// Looks at a file that a command has named, unless it is known. What is wrong with it that command
-    /// hears.
+    /// Adds a file that a command has named, unless it is known. The command itself reports its errors.
     fn introduce(&mut self, place: StorePath) {
         if self.by_place.contains_key(&place) {
             return;
@@ -364,7 +361,7 @@ impl CatalogBuilder<'_> {
         index
     }
 
-    /// Follows the names in every header, and in those of the files so found.
+    /// Follows the names in every header, and in those of the files found that way.
     fn follow(&mut self) -> Vec<Vec<FileReference>> {
         let mut references = Vec::new();
         self.follow_rest(&mut references);
@@ -375,8 +372,8 @@ impl CatalogBuilder<'_> {
             if let Ok(target) = reference.target {
                 reference.meant = vec![UseReach::Image(target)];
                 let fact = "is another name of a file, and by that name QEMU finds another backing file";
-                reference.target =
-                    Err(format!("{fact} ({other}) than by the file's own; name the file itself"));
+                let sentence = format!("{fact} ({other}) than by the file's own; name the file itself");
+                reference.target = Err(UnresolvedName::not_followed(sentence));
             }
         }
         references
@@ -405,10 +402,9 @@ impl CatalogBuilder<'_> {
         FileReference { target, meant, format, name: printable(&name), via, raw_name: name }
     }
 
-    /// A relative name is looked for from the directory of the name by which QEMU was given the image, so
-    /// that a file of several names may stand on several files. What it stands on by its other names counts
-    /// where there is nothing by its own; where both lead somewhere, what it is by the other name is
-    /// doubtful: returns what it would stand on.
+    /// A relative name is resolved from the directory of the name that QEMU was given, so a file of several
+    /// names may have several backing files. Backing files found by its other names count if there is none by
+    /// its own; if both exist, the backing file by the other name is doubtful: these are returned.
     fn follow_other_names(&mut self, references: &mut [Vec<FileReference>]) -> HashMap<StorePath, String> {
         let is_elsewhere = |place: &StorePath, own: &StorePath| {
             place.root != own.root || place.path.parent() != own.path.parent()
@@ -440,10 +436,10 @@ impl CatalogBuilder<'_> {
                 Ok(_) if !is_given => {
                     let name = catalog::shown(&self.files[target].place.path);
                     let fact = format!(
-                        "is another name of {}, by which QEMU reads it on {name}",
+                        "is another name of {}, by which QEMU finds the backing file {name}",
                         self.files[index].place.path.display()
                     );
-                    let remedy = "remove it, or have one name for each image";
+                    let remedy = "remove it, or keep one name for each image";
                     self.claims.push(PossibleUse {
                         by: place.path.clone(),
                         owner: Some(self.files[index].stat.id).filter(|_| target != index),
@@ -480,7 +476,7 @@ impl CatalogBuilder<'_> {
                 }
                 Some(name) => self
                     .find(&from, name)
-                    .map_err(|sentence| sentence.replace(REBASE, AMEND))
+                    .map_err(|unresolved| unresolved.sentence.replace(REBASE, AMEND))
                     .map_err(|sentence| {
                         format!("cannot be read: its data file \"{}\" {sentence}", printable(name))
                     }),
@@ -490,8 +486,8 @@ impl CatalogBuilder<'_> {
         found
     }
 
-    /// Hears what headers say of other files. Only a file that is itself read as qcow2 is heard:
-    /// into a raw disk a guest may have written any header.
+    /// Collects the statements of headers about other files. Only files that are read as qcow2 count: a guest
+    /// may have written any header into a raw disk.
     fn listen(
         &self,
         references: &[Vec<FileReference>],
@@ -505,11 +501,11 @@ impl CatalogBuilder<'_> {
         let named = |index: ImageIndex| {
             [backing(index), data(index)].into_iter().flatten().filter(move |t| *t != index)
         };
-        // Everybody waits for those by whom it is named.
+        // Each file waits for those that name it.
         let mut waiting = vec![0_usize; count];
         (0..count).flat_map(named).for_each(|target| waiting[target] += 1);
         let mut ready: Vec<ImageIndex> = (0..count).filter(|index| waiting[*index] == 0).collect();
-        // In a loop somebody has to be first: whose name or user says what it is.
+        // A loop has to start somewhere: with a file whose format a name or the user states.
         let is_sure = |index: ImageIndex| {
             let path = &self.files[index].place.path;
             has_extension(path, "qcow2")
@@ -539,7 +535,7 @@ impl CatalogBuilder<'_> {
                 if let (Some(target), Some(reference)) = (backing(index), references[index].first()) {
                     let is_plain = self.files[target].is_plain
                         || matches!(self.files[target].content, DetectedContent::Plain);
-                    // Only where the user asks for it is a format guessed from content.
+                    // A format is probed from content only if the user asks for it.
                     let guess = (self.options.probe && is_plain).then_some(Format::Raw);
                     said.formats[target]
                         .extend(reference.format.as_ref().map_or(guess, |f| Format::from_name(f)));
@@ -558,11 +554,15 @@ impl CatalogBuilder<'_> {
         said
     }
 
-    /// The file that `name` in the header at `from` means, if the name counts there.
-    pub(super) fn find(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+    /// The file that `name` in the header at `from` names, if the name counts there.
+    pub(super) fn find(
+        &mut self,
+        from: &StorePath,
+        name: &[u8],
+    ) -> std::result::Result<ImageIndex, UnresolvedName> {
         let user = self.by_place.get(from).copied();
         let image = user.map(|index| &self.files[index]);
-        // By whatever other name or link it was met: those are not its owner's to answer for.
+        // Found by any other name or link: its owner is not responsible for those.
         let (owner, lies_at) = image.map_or((0, from), |image| (image.stat.uid, &image.place));
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         let Some(sentence) = self.owners.refuse(owner, lies_at, &place) else {
@@ -571,22 +571,19 @@ impl CatalogBuilder<'_> {
         if let (Some(user), Ok(target)) = (user, self.find_any(from, name)) {
             self.uncounted.push((user, target));
         }
-        Err(sentence)
+        Err(UnresolvedName::not_followed(sentence))
     }
 
-    /// The same whether it counts or not. Files that no scan has met are looked at now.
-    fn find_any(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, String> {
+    /// The same whether the name counts or not. Files that no scan has covered are read now.
+    fn find_any(&mut self, from: &StorePath, name: &[u8]) -> std::result::Result<ImageIndex, UnresolvedName> {
         let place = resolve(self.roots, &self.options.maps, from, name)?;
         if climbed(self.roots, &self.options.maps, from, name)
             .iter()
             .any(|directory| !self.is_real(directory))
         {
-            return Err(
-                "goes up (..) from a place that is a symbolic link, or is not in the store, so that \
-                it means \
-                        one file as text and may mean another to QEMU; write it without .."
-                    .into(),
-            );
+            let sentence = "goes up (..) from a place that is a symbolic link, or is not in the store, so that \
+                            it means one file as text and may mean another to QEMU; write it without ..";
+            return Err(UnresolvedName::not_followed(sentence));
         }
         if place.root != 0 || self.is_single {
             let directory = place.path.parent().unwrap_or(Path::new("")).to_path_buf();
@@ -607,7 +604,7 @@ impl CatalogBuilder<'_> {
         Ok(self.met(place, file))
     }
 
-    /// The file at a place that no scan has come by, which may be known by another name already.
+    /// A file at a path that no scan covers, which may be known by another name already.
     pub(super) fn met(&mut self, place: StorePath, file: ScannedFile) -> ImageIndex {
         if let Some(index) = self.by_id.get(&file.stat.id) {
             self.by_place.insert(place, *index);
@@ -621,8 +618,8 @@ impl CatalogBuilder<'_> {
         describe_place(&*self.roots[place.root], place, self.ways)
     }
 
-    /// Whether a directory that a name goes up from is what it seems: a root, what lies above one,
-    /// or a directory beneath one.
+    /// Whether a directory that a name goes up from is a real one: a root, a directory above one, or a
+    /// directory beneath one.
     fn is_real(&self, directory: &Path) -> bool {
         self.roots.iter().any(|root| {
             let inside = root.relative(directory).filter(|inside| !inside.as_os_str().is_empty());
@@ -631,7 +628,7 @@ impl CatalogBuilder<'_> {
         })
     }
 
-    /// In what format a file is read, and if in none although it is an image, why.
+    /// The format of a file, and if it has none although it is an image, why.
     fn decide(
         &self,
         file: &ScannedFile,
@@ -654,11 +651,11 @@ impl CatalogBuilder<'_> {
             (None, Some(format!("{fact}; {remedy}").into()), file.content.clone())
         };
         let raw = || (Some(Format::Raw), None, file.content.clone());
-        // S2: what a guest can write never decides.
+        // S2: content that a guest can write never decides.
         let decided = match self.options.stated_format(path) {
             Some(format) => Some(format),
             None if has_extension(path, "raw") => Some(Format::Raw),
-            // Images that disagree about what they stand on: nothing a guest wrote may decide.
+            // Images that disagree about their backing file's format: guest-written content must not decide.
             None if by_users.contains(&Format::Raw) => Some(Format::Raw),
             None => by_users.first().copied(),
         };
@@ -676,7 +673,7 @@ impl CatalogBuilder<'_> {
             // S4: not if it was once seen without the magic.
             None if has_extension(path, "qcow2") || has_magic && !file.is_plain => self.as_qcow2(file),
             None if is_single && foreign.is_some() => is_foreign(),
-            // The user has named it; what else should it be.
+            // The user has named it as an image, so it is raw.
             None if is_single => raw(),
             None => (None, None, file.content.clone()),
         }
@@ -684,7 +681,7 @@ impl CatalogBuilder<'_> {
 
     fn as_qcow2(&self, file: &ScannedFile) -> (Option<Format>, Option<Arc<str>>, DetectedContent) {
         let content = match &file.content {
-            // Another name of one that could not be opened.
+            // Another name of a file that could not be opened.
             DetectedContent::Unseen => match self.look_at(&file.place) {
                 Ok(file) => file.content,
                 Err(error) => {
@@ -720,22 +717,23 @@ impl CatalogBuilder<'_> {
 }
 
 /// Why a file that a header names is not there, as the rest of a sentence.
-fn not_there(root: &dyn Backend, path: &Path, error: &Error) -> String {
+fn not_there(root: &dyn Backend, path: &Path, error: &Error) -> UnresolvedName {
     let path = root.canonical().join(path);
     match error.kind() {
         ErrorKind::NotFound => {
-            format!("is missing (looked for {}); put it back, or {REBASE}", path.display())
+            let sentence = format!("is missing (looked for {}); put it back, or {REBASE}", path.display());
+            UnresolvedName::new(BrokenLink::Missing, sentence)
         }
         ErrorKind::Escape => {
-            "leads out of the store by a symbolic link, and is never followed; move the file itself into the \
-                store"
-                .into()
+            let sentence = "leads out of the store by a symbolic link, and is never followed; move the file \
+                            itself into the store";
+            UnresolvedName::new(BrokenLink::OutsideStore, sentence)
         }
-        _ => format!("cannot be opened ({error})"),
+        _ => UnresolvedName::not_followed(format!("cannot be opened ({error})")),
     }
 }
 
-/// How a header is made to name another backing file, or another data file.
+/// How to make a header name another backing file, or another data file.
 const REBASE: &str = "point the header elsewhere with qemu-img rebase -u";
 const AMEND: &str = "name it anew: qemu-img amend -o data_file=NEW --image-opts \
                      driver=qcow2,file.filename=IMAGE,data-file.filename=NEW";

@@ -1,9 +1,8 @@
-//! The catalog: every image of the store, what it stands on, and the chains that come of it.
+//! The catalog: every image of the store, its backing file, and the resulting chains.
 //!
-//! Immutable once built; a rescan builds a new one. Built from what files say of themselves and
-//! from what the user says, never from what a guest may have written: a format is decided by the
-//! user, by a name ending in `.raw`, by the header of an image that stands on the file, and only
-//! for files that nobody names by qcow2's magic.
+//! Immutable once built; a rescan builds a new one. Built from the files' own headers and the user's options,
+//! never from content that a guest may have written: a format is decided by the user, by a name ending in
+//! `.raw`, by the header of an overlay of the file, and by qcow2's magic only for files that no header names.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
@@ -25,7 +24,7 @@ use super::operation::{AffectedFile, Effects, FileLookup, Operation};
 use super::options::Format;
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, PossibleUses, UseReach};
-use super::resolve::StorePath;
+use super::resolve::{BrokenLink, StorePath, UnresolvedName};
 use super::scan::Problem;
 
 /// Index of an image in its catalog.
@@ -34,55 +33,56 @@ pub type ImageIndex = usize;
 /// One image file.
 #[derive(Clone, Debug)]
 pub struct ImageEntry {
-    /// Where it is.
+    /// Its path.
     pub place: StorePath,
     /// Its attributes as of the scan.
     pub stat: ObjectStat,
-    /// Changes whenever the file's content may have.
+    /// Changes whenever the file's content may have changed.
     pub version: u64,
-    /// What it says of itself.
+    /// Its detected content.
     pub content: DetectedContent,
-    /// How it is read; `None` if that is undecided or it cannot be.
+    /// Its format; `None` if that is undecided or it cannot be read.
     pub format: Option<Format>,
     /// Why it cannot be read.
     pub problem: Option<Arc<str>>,
-    /// What it stands on.
+    /// Its backing file.
     pub below: BackingLink,
-    /// Images that stand on it.
+    /// Its overlays.
     pub users: Vec<ImageIndex>,
-    /// Holds its guest data instead of the file itself.
+    /// The external data file with its guest data.
     pub data_file: Option<(StorePath, ObjectStat)>,
     /// When it was frozen by chainfs, if it was.
     pub frozen: Option<Frozen>,
-    /// Whether a user or its mode says that it is never written.
+    /// Whether a user option or its mode makes it read-only.
     pub readonly: bool,
-    /// Its other name, from which alone its backing file is found: who is put on it has to name it so.
+    /// Its other name, from which alone its backing file is found: a new overlay has to name it like that.
     pub found_by: Option<StorePath>,
-    /// Whether a command that is not finished merges it into another image: for a while nothing may stand on
-    /// it.
+    /// Whether an unfinished command merges it into another image: meanwhile nothing may be backed by it.
     pub(super) is_merged: bool,
-    /// How many chains it is part of.
+    /// The number of chains that contain it.
     pub chain_count: usize,
 }
 
-/// What an image stands on.
+/// The backing file of an image.
 #[derive(Clone, Debug)]
 pub enum BackingLink {
-    /// Nothing: it is a base.
+    /// None: it is a base.
     Nothing,
     /// That image.
     Image(ImageIndex),
-    /// Something that is not there or may not be used.
+    /// A file that is missing or may not be used.
     Broken {
-        /// The image that was meant, if there is one: it is readable by itself.
+        /// The kind of failure.
+        reason: BrokenLink,
+        /// The intended image, if there is one: it is readable by itself.
         image: Option<ImageIndex>,
-        /// Why, to follow the upper image's name.
+        /// Why, to follow the overlay's name.
         sentence: Arc<str>,
     },
 }
 
 impl BackingLink {
-    /// The image that it is or was meant to be, if there is one.
+    /// The image that it is or was intended to be, if there is one.
     pub fn image(&self) -> Option<ImageIndex> {
         match self {
             BackingLink::Image(below) | BackingLink::Broken { image: Some(below), .. } => Some(*below),
@@ -90,7 +90,7 @@ impl BackingLink {
         }
     }
 
-    /// What is wrong with it, to follow the upper image's name.
+    /// What is wrong with it, to follow the overlay's name.
     fn sentence(&self) -> Option<&Arc<str>> {
         match self {
             BackingLink::Broken { sentence, .. } => Some(sentence),
@@ -99,7 +99,7 @@ impl BackingLink {
     }
 }
 
-/// What one directory of the mount shows.
+/// The content of one directory of the mount.
 #[derive(Clone, Debug, Default)]
 pub struct CatalogDirectory {
     /// Sub-directories.
@@ -117,42 +117,42 @@ pub struct Catalog {
     pub images: Vec<ImageEntry>,
     /// Directories of the mount, by path; the root's path is empty.
     pub directories: BTreeMap<PathBuf, CatalogDirectory>,
-    /// What could not be shown.
+    /// Files that could not be shown, with reasons.
     pub problems: Vec<Problem>,
     /// For a store that is one image, its chain.
     pub single: Option<ImageIndex>,
-    /// What was begun in the store and is not finished.
+    /// The unfinished commands of the store.
     pub intents: Vec<FoundIntent>,
-    /// Who may stand on which images without its being known.
+    /// Possible users of images.
     claims: PossibleUses,
-    /// Notes of commands that were begun, which make no sense: what they speak of is not known.
+    /// Intents that cannot be parsed: the files that they name are unknown.
     pub senseless: Vec<PathBuf>,
     /// Stands for those: it hides everything.
     unknown: Option<FoundIntent>,
-    /// Drafts of images: of a command at work, or of one that was cut off before its intent was there.
+    /// Drafts of images: of a running command, or of one that was interrupted before its intent was written.
     pub(super) drafts: Vec<PathBuf>,
-    /// For images, those that name them and whose owners may not read them: they use nothing, but nothing is
-    /// taken from them either.
+    /// For images, those that name them and whose owners may not read them: they are no users, but no command
+    /// breaks them either.
     uncounted: HashMap<ImageIndex, Vec<ImageIndex>>,
-    /// Images whose own bytes an intent spoils, and those images above which they do not show.
+    /// Images whose own bytes an intent invalidates, and the images above which they are not visible.
     pub(super) invalidated: HashMap<ImageIndex, Vec<Invalidation>>,
 }
 
-/// Whether the file at a place, of that identity, is the one that is named.
+/// Whether the file at a place, of that identity, is the named one.
 pub(super) type IsFile<'a> = dyn Fn(&StorePath, ObjectId, &FileRef) -> bool + 'a;
 
-/// What an intent does to an image.
+/// The effect of an intent on an image.
 #[derive(Debug)]
 pub(super) struct Invalidation {
     /// Index of the intent.
     intent: usize,
-    /// Above this image nothing of it shows.
+    /// Above this image nothing of it is visible.
     top: Option<ImageIndex>,
-    /// Nor above these, which stand on top or, already, on the finished base.
+    /// Nor above these, which are backed by top or, already, by the finished base.
     children: Vec<ImageIndex>,
 }
 
-/// The images of a catalog, as operations ask for them.
+/// The images of a catalog, for queries of operations.
 struct ListedImages<'a> {
     images: &'a [ImageEntry],
     by_id: HashMap<ObjectId, ImageIndex>,
@@ -173,7 +173,7 @@ impl<'a> ListedImages<'a> {
         (self.is_it)(&image.place, image.stat.id, file).then_some(index)
     }
 
-    /// The image that has this path beneath the guarded directory.
+    /// The image that has this path relative to the guarded directory.
     fn named(&self, path: &Path) -> Option<ImageIndex> {
         let has_path =
             |image: &ImageEntry| image.place.root == 0 && *self.prefix.join(&image.place.path) == *path;
@@ -192,12 +192,12 @@ impl FileLookup for ListedImages<'_> {
 }
 
 impl ImageEntry {
-    /// The place by which a header is to name it.
+    /// The path by which a header is to name it.
     pub fn named_place(&self) -> &StorePath {
         self.found_by.as_ref().unwrap_or(&self.place)
     }
 
-    /// The qcow2 part, if it is one that could be parsed.
+    /// The qcow2 description, if it could be parsed.
     pub fn qcow2(&self) -> Option<&Arc<Qcow2Description>> {
         match (&self.content, self.format) {
             (DetectedContent::Qcow2(qcow2), Some(Format::Qcow2)) => Some(qcow2),
@@ -205,7 +205,7 @@ impl ImageEntry {
         }
     }
 
-    /// Bytes of its disk, if that is known.
+    /// Size of its disk, if known.
     pub fn virtual_size(&self) -> Option<u64> {
         match self.format? {
             Format::Raw => Some(round_up_to_sector(self.stat.size)),
@@ -213,7 +213,7 @@ impl ImageEntry {
         }
     }
 
-    /// Whether it stays as it is even when nothing stands on it.
+    /// Whether it stays read-only even without an overlay.
     pub fn is_frozen(&self) -> bool {
         self.frozen.is_some() || self.readonly || self.is_merged
     }
@@ -224,22 +224,20 @@ impl ImageEntry {
     }
 }
 
-/// A path as part of a sentence: what a terminal would act on is escaped.
+/// A path as part of a sentence: characters that a terminal would interpret are escaped.
 pub fn shown(path: &Path) -> String {
     printable(&String::from_utf8_lossy(path.as_os_str().as_bytes()))
 }
 
-const MARKED_CORRUPT: &str =
-    "is marked as corrupt: it is read, and not written; run chainfs check --repair all";
+const MARKED_CORRUPT: &str = "is marked as corrupt, so it is read-only; run chainfs check --repair all";
 
 impl Catalog {
-    /// One of nothing.
+    /// A catalog without images.
     pub(super) fn empty(serial: u64) -> Self {
         Self { serial, ..Self::default() }
     }
 
-    /// The layers of the chain whose leaf this is, top first. Ends where the chain does, or
-    /// where it cannot be followed.
+    /// The layers of the chain of this leaf, top first. Ends at the base, or at a broken link.
     pub fn layers(&self, leaf: ImageIndex) -> Vec<ImageIndex> {
         let mut layers = vec![leaf];
         let mut at = leaf;
@@ -252,7 +250,7 @@ impl Catalog {
         layers
     }
 
-    /// What is wrong with an image and with its link downwards, as whole sentences.
+    /// The problems of an image and of its backing link, as whole sentences.
     pub fn sentences(&self, index: ImageIndex) -> Vec<String> {
         let image = &self.images[index];
         let within = image.qcow2().into_iter();
@@ -268,7 +266,7 @@ impl Catalog {
         own.chain(within.map(|sentence| format!("{} {sentence}", image.shown()))).collect()
     }
 
-    /// Why a view cannot be read; unlike [`Catalog::sentences`] without what concerns only others.
+    /// Why a view cannot be read; unlike [`Catalog::sentences`] without problems that concern only others.
     pub fn view_problem(&self, layers: &[ImageIndex]) -> Option<String> {
         layers.iter().find_map(|index| {
             let image = &self.images[*index];
@@ -280,14 +278,14 @@ impl Catalog {
         })
     }
 
-    /// Who may stand on an image without its being known.
+    /// The possible users of an image.
     pub fn claims_on(&self, index: ImageIndex) -> impl Iterator<Item = &PossibleUse> {
         self.claims.on(index, &self.images[index])
     }
 
-    /// Takes in who may stand on what; whoever cannot be understood is a problem.
+    /// Adds the possible users; a file whose names cannot be read is a problem.
     pub(super) fn note_claims(&mut self, claims: Vec<PossibleUse>, owners: &Owners<'_>) {
-        // Those whose names cannot be followed have their problem already.
+        // Files whose names cannot be followed have their problem already.
         let known: BTreeSet<PathBuf> = self.problems.iter().map(|problem| problem.path.clone()).collect();
         let counts = |claim: &PossibleUse, index: ImageIndex| {
             let from = StorePath { root: 0, path: claim.by.clone() };
@@ -306,8 +304,8 @@ impl Catalog {
         self.problems.dedup();
     }
 
-    /// Links that have been cut, so that loops end: they count all the same. `targets`: what images say that
-    /// they stand on.
+    /// Links that were cut to end loops: they count all the same. `targets`: the backing files that images
+    /// name.
     pub(super) fn cut_links(&self, targets: &[Option<ImageIndex>]) -> Vec<PossibleUse> {
         let cut = |(index, target): (ImageIndex, &Option<ImageIndex>)| {
             let image = &self.images[index];
@@ -321,8 +319,8 @@ impl Catalog {
         targets.iter().enumerate().filter_map(cut).collect()
     }
 
-    /// Notes what is begun; `prefix` leads from the guarded directory to the store's own, and `is_it` tells
-    /// whether a file is the one that is named.
+    /// Adds the intents; `prefix` leads from the guarded directory to the store's own, and `is_it` checks
+    /// whether a file is the named one.
     pub(super) fn note_intents(&mut self, intents: Vec<FoundIntent>, prefix: &Path, is_it: &IsFile<'_>) {
         let now = ListedImages::new(&self.images, prefix, is_it);
         let index_of = |affected: &AffectedFile<'_>| {
@@ -349,22 +347,21 @@ impl Catalog {
         self.intents = intents;
     }
 
-    /// Hides everything, and lets nothing be written, while there are intents of which nobody can tell what
-    /// they spoil.
+    /// Hides everything, and refuses all writes, while there are intents whose effects are unknown.
     pub(super) fn hide_all(&mut self, senseless: &[(PathBuf, String)]) {
-        // What another has put there is no word of ours.
+        // An intent that another user has put there is not one of the store.
         let is_ours = |(_, reason): &&(PathBuf, String)| !reason.starts_with(UNTRUSTED);
         let Some((path, reason)) = senseless.iter().find(is_ours) else { return };
-        let command = format!("{}, which cannot be understood ({reason}); see chainfs recover", shown(path));
+        let command = format!("{}, which cannot be parsed ({reason}); see chainfs recover", shown(path));
         let name = path.file_name().unwrap_or_default().to_owned();
-        // J4: nobody knows what it invalidated, so everything is hidden.
+        // J4: its effects are unknown, so everything is hidden.
         let intent = Intent::new(&command, Path::new(""), Operation::Unknown);
         self.unknown = Some(FoundIntent { name, intent, is_copied: false, is_trusted: false });
         self.images.iter_mut().for_each(|image| image.is_merged = true);
     }
 
     /// The intent that hides a view (its layers, top first; `inner`: an internal snapshot of the first), if
-    /// one does: it is changing bytes that show through.
+    /// one does: it is changing visible bytes.
     pub fn hidden_by(&self, layers: &[ImageIndex], inner: bool) -> Option<&FoundIntent> {
         if self.unknown.is_some() {
             return self.unknown.as_ref();
@@ -375,7 +372,7 @@ impl Catalog {
         layers.iter().enumerate().find_map(|(depth, index)| {
             let shows = |invalidated: &&Invalidation| {
                 let is_cover = |(above, cover): (usize, &ImageIndex)| {
-                    // The tables of an internal snapshot are not those that cover what is written.
+                    // The tables of an internal snapshot do not cover the written ranges.
                     invalidated.top == Some(*cover) && !(inner && above == 0)
                         || invalidated.children.contains(cover)
                 };
@@ -386,7 +383,7 @@ impl Catalog {
         })
     }
 
-    /// Hides in `visible` what is hidden here; `places`: what its images are called there.
+    /// Hides in `visible` the images that are hidden here; `places`: their indices there.
     pub(super) fn copy_invalidated(&self, visible: &mut Catalog, places: &HashMap<ImageIndex, ImageIndex>) {
         let place = |index: &ImageIndex| places.get(index).copied();
         for (index, invalidated) in &self.invalidated {
@@ -400,7 +397,7 @@ impl Catalog {
         }
     }
 
-    /// As [`Catalog::hidden_by`], for a view that was opened by an earlier catalog.
+    /// As [`Catalog::hidden_by`], for a view that was opened from an earlier catalog.
     pub(super) fn files_hidden_by(&self, files: &[ObjectId], inner: bool) -> Option<&FoundIntent> {
         if self.invalidated.is_empty() && self.unknown.is_none() {
             return None;
@@ -410,15 +407,15 @@ impl Catalog {
         self.hidden_by(&layers, inner)
     }
 
-    /// Notes which names do not count.
+    /// Records the names that do not count.
     pub(super) fn note_uncounted(&mut self, uncounted: &[(ImageIndex, ImageIndex)]) {
         for (user, target) in uncounted {
             self.uncounted.entry(*target).or_default().push(*user);
         }
     }
 
-    /// The images that name this one and do not count as its users: no command takes from them what they
-    /// name.
+    /// The images that name this one and do not count as its users: no command removes the name that they
+    /// use.
     pub fn uncounted_users(&self, index: ImageIndex) -> &[ImageIndex] {
         self.uncounted.get(&index).map_or(&[], Vec::as_slice)
     }
@@ -459,46 +456,46 @@ impl Catalog {
     }
 }
 
-/// An image as far as it is known before links are drawn.
+/// An image as far as it is known before the links are set.
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct UnlinkedImage {
     pub(super) entry: ImageEntry,
-    /// Where its header says that its backing file is, and in what format.
+    /// The location and format of its backing file, by its header.
     pub(super) backing: Option<FileReference>,
     /// Whether a header names it as its external data file.
     pub(super) is_data_file: bool,
-    /// Whether the user has said its format.
+    /// Whether the user has stated its format.
     pub(super) is_stated: bool,
-    /// Whether it was found by itself, not only by its name in a header.
+    /// Whether it was found by the scan, not only by its name in a header.
     pub(super) is_scanned: bool,
-    /// Whether it cannot be read, but what it stands on is known.
+    /// Whether it cannot be read, but its backing file is known.
     pub(super) is_unreadable: bool,
 }
 
 /// A file that a header names.
 pub(super) struct FileReference {
     /// The file, or why there is none.
-    pub(super) target: Result<ImageIndex, String>,
-    /// Where there is none, what may be meant.
+    pub(super) target: Result<ImageIndex, UnresolvedName>,
+    /// Where there is none, the images that may be intended.
     pub(super) meant: Vec<UseReach>,
     /// The format that the header states.
     pub(super) format: Option<String>,
-    /// The name as it stands in the header, safe to print.
+    /// The name in the header, safe to print.
     pub(super) name: String,
-    /// And as it is.
+    /// The name's bytes.
     pub(super) raw_name: Vec<u8>,
-    /// The place that it leads to.
+    /// The path that it leads to.
     pub(super) via: Option<StorePath>,
 }
 
 impl UnlinkedImage {
-    /// What it says that it stands on.
+    /// The backing file that it names.
     pub(super) fn target(&self) -> Option<ImageIndex> {
         self.backing.as_ref().and_then(|reference| reference.target.as_ref().ok()).copied()
     }
 }
 
-/// Draws links, cuts loops, finds leaves and names them.
+/// Sets the links, cuts loops, finds leaves and names them.
 pub(super) fn link(
     drafts: Vec<UnlinkedImage>,
     problems: Vec<Problem>,
@@ -523,7 +520,7 @@ pub(super) fn link(
         }
     }
     cut_depth(&mut images);
-    // What only a header names, and what nobody is then seen to stand on, is no chain of this store.
+    // A file that only a header names, and that backs no image in the end, is no chain of this store.
     let is_leaf = |index: usize| is_image[index] && is_scanned[index] && images[index].users.is_empty();
     let leaves: Vec<ImageIndex> =
         if single { vec![0] } else { (0..images.len()).filter(|index| is_leaf(*index)).collect() };
@@ -548,17 +545,18 @@ pub(super) fn link(
     catalog
 }
 
-/// What an image stands on, and whether it may.
+/// The backing file of an image, and whether it may be used.
 fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> BackingLink {
     let Some(FileReference { target, format, name, .. }) = &draft.backing else {
         return BackingLink::Nothing;
     };
-    let broken = |image, sentence: String| BackingLink::Broken { image, sentence: sentence.into() };
+    let broken =
+        |image, reason, sentence: String| BackingLink::Broken { image, reason, sentence: sentence.into() };
     let target = match target {
         Ok(target) => *target,
-        // What may be meant is claimed.
-        Err(sentence) => {
-            return broken(None, format!("cannot be read: its backing file \"{name}\" {sentence}"));
+        // Images that may be intended have possible users.
+        Err(UnresolvedName { reason, sentence }) => {
+            return broken(None, *reason, format!("cannot be read: its backing file \"{name}\" {sentence}"));
         }
     };
     if draft.is_unreadable {
@@ -566,13 +564,14 @@ fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> Backin
     }
     let lower = &drafts[target].entry;
     let Some(format) = format else {
-        // The user has said it, or wants it guessed.
+        // The user has stated the format, or wants it probed.
         if probe || drafts[target].is_stated {
             return BackingLink::Image(target);
         }
         let guess = if matches!(lower.content, DetectedContent::Qcow2(_)) { "qcow2" } else { "raw" };
         return broken(
             Some(target),
+            BrokenLink::Format,
             format!(
                 "cannot be read: its header does not say the format of its backing file \"{name}\", which is \
                     never \
@@ -585,6 +584,7 @@ fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> Backin
     match Format::from_name(format) {
         None => broken(
             Some(target),
+            BrokenLink::Format,
             format!(
                 "cannot be read: the format of its backing file \"{name}\" is \"{}\", and chainfs reads raw \
                     and qcow2",
@@ -593,6 +593,7 @@ fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> Backin
         ),
         Some(format) if lower.format.is_some_and(|found| found != format) => broken(
             Some(target),
+            BrokenLink::Format,
             format!(
                 "cannot be read: its header says that its backing file \"{name}\" is {}, but it is taken for \
                     {}; \
@@ -605,16 +606,16 @@ fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> Backin
     }
 }
 
-/// A word of a remedy, quoted if a shell would make anything else of it: remedies are copied, and
-/// names are whatever an image says.
+/// A word of a remedy, quoted if a shell would interpret it: remedies are copied, and names are any bytes of
+/// an image.
 pub(super) fn shell_word(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-/+@%,:=".contains(c);
     let plain = !word.is_empty() && word.chars().all(is_plain);
     if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
 
-/// Cuts each loop at one place, so that following links always ends. The image that the user
-/// wants to see, else the one named first in the alphabet, becomes the top of what remains.
+/// Cuts each loop at one link, so that following links always ends. The image that the user named, else the
+/// alphabetically first one, becomes the top of the remaining chain.
 fn cut_loops(images: &mut [ImageEntry], wanted: Option<ImageIndex>) {
     // C1: no loop is left.
     #[derive(Clone, Copy, PartialEq)]
@@ -664,12 +665,13 @@ fn cut_loop(images: &mut [ImageEntry], members: &[ImageIndex], wanted: Option<Im
         names.join(" -> "),
         names[0]
     );
-    images[last].below = BackingLink::Broken { image: None, sentence: sentence.into() };
+    images[last].below =
+        BackingLink::Broken { image: None, reason: BrokenLink::Loop, sentence: sentence.into() };
 }
 
 /// Refuses views of more layers than are allowed.
 fn cut_depth(images: &mut [ImageEntry]) {
-    // Bases first, then whoever stands on them: no recursion, whatever the depth.
+    // Bases first, then their overlays: no recursion, whatever the depth.
     let mut order: Vec<(ImageIndex, usize)> = (0..images.len())
         .filter(|index| images[*index].below.image().is_none())
         .map(|index| (index, 1))
@@ -681,17 +683,21 @@ fn cut_depth(images: &mut [ImageEntry]) {
             && let BackingLink::Image(next) = images[index].below
         {
             let sentence = format!(
-                "cannot be read: it stands on more than {} layers; merge some of them",
+                "cannot be read: it is backed by more than {} layers; merge some of them",
                 MAX_DEPTH - 1
             );
-            images[index].below = BackingLink::Broken { image: Some(next), sentence: sentence.into() };
+            images[index].below = BackingLink::Broken {
+                image: Some(next),
+                reason: BrokenLink::TooDeep,
+                sentence: sentence.into(),
+            };
         }
     }
 }
 
 /// Counts for each image the chains that it is part of.
 pub(super) fn count_chains(catalog: &mut Catalog) {
-    // Tops first: an image's count is complete when all its users have handed theirs down.
+    // Tops first: an image's count is complete when all its users have added theirs.
     let mut waiting: Vec<usize> = catalog.images.iter().map(|image| image.users.len()).collect();
     let mut ready: Vec<ImageIndex> = (0..catalog.images.len()).filter(|index| waiting[*index] == 0).collect();
     while let Some(index) = ready.pop() {

@@ -1,4 +1,4 @@
-//! What one file says of itself: its header and its internal snapshots, if it is qcow2.
+//! Detects the content of one file: its header and its internal snapshots, if it is qcow2.
 //!
 //! Reads the header cluster and the snapshot table, nothing else; the descriptor is closed again
 //! at once. What is found stays valid while the file's version does.
@@ -15,24 +15,24 @@ use crate::io::Storage;
 /// A file's own word.
 #[derive(Clone, Debug)]
 pub enum DetectedContent {
-    /// Nobody could look: its name says all.
+    /// Unread: only its name is known.
     Unseen,
-    /// It begins with no magic that is known.
+    /// It begins with no known magic.
     Plain,
     /// A qcow2 image.
     Qcow2(Arc<Qcow2Description>),
-    /// It bears the magic, and something is wrong with it.
+    /// It has the magic, and an invalid header.
     Malformed(Arc<BadHeader>),
     /// An image of a format that chainfs does not read.
     Foreign(Arc<ForeignImage>),
 }
 
-/// A qcow2 image of which no more can be told than what it stands on.
+/// A qcow2 image of which only the backing file is known.
 #[derive(Debug)]
 pub struct BadHeader {
     /// What is wrong with it.
     pub reason: String,
-    /// What it stands on.
+    /// Its backing file.
     pub parents: Parents,
 }
 
@@ -52,18 +52,18 @@ impl DetectedContent {
     }
 }
 
-/// Bytes of the smallest header that can name anything.
+/// Bytes of the smallest header that can name a file.
 pub(super) const MIN_HEADER_LEN: u64 = header::V2_LEN as u64;
 
-/// What was read of a qcow2 image.
+/// The parsed parts of a qcow2 image.
 #[derive(Debug)]
 pub struct Qcow2Description {
-    /// Its header, shared with whoever opens it.
+    /// Its header, shared with its openers.
     pub header: Arc<Header>,
     /// Its internal snapshots.
     pub snapshots: Vec<Snapshot>,
-    /// What is wrong with its internal snapshots, to follow the file's name; the active state can
-    /// be read all the same.
+    /// Errors of its internal snapshots, to follow the file's name; the active state can be read all the
+    /// same.
     pub snapshot_problem: Option<String>,
     /// What is wrong with its refcounts, to follow the file's name; only writers need them.
     pub refcount_problem: Option<String>,
@@ -103,8 +103,7 @@ pub(super) fn describe(file: &dyn Storage, len: u64) -> Result<DetectedContent> 
         None => damaged_snapshots(&snapshots).or_else(|| lost_snapshot(&snapshots, len)),
     };
     let refcount_problem = header.refcount_damage.as_ref().map(|reason| {
-        let fact =
-            format!("has damaged refcounts, without which it is read, and not written: {}", reason.fact());
+        let fact = format!("has damaged refcounts, so it is read-only: {}", reason.fact());
         format!("{fact}; unmount it and run chainfs check --repair all")
     });
     let digest = digest(&bytes);
@@ -117,10 +116,10 @@ pub(super) fn describe(file: &dyn Storage, len: u64) -> Result<DetectedContent> 
     })))
 }
 
-/// Damaged snapshots that are named one by one.
+/// Maximum number of damaged snapshots that are named.
 const NAMED: usize = 8;
 
-/// Says that the table ends before its time.
+/// Reports a table that ends early.
 fn missing_snapshots(header: &Header, found: usize, reason: &Malformed) -> String {
     let count = header.snapshots.count;
     let reason = match reason {
@@ -135,7 +134,7 @@ fn missing_snapshots(header: &Header, found: usize, reason: &Malformed) -> Strin
     }
 }
 
-/// Names the snapshots of which the entry makes no sense; the others can be read all the same.
+/// Names the snapshots with a damaged entry; the others can be read all the same.
 fn damaged_snapshots(snapshots: &[Snapshot]) -> Option<String> {
     let damaged: Vec<&Snapshot> = snapshots.iter().filter(|snapshot| snapshot.damage.is_some()).collect();
     let reason = damaged.first()?.damage.as_ref()?;
@@ -160,7 +159,7 @@ pub(super) fn parents_without_magic(file: &dyn Storage, len: u64) -> Result<Pare
     }
 }
 
-/// Says of the first snapshot whose L1 table is not in the file that it cannot be read.
+/// Reports the first snapshot whose L1 table is not in the file.
 fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
     let is_lost = |s: &&Snapshot| s.l1.offset.0.checked_add(s.l1.len_bytes()).is_none_or(|end| end > len);
     let lost = snapshots.iter().find(is_lost)?;

@@ -1,8 +1,8 @@
-//! A snapshot that somebody has open: the same bytes for as long as it is, whatever becomes of the files.
+//! An open snapshot: the same bytes for as long as it is open, whatever happens to the files.
 //!
-//! When a job has changed what stands below it, the disk is looked at anew, so that nobody reads through
-//! tables of yesterday; what it shows stays. Where it cannot be (its layer has gone), those who have it
-//! open keep what they had.
+//! When a job has changed the layers below it, its images are opened again, so that no reader uses stale
+//! tables; the bytes stay the same. If that is impossible (its layer is gone), open handles keep the old
+//! images.
 
 use std::sync::{Arc, Weak};
 
@@ -17,32 +17,32 @@ use super::Store;
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
 use super::open_view::{OpenView, ViewPart};
 
-/// An opening of a snapshot.
+/// A handle of a snapshot.
 #[derive(Debug)]
 pub struct OpenDisk {
     top: ObjectId,
     part: ViewPart,
-    /// The internal snapshot that is shown: its place in the table may change.
+    /// The internal snapshot that is shown: its index in the table may change.
     inner: Option<Snapshot>,
-    /// Replaced, never held while something is read.
+    /// Replaced, never held during a read.
     view: RwLock<Arc<OpenView>>,
 }
 
 impl OpenDisk {
-    /// What it shows, to be let go of soon.
+    /// Its current view, to be dropped soon.
     pub fn view(&self) -> Arc<OpenView> {
         Arc::clone(&self.view.read())
     }
 }
 
-/// All openings of snapshots. A leaf.
+/// All handles of snapshots. A leaf.
 #[derive(Debug, Default)]
 pub(super) struct OpenDisks {
     disks: Mutex<Vec<Weak<OpenDisk>>>,
 }
 
 impl Store {
-    /// Opens the snapshot that `layers` (top first) show. `Stale` as for a view.
+    /// Opens the snapshot of `layers` (top first). `Stale` as for a view.
     pub fn open_disk(
         &self,
         catalog: &Catalog,
@@ -59,7 +59,7 @@ impl Store {
         Ok(disk)
     }
 
-    /// Looks anew at all open snapshots and active disks that stand on any of `changed`.
+    /// Refreshes all open snapshots and active disks with any of `changed` below them.
     pub(crate) fn refresh_disks(&self, changed: &[ObjectId]) {
         let disks: Vec<Arc<OpenDisk>> = self.disks.disks.lock().iter().filter_map(Weak::upgrade).collect();
         let catalog = self.catalog();
@@ -67,11 +67,11 @@ impl Store {
             match self.view_now(&catalog, disk) {
                 Ok(Some(view)) if view.view.size() == disk.view().view.size() => {
                     let old = std::mem::replace(&mut *disk.view.write(), Arc::new(view));
-                    // Not under the lock: it may let go of many files.
+                    // Not under the lock: it may close many files.
                     drop(old);
                 }
                 Ok(_) => {}
-                Err(error) => tracing::info!("an open snapshot stays as it was opened: {error}"),
+                Err(error) => tracing::info!("an open snapshot keeps its old images: {error}"),
             }
         }
         self.refresh_active(&catalog, changed);

@@ -1,4 +1,4 @@
-//! Which file a note of the store speaks of, and how that is proven of a file which is met later.
+//! Identifies the file that an intent or a note names, when it is found later.
 //!
 //! Promises: a file counts as the one that was named only if device, inode and birth agree, and what the note
 //! has kept of its content as well; in a store that was copied as a whole, where none of the former can, the
@@ -22,34 +22,33 @@ use super::describe::{DetectedContent, describe};
 use super::intents::encoded;
 use super::options::Format;
 
-/// Sectors of a file that are looked at.
+/// Number of sampled sectors of a file.
 pub const SAMPLES: u64 = 24;
 const SECTOR: usize = 512;
-/// Bytes of a table that are read at once.
+/// Bytes of a table read at once.
 const PIECE: u64 = 1 << 20;
 
-/// A file that a note speaks of, by name and identity.
+/// A file that a note names, by path and identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileRef {
-    /// Its path beneath the guarded directory.
+    /// Its path relative to the guarded directory.
     #[serde(with = "encoded")]
     pub path: PathBuf,
-    /// Which file it is: a name, and a number, can be given to another one.
+    /// Its identity: a path, and an inode number, can be reused.
     #[serde(with = "identity")]
     pub file: Identity,
-    /// By what of its content it is known.
+    /// The evidence of its content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evidence: Option<Evidence>,
-    /// Its external data file, which is as much a part of it.
+    /// Its external data file, which is part of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<Box<DataFileRef>>,
 }
 
-/// An external data file, by name and identity.
+/// An external data file, by path and identity.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataFileRef {
-    /// Its path beneath the guarded directory; what lies outside of the store by its full one, and is not
-    /// looked at.
+    /// Its path relative to the guarded directory; outside of the store the full path, and it is not checked.
     #[serde(with = "encoded")]
     path: PathBuf,
     #[serde(with = "identity")]
@@ -59,7 +58,7 @@ pub struct DataFileRef {
     /// A few sectors of it; none if guests write it.
     #[serde(default)]
     samples: Vec<SectorSample>,
-    /// When it was written last, if nobody writes it.
+    /// Its last modification, if it is not written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     written: Option<FileTime>,
 }
@@ -82,7 +81,7 @@ impl DataFileRef {
         }
         let fact = match self.differs(root, allowed) {
             Ok(fact) => fact?.to_owned(),
-            Err(error) => format!("cannot be looked at: {error}"),
+            Err(error) => format!("cannot be checked: {error}"),
         };
         Some(format!("{}, an external data file, {fact}", super::catalog::shown(&self.path)))
     }
@@ -117,7 +116,7 @@ fn other_bytes(
     })
 }
 
-/// What is known of a file's content.
+/// The evidence of a file's content.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "format", rename_all = "lowercase")]
 pub enum Evidence {
@@ -125,23 +124,23 @@ pub enum Evidence {
     Qcow2 {
         /// Bytes of its disk.
         size: u64,
-        /// Digest of what never changes in its header.
+        /// Digest of the constant fields of its header.
         shape: Digest,
         /// Digest of the name and format of its backing file.
         backing: Digest,
-        /// Digest of its L1 table, if nobody writes it.
+        /// Digest of its L1 table, if it is not written.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tables: Option<Digest>,
-        /// A few sectors of the file behind its header, if nobody writes it: images that were made alike have
-        /// the same tables.
+        /// A few sectors of the file after its header, if it is not written: images that were created alike
+        /// have the same tables.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         samples: Vec<SectorSample>,
-        /// A few sectors of its disk, by their places there, that the command is going to write.
+        /// A few sectors of its disk, by their offsets there, that the command is going to write.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         disk: Vec<SectorSample>,
         /// Digest of the cluster that holds its header.
         head: Digest,
-        /// When it was written last, if nobody writes it.
+        /// Its last modification, if it is not written.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         written: Option<FileTime>,
     },
@@ -151,7 +150,7 @@ pub enum Evidence {
         size: u64,
         /// A few sectors of it; none if guests write it.
         samples: Vec<SectorSample>,
-        /// When it was written last, if nobody writes it.
+        /// Its last modification, if it is not written.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         written: Option<FileTime>,
     },
@@ -171,17 +170,16 @@ impl FileTime {
 /// One sector of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SectorSample {
-    /// Where it is.
+    /// Its offset.
     pub at: u64,
     /// Digest of its bytes.
     pub was: Digest,
-    /// Digest of those that the command will put there.
+    /// Digest of the bytes that the command will write there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub becomes: Option<Digest>,
 }
 
-/// A digest that is the same on every machine and in every version (FNV-1a). Nobody gains anything by forging
-/// one.
+/// A digest that is the same on every machine and in every version (FNV-1a). A forged one gains nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Digest(u64);
 
@@ -228,11 +226,11 @@ pub(super) mod identity {
     }
 }
 
-/// What may have become of a file since its evidence was taken.
+/// The changes that a file may have undergone since its evidence was recorded.
 #[expect(clippy::struct_excessive_bools, reason = "each is a change of its own")]
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct AllowedChange {
-    /// It may stand on something else.
+    /// It may have another backing file.
     pub(super) backing: bool,
     /// Its disk may have grown.
     pub(super) growth: bool,
@@ -240,7 +238,7 @@ pub(super) struct AllowedChange {
     pub(super) any_size: bool,
     /// Guests may have written it.
     pub(super) any_bytes: bool,
-    /// It is a copy, of which the file system knows other times.
+    /// It is a copy, with other timestamps.
     pub(super) is_copy: bool,
 }
 
@@ -249,8 +247,8 @@ impl AllowedChange {
         self.any_size || now == old || (self.growth && now > old)
     }
 
-    /// Samples that count only in a copy: what a guest has written meanwhile is committed, too, and where
-    /// there are few it may have changed all of them.
+    /// Samples that count only in a copy: guest writes are committed, too, and may have changed all of a few
+    /// samples.
     fn of_copy(self, samples: &[SectorSample]) -> &[SectorSample] {
         if self.is_copy && !self.any_bytes { samples } else { &[] }
     }
@@ -274,7 +272,7 @@ impl FileRef {
         Ok(Self { path: path.to_path_buf(), file: file.identity()?, evidence: Some(evidence), data: None })
     }
 
-    /// Whether both speak of one file by one name.
+    /// Whether both are one file under one name.
     pub fn is(&self, other: &Self) -> bool {
         self.path == other.path && self.file.is(&other.file)
     }
@@ -284,7 +282,7 @@ impl FileRef {
         root.identify(path).is_ok_and(|found| found.is(&self.file))
     }
 
-    /// Notes that the command is going to write it.
+    /// Records that the command is going to write it.
     pub fn will_be_written(&mut self) {
         match &mut self.evidence {
             Some(Evidence::Raw { written, .. }) => *written = None,
@@ -300,8 +298,8 @@ impl FileRef {
         }
     }
 
-    /// Notes sectors of a qcow2 image that the command writes: of its external data file (`take(true)`), or
-    /// of its disk, for in the image itself clusters are given to other data.
+    /// Records sectors of a qcow2 image that the command writes: of its external data file (`take(true)`), or
+    /// of its disk, since clusters in the image itself are reused for other data.
     pub(crate) fn keep_samples(&mut self, take: impl FnOnce(bool) -> Vec<SectorSample>) {
         if let Some(data) = &mut self.data {
             data.samples = take(true);
@@ -310,7 +308,7 @@ impl FileRef {
         }
     }
 
-    /// The sectors of a raw image that are looked at, to be told what they will become.
+    /// The sampled sectors of a raw image, for recording their future content.
     pub(crate) fn samples(&mut self) -> &mut [SectorSample] {
         match &mut self.evidence {
             Some(Evidence::Raw { samples, .. }) => samples,
@@ -323,7 +321,7 @@ impl SectorSample {
     /// Bytes of a sample.
     pub(crate) const LEN: usize = SECTOR;
 
-    /// The bytes of one that begins there in a disk; behind its end are zeroes.
+    /// The bytes of a sample at that offset of a disk; zeroes beyond its end.
     pub(crate) fn read(view: &View, at: u64) -> Result<[u8; Self::LEN]> {
         let mut bytes = [0; Self::LEN];
         let have = view.size().saturating_sub(at).min(bytes.len() as u64) as usize;
@@ -342,10 +340,7 @@ fn evidence(file: &dyn OpenObject, path: &Path, format: Format, fixed: bool) -> 
         return Ok(Evidence::Raw { size: len, samples, written });
     }
     let header = header(file, len)?.ok_or_else(|| {
-        Error::new(
-            ErrorKind::Stale,
-            format!("{} is no qcow2 image any more; look at it again", path.display()),
-        )
+        Error::new(ErrorKind::Stale, format!("{} is no qcow2 image any more; scan it again", path.display()))
     })?;
     let tables = if fixed { Some(tables(file, &header)?) } else { None };
     let mut samples = if fixed { samples(file, len)? } else { Vec::new() };
@@ -365,7 +360,7 @@ fn header(file: &dyn OpenObject, len: u64) -> Result<Option<std::sync::Arc<Heade
     })
 }
 
-/// What no command changes in a header.
+/// The fields of a header that no command changes.
 fn shape(header: &Header) -> Digest {
     let data_file = header.data_file.as_ref().and_then(|file| file.name.as_deref());
     let numbers = [
@@ -432,8 +427,8 @@ fn sector(file: &dyn OpenObject, at: u64) -> Result<Digest> {
 }
 
 impl Evidence {
-    /// What speaks against the file at `path` being the one of which this was kept, to follow its name;
-    /// `None` if nothing does.
+    /// The evidence against the file at `path` being the recorded one, to follow its name; `None` if there is
+    /// none.
     pub(super) fn against(
         &self,
         root: &dyn Backend,
@@ -459,11 +454,11 @@ impl Evidence {
                     return Ok(Some("is no qcow2 image any more"));
                 };
                 if shape(&header) != *old_shape {
-                    Some("is another qcow2 image than it was")
+                    Some("is another qcow2 image than before")
                 } else if header.data_file.is_some() && !has_data {
-                    Some("has an external data file of which nothing is known")
+                    Some("has an external data file without evidence")
                 } else if !allowed.is_size(*size, header.virtual_size) {
-                    Some("holds a disk of another size than it did")
+                    Some("holds a disk of another size than before")
                 } else if !allowed.backing && backing(&header) != *old_backing {
                     Some("names another backing file than it did")
                 } else if let Some(old) = old_tables

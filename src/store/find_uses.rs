@@ -1,5 +1,5 @@
-//! Who makes claims: files that cannot be read, or are not read as what they may be, and names that are not
-//! followed.
+//! Finds possible users: files that cannot be read, or are read in another format than they may have, and
+//! names that are not followed.
 
 use std::path::{Path, PathBuf};
 
@@ -14,13 +14,13 @@ use super::possible_uses::{PossibleUse, UseReach, pattern, standalone_remedy};
 use super::resolve::{StorePath, names_in_json, protocol, traced};
 use super::scan::{Problem, ScannedFile, Unread, has_extension, looks_like_image};
 
-/// Drivers of QEMU whose files lie on other machines, or are none.
+/// Drivers of QEMU whose files are on other machines, or are none.
 const REMOTE: [&str; 14] = [
     "nbd", "ssh", "http", "https", "ftp", "ftps", "iscsi", "rbd", "nfs", "gluster", "vxhs", "nvme",
     "null-co", "null-aio",
 ];
 
-/// The names that stand in a file which is no readable qcow2 image.
+/// The names in a file that is no readable qcow2 image.
 pub(super) fn names_of(content: &DetectedContent) -> &[Vec<u8>] {
     match parents_of(content) {
         Some(Parents::Named(names)) => names,
@@ -36,8 +36,7 @@ fn parents_of(content: &DetectedContent) -> Option<&Parents> {
     }
 }
 
-/// The foreign format that a file is taken for: what it says, unless a guest may have written it, else what
-/// its name says.
+/// The foreign format of a file: its content's, unless a guest may have written it, else its name's.
 pub(super) fn foreign_kind(file: &ScannedFile) -> Option<ForeignFormat> {
     match &file.content {
         DetectedContent::Foreign(foreign) if !file.is_plain => Some(foreign.kind),
@@ -46,8 +45,8 @@ pub(super) fn foreign_kind(file: &ScannedFile) -> Option<ForeignFormat> {
     }
 }
 
-/// Of the names in a file: which draws a link to what the image stands on, and what is only claimed.
-/// `is_drawn`: it is shown as standing on something.
+/// Divides the names in a file into links to a backing file and possible uses. `is_drawn`: the file is shown
+/// with a backing file.
 pub(super) fn claims_of(
     file: &ScannedFile,
     references: Vec<FileReference>,
@@ -69,7 +68,7 @@ pub(super) fn claims_of(
         }
         return (references.into_iter().next(), meant);
     }
-    // What is known to be raw stands on nothing, whatever its guest has written into it.
+    // A file that is known to be raw has no backing file, whatever its guest has written into it.
     if file.is_plain || is_standalone || options.stated_format(&file.place.path) == Some(Format::Raw) {
         return (None, Vec::new());
     }
@@ -84,12 +83,12 @@ pub(super) fn claims_of(
 }
 
 impl CatalogBuilder<'_> {
-    /// Whose a file of the store is; root's if that cannot be told.
+    /// The owner of a file of the store; root if unknown.
     fn owner_of(&self, path: &Path) -> u32 {
         self.roots[0].stat_itself(path).map_or(0, |stat| stat.uid)
     }
 
-    /// A file or directory that could not be looked at.
+    /// A file or directory that could not be read.
     pub(super) fn unread(&mut self, Unread { path, fact }: Unread) {
         let is_known =
             self.options.is_standalone(&path) || self.options.stated_format(&path) == Some(Format::Raw);
@@ -103,7 +102,7 @@ impl CatalogBuilder<'_> {
         self.claims.push(PossibleUse { by: path, owner: None, uid, reach: UseReach::All, why });
     }
 
-    /// A file that a header names and that cannot be opened, outside of what a scan comes by.
+    /// A file that a header names and that cannot be opened, outside of the scan.
     pub(super) fn unopened(&mut self, place: &StorePath, error: &Error) {
         if place.root != 0 {
             let path = self.roots[place.root].canonical().join(&place.path);
@@ -111,7 +110,7 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// What a name may mean that is not followed.
+    /// The images that a name may mean that is not followed.
     pub(super) fn meant(&mut self, from: &StorePath, name: &[u8]) -> Vec<UseReach> {
         if name.starts_with(b"json:") {
             return self.meant_by_json(from, name);
@@ -130,7 +129,7 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// Names in a description are looked for from where QEMU was started, which nobody knows.
+    /// Names in a description are relative to QEMU's working directory, which is unknown.
     fn meant_by_json(&mut self, from: &StorePath, name: &[u8]) -> Vec<UseReach> {
         let text = String::from_utf8_lossy(name);
         match names_in_json(name) {
@@ -159,8 +158,8 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// A symbolic link is another name, not another image. One that leads nowhere we may go is worth a word
-    /// if its name says that somebody expects an image there, and that image may stand on any of ours.
+    /// A symbolic link is another name, not another image. A link that cannot be followed is a problem if its
+    /// name looks like an image, and that image may use any layer.
     pub(super) fn link(&mut self, path: PathBuf) {
         let error = match self.roots[0].stat(&path) {
             Ok(stat) => {
@@ -179,7 +178,7 @@ impl CatalogBuilder<'_> {
             self.by_place.insert(place, index);
             return;
         }
-        // Where the way ends in the store, it can be told that nothing is there.
+        // If the path ends in the store, its absence can be proven.
         let is_there = is_there && !self.leads_to_nothing(&place, name.as_encoded_bytes());
         if is_there && !self.options.is_standalone(&path) && self.promises_image(&path) {
             let fact = format!("is a symbolic link that cannot be followed ({error})");
@@ -197,7 +196,7 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// Whether a link leads to a place beneath a root where no file is.
+    /// Whether a link leads to a path beneath a root without a file.
     fn leads_to_nothing(&self, link: &StorePath, name: &[u8]) -> bool {
         let target = traced(self.roots, &self.options.maps, link, name);
         let is_gone = |place: StorePath| {
@@ -206,7 +205,7 @@ impl CatalogBuilder<'_> {
         target.is_some_and(is_gone)
     }
 
-    /// Whether what a link leads to may be an image that stands on others, by the names of both.
+    /// Whether the target of a link may be an image with a backing file, by the names of both.
     fn promises_image(&self, path: &Path) -> bool {
         let is_one = |path: &Path| {
             (looks_like_image(path) && !has_extension(path, "raw")) || ForeignFormat::of_name(path).is_some()
@@ -214,14 +213,15 @@ impl CatalogBuilder<'_> {
         is_one(path) || self.roots[0].link_target(path).is_some_and(|target| is_one(&target))
     }
 
-    /// What a file may stand on that is not read as what it may be, or whose names are not followed.
+    /// The images that a file may use that is read in another format than it may have, or whose names are not
+    /// followed.
     pub(super) fn claim(&mut self, index: ImageIndex, reach: UseReach, is_drawn: bool) {
         let file = &self.files[index];
         let path = &file.place.path;
         let why = match &file.content {
             DetectedContent::Qcow2(_) if is_drawn => {
                 format!(
-                    "names it, perhaps, in a way that cannot be followed; mend its header, or {}",
+                    "may name it in a way that cannot be followed; repair its header, or {}",
                     standalone_remedy(path)
                 )
             }
@@ -243,7 +243,7 @@ impl CatalogBuilder<'_> {
             _ => {
                 let remedy = format!("if it is a raw disk, say so with -o format={}:raw", pattern(path));
                 let or = standalone_remedy(path);
-                format!("begins with a header of qcow2, though it is not read as that; {remedy}; {or}")
+                format!("begins with a qcow2 header, though it is not read as qcow2; {remedy}; {or}")
             }
         };
         let (owner, uid) = (Some(file.stat.id), file.stat.uid);
@@ -251,7 +251,7 @@ impl CatalogBuilder<'_> {
         self.claims.push(claim);
     }
 
-    /// What a file may stand on that ought to be qcow2 and does not begin as one.
+    /// The images that a file may use whose name indicates qcow2 and whose content does not.
     pub(super) fn claim_without_magic(&mut self, index: ImageIndex) {
         let file = &self.files[index];
         let (place, len) = (file.place.clone(), file.stat.size);
@@ -278,15 +278,15 @@ impl CatalogBuilder<'_> {
         }
     }
 
-    /// What a name means among the files that are known.
+    /// The known files that a name may mean.
     fn known_meaning(&self, from: &StorePath, name: &[u8]) -> Vec<UseReach> {
         let found = traced(self.roots, &self.options.maps, from, name);
         let image = found.and_then(|place| self.by_place.get(&place).copied()).map(UseReach::Image);
         image.into_iter().chain([UseReach::Mentioned(name.to_vec())]).collect()
     }
 
-    /// Files that are no images here though they are somewhere else, and those that a guest may have made
-    /// look like one.
+    /// Files that are no images here though they are elsewhere, and those that a guest may have made look
+    /// like one.
     pub(super) fn name_foreign(&mut self, drafts: &[UnlinkedImage]) {
         for (file, draft) in self.files.iter().zip(drafts) {
             let path = &file.place.path;

@@ -1,8 +1,7 @@
-//! Writes back every few seconds what is only in memory, and looks every hour whether anything in the trash
-//! is too old.
+//! Flushes unwritten data every few seconds, and removes old items from the trash every hour.
 //!
-//! Who calls fsync(2) does not need it; for all others it bounds what a crash can take. The kernel
-//! does not tell a FUSE daemon of sync(2) or syncfs(2).
+//! A program that calls fsync(2) does not need it; for all others it bounds the data that a crash can lose.
+//! The kernel does not report sync(2) or syncfs(2) to a FUSE daemon.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -12,10 +11,10 @@ use std::time::Duration;
 
 use super::Store;
 
-/// As the kernel's own for the page cache (`vm.dirty_writeback_centisecs`).
+/// The same as the kernel's for the page cache (`vm.dirty_writeback_centisecs`).
 const PERIOD: Duration = Duration::from_secs(5);
 
-/// Periods between two looks at the trash: an hour.
+/// Periods between two checks of the trash: an hour.
 const TRASH_PERIODS: u32 = 720;
 
 /// The thread that flushes a store's writers, until dropped.
@@ -25,20 +24,20 @@ pub struct Flusher {
 }
 
 impl Flusher {
-    /// Starts flushing what of `store` is written.
+    /// Starts flushing the active disks of `store`.
     pub fn start(store: &Arc<Store>) -> std::io::Result<Self> {
         let (stop, stopped) = mpsc::channel();
         let store = Arc::clone(store);
         let thread = thread::Builder::new().name("flusher".into()).spawn(move || {
             let mut periods: u32 = 0;
             while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
-                // A bug that one image brings out is told in the log, and harms no other.
+                // A panic that one image causes is logged, and affects no other.
                 let _ = catch_unwind(AssertUnwindSafe(|| store.flush_writers()));
                 periods = (periods + 1) % TRASH_PERIODS;
                 if periods == 0
                     && let Err(error) = store.sweep_trash()
                 {
-                    tracing::warn!("the trash cannot be swept: {error}");
+                    tracing::warn!("could not sweep the trash: {error}");
                 }
             }
         })?;

@@ -1,4 +1,4 @@
-//! What a store remembers of files that cannot say it themselves: raw images that are frozen.
+//! The list of frozen raw images, which have no header for the mark.
 //!
 //! `.chainfs/frozen.toml` in the store's directory, which also marks the directory as a store.
 
@@ -14,35 +14,35 @@ use crate::io::{Directory, Existing, directory_of, read_text};
 use super::intents::{ControlDir, encoded};
 use super::resolve::StorePath;
 
-/// The file, beneath the store.
+/// The file, relative to the store.
 pub const FROZEN_NOTES: &str = ".chainfs/frozen.toml";
-/// What becomes it.
+/// The draft of the file.
 const DRAFT: &str = ".chainfs/frozen.new";
-/// Says that there is a list: where it is not, it was lost. Stores of before, and those that are marked by
-/// hand, have none.
+/// Records that there is a list: if it is missing then, it was lost. Stores of older versions, and those that
+/// are marked by hand, have none.
 const LAYOUT: &str = ".chainfs/layout";
-/// Longer notes are not ours.
+/// Longer files are not this list.
 const MAX_LEN: u64 = 16 << 20;
 
-/// Notes of one store.
+/// The list of one store.
 #[derive(Debug, Default)]
 pub(super) struct FreezeList {
     frozen: BTreeMap<PathBuf, Frozen>,
-    /// From where the notes speak to the store's own directory.
+    /// The path from the guarded directory to the store's own.
     prefix: PathBuf,
-    /// Why nobody can tell what is frozen, if so.
+    /// Why the list cannot be used, if so.
     problem: Option<String>,
 }
 
 #[derive(Deserialize, Serialize)]
 struct FreezeFile {
-    /// How many there are: a list that was cut short says so. Older lists do not say it.
+    /// The number of entries: a truncated list is detected by it. Older lists lack it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     count: Option<usize>,
     frozen: Option<Vec<FreezeRecord>>,
 }
 
-/// A list that names nothing. It is no empty file: that is what a crash, or a full disk, may leave of one.
+/// A list without entries. It is not an empty file: a crash, or a full disk, may leave one of those.
 const NOTHING: &str = "count = 0\nfrozen = []\n";
 
 #[derive(Deserialize, Serialize)]
@@ -57,19 +57,18 @@ struct FreezeRecord {
 }
 
 impl FreezeList {
-    /// The notes of the store that `guard` guards. Where they cannot be read, everything raw counts as
-    /// frozen.
+    /// The list of the store that `guard` guards. If it cannot be read, every raw image counts as frozen.
     pub(super) fn read(guard: &ControlDir) -> Self {
         Self::try_read(guard)
             .unwrap_or_else(|error| Self { problem: Some(error.to_string()), ..Self::default() })
     }
 
-    /// Why nobody can tell which raw images are frozen, to follow the list's name; `None` if it can be told.
+    /// Why the list cannot be used, to follow its name; `None` if it can.
     pub(super) fn problem(&self) -> Option<String> {
         let reason = self.problem.as_ref()?;
         let fact =
             "says which raw images are frozen, and cannot be used, so that all of them count as frozen";
-        let remedy = "restore it, or give up what it said with chainfs recover STORE --forget frozen.toml";
+        let remedy = "restore it, or discard it with chainfs recover STORE --forget frozen.toml";
         Some(format!("{fact}: {reason}; {remedy}"))
     }
 
@@ -106,13 +105,13 @@ impl FreezeList {
         (place.root == 0).then(|| self.frozen.get(&self.prefix.join(&place.path)).cloned()).flatten()
     }
 
-    /// Why nothing can be noted, if so.
+    /// Why nothing can be recorded, if so.
     pub(super) fn check(guard: &ControlDir) -> Result<()> {
         Self::try_read(guard).map(drop).map_err(|error| said(&error))
     }
 
-    /// Notes, durably, that the file at `path` beneath the guarded directory is frozen, or that it is not.
-    /// Under the store's lock. Where there is no marked store, nothing is noted.
+    /// Records, durably, whether the file at `path` relative to the guarded directory is frozen. Under the
+    /// store's lock. Without a marked store, nothing is recorded.
     pub(super) fn change(
         guard: &ControlDir,
         names: &dyn Directory,
@@ -120,10 +119,10 @@ impl FreezeList {
         frozen: Option<&Frozen>,
     ) -> Result<()> {
         if !guard.is_whole {
-            tracing::warn!("{} is in no store; that it is frozen is noted nowhere", path.display());
+            tracing::warn!("{} is in no store, so its freeze mark is not recorded", path.display());
             return Ok(());
         }
-        // What cannot be read would be lost with the next note.
+        // An unreadable list would be lost with the next write.
         let mut notes = Self::try_read(guard).map_err(|error| said(&error))?;
         if notes.frozen.get(path) == frozen {
             return Ok(());
@@ -141,27 +140,27 @@ impl FreezeList {
         let frozen: Vec<FreezeRecord> = notes.frozen.into_iter().map(note).collect();
         let text = toml::to_string(&FreezeFile { count: Some(frozen.len()), frozen: Some(frozen) });
         let text = text.map_err(|error| {
-            let fact = format!("{} cannot be noted as frozen: {error}; rename it", path.display());
+            let fact = format!("{} cannot be recorded as frozen: {error}; rename it", path.display());
             Error::new(ErrorKind::Unsupported, fact)
         })?;
         write(names, Path::new(DRAFT), Path::new(FROZEN_NOTES), &text)
     }
 }
 
-/// As a sentence of its own.
+/// The error as a sentence of its own.
 fn said(error: &Error) -> Error {
     let fact = "says which raw images are frozen, and cannot be used; see chainfs recover STORE";
     Error::new(error.kind(), format!("{FROZEN_NOTES} {fact}: {error}"))
 }
 
-/// Whether that is the path of a note that is being written.
+/// Whether that is the path of a list that is being written.
 pub(super) fn is_draft(path: &Path) -> bool {
     path == Path::new(DRAFT) || path == Path::new(LAYOUT).with_extension("new")
 }
 
-/// Writes a small note, durably: at every moment there is the old one or the new.
+/// Writes a small file, durably: at every moment there is the old one or the new.
 pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str) -> Result<()> {
-    // What a crash has left of an earlier attempt.
+    // A crash may have left a draft.
     let _ = names.unlink(draft);
     let file = names.create(draft, None)?;
     file.write_at(0, text.as_bytes())?;
@@ -170,8 +169,8 @@ pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str
     names.sync(&directory_of(path))
 }
 
-/// Makes sure that there is a list, so that one that was removed is missed. Under the store's lock, or before
-/// anybody has frozen anything.
+/// Makes sure that there is a list, so that its removal is detected. Under the store's lock, or before any
+/// image is frozen.
 pub(super) fn prepare(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     let is_missing =
         |path: &str| guard.root.stat(Path::new(path)).is_err_and(|e| e.kind() == ErrorKind::NotFound);
@@ -184,8 +183,8 @@ pub(super) fn prepare(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     write(names, &Path::new(LAYOUT).with_extension("new"), Path::new(LAYOUT), "list\n")
 }
 
-/// Gives up what an unusable list said: from here on no raw image is frozen. What there was is kept beside
-/// it. Under the store's lock.
+/// Discards an unusable list: from here on no raw image is frozen. The old list is kept beside it. Under the
+/// store's lock.
 pub(super) fn forget(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     let aside = Path::new(FROZEN_NOTES).with_extension("toml.discarded");
     match names.rename(Path::new(FROZEN_NOTES), &aside, Existing::Replace) {

@@ -1,7 +1,7 @@
-//! Which disk of which chain is meant: an identity that never comes to stand for other bytes.
+//! The identity of a disk of a chain: it never stands for other bytes.
 //!
-//! A name alone would not do: a layer that somebody else has changed, or another one that has taken its name,
-//! is another disk to everybody who has cached anything of the first.
+//! A name alone is not enough: a layer that another process has changed, or another one that has taken its
+//! name, is another disk for every cache of the first.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
@@ -25,19 +25,18 @@ pub struct ViewId {
     pub chain: Arc<PathBuf>,
     /// The view's name, without suffix.
     pub name: Arc<[u8]>,
-    /// Which disk it is.
+    /// The disk's identity.
     pub part: ViewIdentity,
 }
 
-/// Which disk a view is, as an identity: the image that is its top layer, and which state of it.
+/// The identity of a view's disk: the image that is its top layer, and the state of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ViewIdentity {
-    /// The active disk, by the store's number for it: its content changes, and so may the image that is its
-    /// top layer; its number stays.
+    /// The active disk, by its number in the store: its content changes, and so may its top image; its number
+    /// stays.
     Active(u64),
-    /// A frozen layer, by the versions of its file and of those below. All of them: two openings of
-    /// one number share the kernel's page cache, also when one of them still reads a file that
-    /// has been replaced since.
+    /// A frozen layer, by the versions of its file and of those below. All of them: two handles of one inode
+    /// number share the kernel's page cache, even if one of them still reads a replaced file.
     Frozen(ObjectId, u64),
     /// An internal snapshot, by a digest of its entry in the table and of the files below.
     Snapshot(ObjectId, u64),
@@ -45,10 +44,10 @@ pub enum ViewIdentity {
     VmState(ObjectId, u64),
 }
 
-/// A disk, found in the catalog of the moment.
+/// A disk, found in the current catalog.
 #[derive(Debug)]
 pub struct FoundView {
-    /// Where it was found.
+    /// The catalog in which it was found.
     pub catalog: Arc<Catalog>,
     /// The views of its chain.
     pub views: Arc<ChainViews>,
@@ -57,7 +56,7 @@ pub struct FoundView {
 }
 
 impl ViewId {
-    /// Whether it is the disk that may be written.
+    /// Whether it is the writable disk.
     pub fn is_active(&self) -> bool {
         matches!(self.part, ViewIdentity::Active(_))
     }
@@ -98,7 +97,7 @@ impl Store {
                 ViewIdentity::Snapshot(image.stat.id, digest(snapshot, views.state(view.layer + 1)))
             }
             None if view.active => ViewIdentity::Active(self.active_number(image.stat.id)),
-            // X3: the versions of its files are part of what it is.
+            // X3: the versions of its files are part of its identity.
             None => ViewIdentity::Frozen(image.stat.id, views.state(view.layer)),
         };
         ViewId { chain: Arc::clone(chain), name: view.name.as_slice().into(), part }
@@ -107,7 +106,7 @@ impl Store {
     /// The disk of that identity; `Stale` if there is no such disk any more.
     pub fn find_view(&self, id: &ViewId) -> Result<FoundView> {
         let catalog = self.catalog();
-        let leaf = catalog.chain(&id.chain).ok_or_else(|| stale("the chain has gone"))?;
+        let leaf = catalog.chain(&id.chain).ok_or_else(|| stale("the chain was removed"))?;
         let views = self.chain_views(&catalog, leaf);
         let view =
             views.find(&id.name).cloned().ok_or_else(|| stale("the disk is no longer part of its chain"))?;
@@ -132,16 +131,16 @@ impl Store {
 
     /// Opens an active disk.
     pub fn open_writable(self: &Arc<Self>, id: &ViewId, access: Access) -> Result<ActiveHandle> {
-        // Whether other images stand on it by now, or it was frozen, does not show on the image itself,
-        // and news may not have come yet.
+        // New overlays of it, or a freeze mark in the list, do not show in the image itself, and the change
+        // notification may be late.
         if access.writes() && !matches!(id.part, ViewIdentity::Active(number) if self.is_written(number)) {
             self.rescan()?;
         }
         self.opening(id, |found| self.open_active(&found.catalog, found.layers(), access))
     }
 
-    /// Opens what is found; looks again where a file has changed since it was looked up
-    /// and nobody has told us yet.
+    /// Opens what `open` finds; scans again where a file has changed since its lookup and the notification is
+    /// late.
     fn opening<T>(&self, id: &ViewId, open: impl Fn(&FoundView) -> Result<T>) -> Result<T> {
         let mut attempts = 0;
         loop {
@@ -161,7 +160,7 @@ impl Store {
     }
 }
 
-/// That something is no longer what it was.
+/// The error for an outdated lookup.
 pub fn stale(fact: &str) -> Error {
     Error::new(ErrorKind::Stale, format!("{fact}; look it up again"))
 }

@@ -1,9 +1,9 @@
-//! Intents: what was begun and is not finished, as small durable notes in the store.
+//! Intents: small durable records of unfinished commands in the store.
 //!
-//! Promises: an intent is on disk, whole, before the first step that it speaks of, and goes after the last;
-//! its owner holds a lock on it all the while, and only who gets that lock may take it up. What an
-//! intent spoils is not shown by anybody who scans the store, until it is gone. How its steps are done is for
-//! others; each of them can be told, from the files alone, to be done or not.
+//! Promises: an intent is on disk, completely, before the first step that it records, and is removed after
+//! the last. Its owner holds a lock on it throughout, and only the holder of that lock may resume it. Views
+//! that an intent invalidates are not shown to any scan of the store until the intent is removed. Other
+//! modules carry out the steps; the files alone show which steps are done.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -32,57 +32,58 @@ use super::operation::{Effects, Operation};
 
 use super::trust;
 
-/// What marks a directory as a store.
+/// The directory that marks a store.
 pub const MARKER: &str = ".chainfs";
-/// Where intents are kept beneath the marker.
+/// The directory of intents beneath the marker.
 const INTENTS: &str = ".chainfs/intents";
-/// Where they are kept beside an image that is in no marked store.
+/// The directory of intents beside an image in no marked store.
 const STRAY_INTENTS: &str = ".chainfs-intents";
 const LOCK: &str = ".chainfs/lock";
-/// Its name alone: it says nothing by being opened and closed.
+/// The name alone: opening and closing it changes nothing.
 pub(super) const LOCK_NAME: &[u8] = b"lock";
 const STRAY_LOCK: &str = ".chainfs-lock";
-/// Whether a name is one of those under which chainfs keeps what it knows of a store.
+/// Whether a name is one of those under which chainfs keeps its own files in a store.
 pub(super) fn is_own_name(name: &[u8]) -> bool {
     [MARKER, STRAY_INTENTS, STRAY_LOCK].iter().any(|own| own.as_bytes() == name)
 }
 
-/// Written down in each intent. One of another version is not understood, and hides the whole store.
+/// Written in each intent. An intent of another version cannot be parsed, and hides the whole store.
 const VERSION: u32 = 2;
-/// What is said of intents that may be another's words.
-pub(super) const UNTRUSTED: &str = "notes commands that were begun, and nothing of it is carried out";
-/// Longer notes are not ours.
+/// The problem of intents that another user may have written.
+pub(super) const UNTRUSTED: &str = "records commands that were begun, and none is resumed";
+/// Longer files are no intents.
 const MAX_LEN: u64 = 4 << 20;
-/// How the file of an intent begins, and what its owner writes over that before he takes it away: who has
-/// seen it can tell whether it went in order, or was removed by somebody who should not.
+/// The first line of an intent's file, and the line that its owner writes over it before removing it: an
+/// observer can tell whether it was ended, or removed by another process.
 const BEGUN: &str = "# begun\n";
 const ENDED: &str = "# ended\n";
 const _: () = assert!(BEGUN.len() == ENDED.len());
-/// Intents of others that are kept open for that, at most: each costs a descriptor.
+/// Maximum number of intents of others that are kept open for that: each costs a descriptor.
 const MOST_SEEN: usize = 64;
-/// Former files of one intent that are kept, at most. Who has missed as many knows nothing of it.
+/// Maximum number of former files of one intent that are kept. An observer that has missed that many does not
+/// know the intent.
 const MOST_FORMER: usize = 16;
-/// For how long the store's lock is waited for: it is held for moments.
+/// How long to wait for the store's lock: it is held for moments.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The same for a job that has done hours of work.
 const JOB_PATIENCE: Duration = Duration::from_hours(1);
 
-/// After how long what was refused because of somebody else is tried again.
+/// Interval of retries after a refusal that another process caused.
 const RETRY: Duration = Duration::from_secs(3);
 
-/// What was begun.
+/// The record of a command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intent<O = Operation> {
     version: u32,
-    /// Its own file: in a store that was copied it is another one. None before it is written.
+    /// The identity of its own file: a copied store has another one. None before it is written.
     #[serde(default, with = "identity_option", skip_serializing_if = "Option::is_none")]
     pub(super) own: Option<Identity>,
     /// The command's words.
     pub command: String,
-    /// The chain that was asked, by its path in the mount.
+    /// The chain of the command, by its path in the mount.
     #[serde(with = "encoded")]
     pub chain: PathBuf,
-    /// What it was.
+    /// Its operation.
     #[serde(flatten)]
     pub operation: O,
 }
@@ -172,8 +173,8 @@ impl Intent {
         toml::to_string(self).expect("strings, numbers and tables")
     }
 
-    /// Reads the text of its file. Whatever is missing makes it one that is not understood: its own identity,
-    /// and evidence for each file.
+    /// Parses the text of its file. A missing part makes it invalid: its own identity, and evidence for each
+    /// file.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
         #[derive(Deserialize)]
         struct IntentHeader {
@@ -213,7 +214,7 @@ impl<O> Intent<O> {
         Intent { version: *version, own: *own, command: command.clone(), chain: chain.clone(), operation }
     }
 
-    /// All files that it speaks of as being changed, renamed or removed, or as what that rests on.
+    /// All files that it changes, renames or removes, or on which these depend.
     pub(crate) fn files(&self) -> Vec<&FileRef>
     where
         O: Effects,
@@ -222,39 +223,39 @@ impl<O> Intent<O> {
     }
 }
 
-/// Files that ought to be intents, and what is wrong with each.
+/// Files that should be intents, and what is wrong with each.
 pub(super) type UnreadableIntents = Vec<(PathBuf, String)>;
 
-/// An intent as it is found in a store.
+/// An intent as found in a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FoundIntent {
     /// The name of its file.
     pub name: OsString,
-    /// What it says. Of a copied store: with the files that were found to be those that it names.
+    /// Its content. In a copied store: with the files that were found to be the named ones.
     pub intent: Intent,
-    /// Whether the store was copied since: neither devices nor inode numbers say anything then.
+    /// Whether the store was copied since: then devices and inode numbers do not match.
     pub is_copied: bool,
-    /// Whether it may be carried out. If not, others may have written it: it only hides what it may have
-    /// spoilt.
+    /// Whether it may be resumed. If not, other users may have written it: it only hides views that it may
+    /// have invalidated.
     pub is_trusted: bool,
 }
 
-/// Why commands that were begun were not taken up, by the names of their intents.
+/// Why commands were not resumed, by the names of their intents.
 type ResumeRefusals = Arc<Mutex<HashMap<OsString, ResumeRefusal>>>;
 
 #[derive(Debug)]
 struct ResumeRefusal {
     sentence: String,
-    /// Whether trying again, as things are, comes to the same.
+    /// Whether a retry would be refused again.
     is_final: bool,
     when: Instant,
 }
 
-/// The intents of this process, by name, and the claims on them: known also where somebody has removed their
+/// The intents of this process, by name, and their locks: known even if another process has removed their
 /// files.
 type LiveIntents = Arc<Mutex<HashMap<OsString, LiveIntent>>>;
 
-/// Intents of others that have been seen, by name.
+/// Intents of other processes that have been seen, by name.
 type SeenIntents = Arc<Mutex<HashMap<OsString, SeenIntent>>>;
 
 #[derive(Debug)]
@@ -266,7 +267,7 @@ struct SeenIntent {
 }
 
 impl SeenIntent {
-    /// Whether somebody has removed its file, and its owner has not.
+    /// Whether another process has removed its file, and its owner has not.
     fn is_lost(&self) -> bool {
         // One that has a name was given another, which says that nobody wants it any more.
         let has_name = self.file.stat().is_ok_and(|stat| stat.link_count > 0);
@@ -279,17 +280,17 @@ impl SeenIntent {
 #[derive(Debug)]
 struct LiveIntent {
     intent: Intent,
-    /// Held for as long as it is.
+    /// Held while the intent exists.
     claim: FileLock,
-    /// The same for the files that it had before it was written anew: who has seen one of those alone,
-    /// because the next was removed too, must not take it for ended before it is.
+    /// The locks of its former files: an observer that has seen one of those alone, because the next was
+    /// removed too, must not take the intent for ended.
     former: Vec<FileLock>,
-    /// Whether its file is being taken away by its owner.
+    /// Whether its owner is removing its file.
     is_ending: bool,
 }
 
 impl LiveIntent {
-    /// It has another file from now on.
+    /// Switches to another file.
     fn replace(&mut self, intent: Intent, claim: FileLock) {
         self.intent = intent;
         self.former.push(std::mem::replace(&mut self.claim, claim));
@@ -304,23 +305,23 @@ impl LiveIntent {
     }
 }
 
-/// Where the intents and the lock of a store are: at the store's own directory, or for a single image at the
-/// nearest marked one above it.
+/// The directory of a store's intents and lock: the store's own, or for a single image the nearest marked one
+/// above it.
 #[derive(Clone, Debug)]
 pub struct ControlDir {
     /// The directory.
     pub root: Arc<dyn Backend>,
     /// The path from there to the store's own directory.
     pub prefix: PathBuf,
-    /// Whether everybody who uses an image of the store is known to lie beneath it.
+    /// Whether all users of the store's images are known to be beneath it.
     pub is_whole: bool,
-    /// Whether what is kept lies beneath the marker.
+    /// Whether its files are beneath the marker.
     is_marked: bool,
     live: LiveIntents,
     seen: SeenIntents,
     refused: ResumeRefusals,
     is_leaving: Arc<AtomicBool>,
-    /// Whether the place for notes was made, and nobody has been told.
+    /// Whether the control directory was created, and not reported yet.
     is_new_place: Arc<AtomicBool>,
 }
 
@@ -339,7 +340,7 @@ impl ControlDir {
         }
     }
 
-    /// Who waits for the store's lock gives up: its holder may be stopped, and the store is to be let go of.
+    /// Ends waiting for the store's lock: its holder may be stopped, and the store is being closed.
     pub(crate) fn leave(&self) {
         self.is_leaving.store(true, Ordering::Release);
     }
@@ -387,12 +388,12 @@ impl ControlDir {
         Ok(Self::at(open(&marked)?, prefix.to_path_buf(), true))
     }
 
-    /// Whether it is a directory that bears, or may bear, a store's marker.
+    /// Whether it is a directory that has, or may have, a store's marker.
     pub(super) fn is_marked(&self) -> bool {
         self.is_marked
     }
 
-    /// Where intents are kept.
+    /// The directory of intents.
     fn intents(&self) -> &'static Path {
         Path::new(if self.is_marked { INTENTS } else { STRAY_INTENTS })
     }
@@ -406,13 +407,13 @@ impl ControlDir {
             .collect()
     }
 
-    /// Fails if what is kept here may be another's word.
+    /// Fails if another user may have written these files.
     pub(super) fn check_trust(&self) -> Result<()> {
         let own = Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS });
         trust::check(&*self.root, own).and_then(|()| trust::check(&*self.root, self.intents()))
     }
 
-    /// Makes sure that there is a place for intents and notes, and a list of what is frozen.
+    /// Creates the directories for intents and notes, and the freeze list, if missing.
     pub fn prepare(&self, names: &dyn Directory) -> Result<()> {
         let has_place = self.root.stat(self.intents()).is_ok();
         if !has_place {
@@ -427,7 +428,7 @@ impl ControlDir {
         if self.is_marked { freeze_list::prepare(self, names) } else { Ok(()) }
     }
 
-    /// Fails if no notes can be written where they are kept.
+    /// Fails if no intents can be written there.
     pub fn check_place(&self) -> Result<()> {
         let own =
             [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
@@ -448,7 +449,7 @@ impl ControlDir {
         Ok(())
     }
 
-    /// What has been made in the user's directory, to be told once.
+    /// The directory created in the user's store, to be reported once.
     pub fn new_place_note(&self) -> Option<String> {
         self.is_new_place.swap(false, Ordering::AcqRel).then(|| self.place_note())
     }
@@ -468,13 +469,13 @@ impl ControlDir {
         }
     }
 
-    /// Takes the store's lock: who holds it may look at who uses what, and change it.
+    /// Takes the store's lock: its holder may look up the users of images, and change files.
     pub fn lock(&self, names: &dyn Directory) -> Result<FileLock> {
         self.lock_within(names, PATIENCE, &|| Ok(()))
     }
 
-    /// The same for a job, which would not give up what it has done because another takes its time; `go_on`
-    /// is asked all the while, and what it fails with ends the waiting.
+    /// The same for a job, which would not discard its work because another process is slow; `go_on` is
+    /// called meanwhile, and its error ends the wait.
     pub fn lock_for_job(&self, names: &dyn Directory, go_on: &dyn Fn() -> Result<()>) -> Result<FileLock> {
         self.lock_within(names, JOB_PATIENCE, go_on)
     }
@@ -488,7 +489,7 @@ impl ControlDir {
         let path = Path::new(if self.is_marked { LOCK } else { STRAY_LOCK });
         let go_on = || {
             if self.is_leaving.load(Ordering::Acquire) {
-                let fact = "is held by another, and the store is being let go of";
+                let fact = "is held by another process, and the store is being closed";
                 return Err(Error::new(ErrorKind::Cancelled, format!("{} {fact}", path.display())));
             }
             go_on()
@@ -517,7 +518,7 @@ impl ControlDir {
         }
     }
 
-    /// Writes an intent, durably, and keeps it ours.
+    /// Writes an intent, durably, and owns it.
     pub fn begin<O: Clone + Into<Operation>>(
         &self,
         names: &dyn Directory,
@@ -536,13 +537,13 @@ impl ControlDir {
         }
     }
 
-    /// Writes one that is ours already anew, durably: at every moment there is the old one or the new.
+    /// Rewrites an intent that this process owns, durably: at every moment there is the old one or the new.
     pub fn rewrite<O: Clone + Into<Operation>>(
         &self,
         names: &dyn Directory,
         owned: &mut OwnedIntent<O>,
     ) -> Result<()> {
-        // Who writes it again because somebody has removed it waits.
+        // A concurrent restore of a removed intent waits.
         let mut live = self.live.lock();
         let operation = owned.intent.operation.clone();
         let (written, claim) =
@@ -558,7 +559,7 @@ impl ControlDir {
         let path = self.intents().join(name);
         let draft = path.with_extension(DRAFT);
         let written = (|| {
-            // Whoever had it before may have been cut off while he wrote it.
+            // The process that had it before may have been interrupted while writing it.
             match names.unlink(&draft) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
                 _ => {}
@@ -585,9 +586,9 @@ impl ControlDir {
         OwnedIntent { path: self.intents().join(name), intent, ownership }
     }
 
-    /// Writes those intents of this process again whose files somebody has removed.
+    /// Writes those intents of this process again whose files another process has removed.
     pub(super) fn restore(&self, names: &dyn Directory) {
-        // Whoever ends one says so here before its file goes.
+        // A thread that ends one records that before its file is removed.
         let mut live = self.live.lock();
         for (name, entry) in live.iter_mut().filter(|(_, entry)| !entry.is_ending) {
             let found = self.root.stat(&self.intents().join(name));
@@ -595,7 +596,7 @@ impl ControlDir {
                 continue;
             }
             tracing::warn!(
-                "{} was removed while its command is at work, and is written again",
+                "{} was removed while its command is running, and is written again",
                 shown_name(name)
             );
             match self.prepare(names).and_then(|()| self.write(names, name, &entry.intent)) {
@@ -605,7 +606,7 @@ impl ControlDir {
         }
     }
 
-    /// Notes that are being written, or were when somebody was cut off.
+    /// Drafts of intents, of running or interrupted processes.
     pub(super) fn drafts(&self) -> Vec<PathBuf> {
         let directories = [self.intents(), Path::new(MARKER)];
         let drafts = directories.into_iter().flat_map(|directory| {
@@ -623,8 +624,8 @@ impl ControlDir {
         drafts.collect()
     }
 
-    /// Takes up an intent that somebody has left. `Busy` if he has not; `Stale` if it is not proven of every
-    /// file that it is the one that was named. Under the store's lock.
+    /// Takes over an intent that its process has left. `Busy` if it has not; `Stale` if any of its files is
+    /// not proven to be the named one. Under the store's lock.
     pub fn take_up(&self, names: &dyn Directory, found: &FoundIntent) -> Result<OwnedIntent> {
         let path = self.intents().join(&found.name);
         let former = self.write_lost(names, &found.name)?;
@@ -633,12 +634,11 @@ impl ControlDir {
         let claim = FileLock::take(file, &path, Duration::ZERO)?;
         // He may have finished it in between.
         if self.root.identify(&path)? != seen {
-            return Err(Error::new(ErrorKind::Stale, format!("{} has changed hands", path.display())));
+            return Err(Error::new(ErrorKind::Stale, format!("{} has another owner now", path.display())));
         }
         let (intent, is_copied, findings) = self.examine(&found.name)?;
         if let Some(doubt) = findings.into_iter().find_map(FileBinding::into_doubt) {
-            let fact =
-                "nothing is written or removed until that is certain: chainfs recover shows what can be done";
+            let fact = "nothing is written or removed until that is certain: see chainfs recover";
             return Err(Error::new(ErrorKind::Stale, format!("{doubt}; {fact}")));
         }
         let mut owned = self.own(&found.name, intent, claim, Vec::from_iter(former));
@@ -649,8 +649,8 @@ impl ControlDir {
         Ok(owned)
     }
 
-    /// Writes an intent again that somebody has removed, and whose owner has ended without having done that.
-    /// Returns the file that it had.
+    /// Writes an intent again that another process has removed, and whose owner has ended without doing that.
+    /// Returns its former file.
     fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<Option<FileLock>> {
         let seen = self.seen.lock();
         let Some(entry) = seen.get(name).filter(|entry| entry.is_lost()) else { return Ok(None) };
@@ -666,8 +666,8 @@ impl ControlDir {
         Ok(Some(claim))
     }
 
-    /// What an intent says, read anew, with the files that are proven to be those that it names; whether the
-    /// store was copied; and what was found of each.
+    /// Reads an intent again, with the files that are proven to be the named ones; whether the store was
+    /// copied; and the result for each file.
     pub fn examine(&self, name: &OsStr) -> Result<(Intent, bool, Vec<FileBinding>)> {
         let path = self.intents().join(name);
         let (mut intent, is_copied, _) = self.read_one(&path).map_err(|reason| {
@@ -677,8 +677,8 @@ impl ControlDir {
         Ok((intent, is_copied, findings))
     }
 
-    /// Whether somebody is at work on an intent. Where nobody can tell, nobody is said to be: who wants to
-    /// take it up asks the lock itself.
+    /// Whether a process is working on an intent. If that is unknown, the answer is no: taking it over checks
+    /// the lock itself.
     pub fn is_owned(&self, found: &FoundIntent) -> bool {
         let path = self.intents().join(&found.name);
         let held = match self.root.open_file(&path) {
@@ -696,7 +696,7 @@ impl ControlDir {
         held.unwrap_or(false)
     }
 
-    /// Notes why an intent was not taken up, for those who look at the store, and whether that lasts. Returns
+    /// Records why an intent was not resumed, for the store's problems, and whether that is final. Returns
     /// whether it is news.
     pub fn note_refusal(&self, name: &OsStr, sentence: String, is_final: bool) -> bool {
         let mut refused = self.refused.lock();
@@ -705,12 +705,12 @@ impl ControlDir {
         is_news
     }
 
-    /// An intent is taken up, or given up.
+    /// An intent is resumed, or discarded.
     pub fn forget_refusal(&self, name: &OsStr) {
         self.refused.lock().remove(name);
     }
 
-    /// Why it was not taken up, if it was tried.
+    /// Why it was not resumed, if it was tried.
     pub fn refusal(&self, name: &OsStr) -> Option<String> {
         self.refused.lock().get(name).map(|refusal| refusal.sentence.clone())
     }
@@ -721,8 +721,8 @@ impl ControlDir {
         refused.get(name).is_some_and(|refusal| refusal.is_final || refusal.when.elapsed() < RETRY)
     }
 
-    /// Puts what nobody wants to be taken up any more, or what is no intent, aside, durably, where nobody
-    /// heeds it. Under the store's lock. Returns its name beneath the guarded directory.
+    /// Moves an intent that the user discards, or a file that is no intent, aside, durably, where it is
+    /// ignored. Under the store's lock. Returns its path relative to the guarded directory.
     pub fn discard(&self, names: &dyn Directory, path: &Path) -> Result<PathBuf> {
         let name = path.file_name().unwrap_or_default();
         if let Ok(file) = self.root.open_file_for_writing(path) {
@@ -737,13 +737,13 @@ impl ControlDir {
         Ok(aside)
     }
 
-    /// Where the intent of that name is, beneath the guarded directory.
+    /// The path of that intent, relative to the guarded directory.
     pub fn path_of(&self, name: &OsStr) -> PathBuf {
         self.intents().join(name)
     }
 
-    /// All intents of the store, and what is wrong with those that make no sense, or cannot be read: nobody
-    /// can tell what those spoil.
+    /// All intents of the store, and the errors of those that are invalid or unreadable: their effects are
+    /// unknown.
     pub(super) fn read(&self) -> (Vec<FoundIntent>, UnreadableIntents) {
         let (mut found, mut problems) = (Vec::new(), Vec::new());
         let trust = self.check_trust();
@@ -799,7 +799,7 @@ impl ControlDir {
             })
             .collect();
         found.extend(lost);
-        // What others have begun stays begun, too, whoever has removed its note.
+        // Commands of other processes stay begun, whoever has removed their intents.
         let mut seen = self.seen.lock();
         let is_here = |found: &[FoundIntent], name: &OsStr| found.iter().any(|found| *found.name == *name);
         seen.retain(|name, entry| is_here(&found, name) && !live.contains_key(name) || entry.is_lost());
@@ -868,16 +868,16 @@ pub(super) fn marked(directory: &Path) -> impl Iterator<Item = &Path> {
     directory.ancestors().filter(|above| above.join(MARKER).is_dir())
 }
 
-/// An intent that is ours to finish.
+/// An intent that this process has to finish.
 #[derive(Debug)]
 pub struct OwnedIntent<O = Operation> {
     path: PathBuf,
-    /// What it says.
+    /// Its content.
     pub intent: Intent<O>,
     ownership: Ownership,
 }
 
-/// Says to this process that an intent is being carried out, until dropped.
+/// Records in this process that an intent is being carried out, until dropped.
 #[derive(Debug)]
 struct Ownership {
     name: OsString,
@@ -902,7 +902,7 @@ impl<O> OwnedIntent<O> {
         OwnedIntent { path, intent: intent.with(operation), ownership }
     }
 
-    /// All is done, or undone: takes the note away, durably.
+    /// The command is done, or undone: removes the intent, durably.
     pub fn end(self, names: &dyn Directory) -> Result<()> {
         if let Some(entry) = self.ownership.live.lock().get_mut(self.name()) {
             entry.is_ending = true;
@@ -913,7 +913,7 @@ impl<O> OwnedIntent<O> {
             _ => {}
         }
         match names.sync(self.path.parent().unwrap_or(Path::new(""))) {
-            // Somebody has removed it with all there was.
+            // Another process has removed all intents.
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             done => done,
         }
@@ -954,7 +954,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_written_intent_is_read_back() {
         let pull = Operation::Pull(PullOperation {
             into: vec![named("a", 1)],
             base: None,
@@ -995,7 +995,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lacks_a_part_is_not_understood() {
+    fn an_intent_without_a_part_is_invalid() {
         let intent = Intent { own: Some(named("own", 9).file), ..commit() };
         let text = intent.text();
         assert!(Intent::parse(&text).is_ok());
@@ -1039,7 +1039,7 @@ mod tests {
             first.prepare(&*names).unwrap();
             let mut owned = first.begin(&*names, "1", &intent).unwrap();
             both_know(true, "begun");
-            // Nobody but the owner sees the second and the third file.
+            // Only the owner sees the second and the third file.
             remove();
             first.restore(&*names);
             first.rewrite(&*names, &mut owned).unwrap();
@@ -1051,7 +1051,7 @@ mod tests {
                 continue;
             }
             drop(owned);
-            both_know(false, "its owner has gone");
+            both_know(false, "its owner has ended");
             first.prepare(&*names).unwrap();
             std::fs::write(place.path().join(".chainfs/intents/1.new"), "# beg").unwrap();
             let found = other.read().0;
@@ -1059,7 +1059,7 @@ mod tests {
             std::fs::write(place.path().join(".chainfs/intents/1.new"), "# beg").unwrap();
             other.rewrite(&*names, &mut owned).unwrap();
             remove();
-            known(&third, true, "taken up, and removed");
+            known(&third, true, "resumed, and removed");
             owned.end(&*names).unwrap();
             assert!(third.read().0.is_empty(), "taken up, and ended");
         }
@@ -1080,7 +1080,7 @@ mod tests {
         assert_eq!((found.len(), problems.len(), &found[0].intent.operation), (1, 0, &intent.operation));
         assert!(guard.is_owned(&found[0]));
         assert_eq!(guard.take_up(&*names, &found[0]).unwrap_err().kind(), ErrorKind::Busy);
-        // Somebody removes what he should not.
+        // Another process removes it.
         std::fs::remove_dir_all(place.path().join(".chainfs")).unwrap();
         assert_eq!(guard.read().0.len(), 1, "who is at work knows");
         guard.restore(&*names);

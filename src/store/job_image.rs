@@ -1,8 +1,8 @@
-//! An image below the active layer in the hands of a job: the only one who writes it.
+//! An image below the active layer that a job writes exclusively.
 //!
-//! Promises: from the opening on it carries QEMU's writer locks, beside those of our own readers; it is the
-//! very file that the catalog speaks of; and when the job is done, whoever opens it next sees what the job
-//! has made of it. That no view of those readers changes is the job's to see to.
+//! Promises: from the opening on it has QEMU's writer locks, beside those of this process's readers; it is
+//! the file of the catalog; and when the job is done, its next opening sees the job's changes. The job itself
+//! guarantees that no view of those readers changes.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,12 +38,11 @@ pub enum CachePolicy {
 }
 
 impl Store {
-    /// Opens an image for a job. `Busy` if another process uses it, `Stale` if it is not what the catalog
-    /// says.
+    /// Opens an image for a job. `Busy` if another process uses it, `Stale` if it differs from the catalog.
     pub fn take_image(self: &Arc<Self>, catalog: &Catalog, index: ImageIndex) -> Result<JobImage> {
         let entry = &catalog.images[index];
         if entry.place.root != 0 {
-            let fact = "lies outside of the store, in a directory that is only read";
+            let fact = "lies outside of the store, in a read-only directory";
             return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", entry.shown())));
         }
         let (mut reads, mut forced) = (Vec::new(), None);
@@ -109,24 +108,23 @@ impl JobImage {
         Ok(writer)
     }
 
-    /// Has it described anew for those who open it from now on: what was written is in the file, and what was
-    /// kept of its tables is not that.
+    /// Reopens it for later openers: the writes are in the file, and cached tables are stale.
     pub fn describe_anew(&self) -> Result<()> {
         self.store.opened.keep(&self.store.described_anew(&self.image)?);
         Ok(())
     }
 
-    /// What it is by now: the image as its file describes it, its locks and its writer.
+    /// Its current parts: the image as its file describes it, its locks and its writer.
     pub(super) fn into_parts(self) -> Result<(OpenImage, Vec<WriteLock>, Arc<Writer>)> {
         let image = self.store.described_anew(&self.image)?;
-        let writer = self.writer.expect("a disk falls onto what was written");
+        let writer = self.writer.expect("the base of an active commit was written");
         Ok((image, self.locks, writer))
     }
 
-    /// All that was written is durable: from now on it is a layer like any other.
+    /// All writes are durable: from now on it is an ordinary layer.
     pub fn finish(self) -> Result<()> {
         let Self { store, writer, image, locks, reads } = self;
-        // The descriptor goes before the file's looks are noted: closing may be what changes them.
+        // The descriptor is closed before the file's attributes are recorded: closing may change them.
         drop(writer);
         for file in image.files() {
             let before = file.expected_stat();

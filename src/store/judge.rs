@@ -1,8 +1,8 @@
-//! Who may do what with the images of a store, as of one moment: the rule of [`rights`](super::rights), asked
-//! of every directory on the way as well.
+//! Access rights to the images of a store, as of one moment: the rule of [`rights`](super::rights), applied
+//! to every directory of the path as well.
 //!
-//! Promises: what cannot be looked at lets nobody in but the administrator. Nothing is opened but by
-//! `O_PATH`.
+//! Promises: a file that cannot be checked is accessible to the administrator only. Files are opened with
+//! `O_PATH` only.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -18,7 +18,7 @@ use super::rights::{Class, READ, SEARCH, Subject, WRITE};
 use super::trash::TrashItem;
 use super::users::groups_of;
 
-/// What it takes to come to a file, and what the file is; `None` where that could not be found out.
+/// The permissions on the path to a file, and the file's own; `None` where unknown.
 type PathRights = Option<Arc<PathPermissions>>;
 
 #[derive(Debug)]
@@ -27,7 +27,7 @@ struct PathPermissions {
     file: Arc<Permissions>,
 }
 
-/// Looks at permissions once and remembers them: for one question, or for a moment.
+/// Reads permissions once and caches them: for one query, or for a moment.
 #[derive(Debug)]
 pub struct AccessJudge {
     roots: Vec<Arc<dyn Backend>>,
@@ -61,7 +61,7 @@ impl AccessJudge {
         found
     }
 
-    /// The directories that are searched on the way to `place`, and what it is in the end.
+    /// The directories that are searched to reach `place`, and the file at the end.
     fn steps(&self, place: &StorePath) -> Option<(Vec<Arc<Permissions>>, std::path::PathBuf)> {
         let (searched, plain) = self.roots.get(place.root)?.steps(&place.path).ok()?;
         let mut directories = self.above.get(place.root)?.clone()?;
@@ -83,14 +83,14 @@ impl AccessJudge {
     }
 
     fn may(&self, who: &Subject, place: &StorePath, want: u32) -> bool {
-        // A1: each directory on the way, and the file.
+        // A1: each directory on the path, and the file.
         let is_met = |way: Arc<PathPermissions>| {
             way.directories.iter().all(|directory| who.may(directory, SEARCH)) && who.may(&way.file, want)
         };
         who.is_root() || self.way(place).is_some_and(is_met)
     }
 
-    /// Whether a user may come to where a file is, or would be.
+    /// Whether a user may reach the path of a file, existing or not.
     pub(crate) fn may_reach(&self, who: &Subject, place: &StorePath) -> bool {
         let is_open = |(directories, _): (Vec<Arc<Permissions>>, _)| {
             directories.iter().all(|step| who.may(step, SEARCH))
@@ -103,14 +103,14 @@ impl AccessJudge {
         self.may(who, place, READ)
     }
 
-    /// Whether a user may read what has this path in the store.
+    /// Whether a user may read the file at this path of the store.
     pub fn may_read_in_store(&self, who: &Subject, path: &Path) -> bool {
         self.may_read_place(who, &StorePath { root: 0, path: path.to_path_buf() })
     }
 
-    /// Whether a name in the image at `from`, which is a user's, may lead that user to `place`: what is the
-    /// user's own counts whatever its mode says, and directories in which the image itself lies keep nobody
-    /// from anything. Where nothing is, whether the user may see that.
+    /// Whether a name in the image at `from`, which the user owns, may lead that user to `place`: the user's
+    /// own files count whatever their modes, and directories that contain the image itself do not restrict
+    /// its owner. For a missing file, whether the user may see that.
     pub(super) fn counts_for(&self, who: &Subject, from: &StorePath, place: &StorePath) -> bool {
         let passes = |step: &Permissions, want| step.uid == who.uid || who.may(step, want);
         let Some((searched, plain)) =
@@ -133,7 +133,7 @@ impl AccessJudge {
         may_search && self.permissions(place.root, &plain).is_none_or(|file| passes(&file, READ))
     }
 
-    /// Whether a user may read what is in the trash, and could come to where it was.
+    /// Whether a user may read an item of the trash, and could reach its former path.
     pub fn may_see_item(&self, who: &Subject, item: &TrashItem) -> bool {
         let place = |path: &Path| StorePath { root: 0, path: path.to_path_buf() };
         self.may_read_place(who, &place(&item.file())) && self.may_reach(who, &place(&item.path))
@@ -154,8 +154,7 @@ impl AccessJudge {
         places(image).all(|place| self.may(who, place, READ | WRITE))
     }
 
-    /// Whether a user may give a file of this directory another name, remove it, or, where there is no such
-    /// file, make it.
+    /// Whether a user may rename or remove a file of this directory, or, if it does not exist, create it.
     pub(crate) fn may_change_name(&self, who: &Subject, place: &StorePath) -> bool {
         if who.is_root() {
             return true;
@@ -167,8 +166,7 @@ impl AccessJudge {
         steps.iter().all(|step| who.may(step, SEARCH)) && who.may_rename_in(&parent, owner)
     }
 
-    /// What the mode of a disk made of these layers, top first, says: for the owner of the first, its group,
-    /// and all others.
+    /// The mode of a disk of these layers, top first: for the owner of the first, its group, and all others.
     pub fn mode(&self, catalog: &Catalog, layers: &[ImageIndex], is_writable: bool) -> u32 {
         let Some(top) = layers.first().map(|index| &catalog.images[*index]) else { return 0 };
         let Some(own) = self.way(&top.place) else { return 0 };

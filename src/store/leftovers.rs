@@ -1,11 +1,11 @@
-//! Drafts that nobody will finish: what a command had made before its intent was there, when it was cut off.
+//! Abandoned drafts: files that a command had made when it was interrupted before its intent was written.
 //!
-//! Promises: only files of chainfs' own making go, and none that an intent speaks of. Whoever makes a draft
-//! holds the store's lock until an intent speaks of it or it is gone, so that under the lock all others are
-//! nobody's. An image is of our making if its name is exactly one that a command gives, its birth is of the
-//! time that the name says, it has no other name, and it holds nothing or the beginning of a qcow2 image; its
-//! owner tells nothing, for it is that of the image it is made after. All others stay, also where that leaves
-//! a draft behind: in a store that was copied.
+//! Promises: only files made by chainfs are removed, and none that an intent names. A command holds the
+//! store's lock from the creation of a draft until an intent names it or it is removed, so that under the
+//! lock all other drafts are abandoned. An image is a draft of chainfs if its name is exactly one that a
+//! command gives, its birth time matches the time in the name, it has no other name, and it is empty or the
+//! beginning of a qcow2 image; its owner is no evidence, since it is that of the model image. All other files
+//! stay, even if that leaves a draft behind: in a copied store.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -24,19 +24,17 @@ use super::plain::birth_of;
 /// How the names of drafts end.
 pub(super) const DRAFT: &str = "new";
 
-/// How much later than its name says a draft may have been made: whoever makes it may have been stopped
-/// meanwhile.
+/// How much later than its name says a draft may have been made: its process may have been stopped meanwhile.
 const LATEST: Duration = Duration::from_mins(10);
-/// The clock of a file system lags behind by a tick.
+/// The clock of a file system lags by a tick.
 const LAG: Duration = Duration::from_secs(1);
 
-/// The name of a command's intent, different from all others: when it was given, by which process, and a
-/// number.
+/// The name of a command's intent, different from all others: time, process, and a number.
 pub(crate) fn command_name(when: Duration, process: u32, number: u64) -> String {
     format!("{:x}-{process}-{number}", when.as_nanos())
 }
 
-/// When the command was given whose intent has that name.
+/// The time of the command whose intent has that name.
 fn when_named(name: &str) -> Option<Duration> {
     let mut parts = name.split('-');
     let (when, process, number) = (parts.next()?, parts.next()?, parts.next()?);
@@ -51,7 +49,7 @@ pub(crate) fn draft_name(of: &str, number: usize) -> String {
     format!(".chainfs-{of}-{number}.{DRAFT}")
 }
 
-/// When a draft of an image was made, or what a command has put aside was, by its name; `None`: it is
+/// When a draft of an image, or a file that a command has replaced, was made, by its name; `None`: it is
 /// neither.
 fn when_drafted(path: &Path) -> Option<Duration> {
     let name = path.file_name()?.to_str()?;
@@ -60,7 +58,8 @@ fn when_drafted(path: &Path) -> Option<Duration> {
     when_named(command).filter(|_| is_number)
 }
 
-/// Whether a file of that name, among the images, is a draft of an image, or what a command has put aside.
+/// Whether a file of that name, among the images, is a draft of an image, or a file that a command has
+/// replaced.
 pub(crate) fn is_draft(path: &Path) -> bool {
     when_drafted(path).is_some()
 }
@@ -89,11 +88,11 @@ fn doubt(root: &dyn Backend, path: &Path) -> Result<Option<&'static str>> {
     let len = file.read_at(0, &mut head)?;
     // Of what was written right before a power failure there may be zeroes.
     let is_image = head[..len].starts_with(&MAGIC.to_be_bytes()) || head[..len].iter().all(|byte| *byte == 0);
-    Ok((!is_image).then_some("holds something else than a new image"))
+    Ok((!is_image).then_some("holds other data than a new image"))
 }
 
 impl Store {
-    /// Removes drafts that nobody will finish.
+    /// Removes abandoned drafts.
     pub fn sweep(&self) -> Result<()> {
         if self.options.read_only || (self.catalog().drafts.is_empty() && self.guard.drafts().is_empty()) {
             return Ok(());
@@ -104,12 +103,12 @@ impl Store {
         self.rescan()?;
         let (intents, senseless) = self.guard.read();
         let files = intents.iter().flat_map(|found| found.intent.files()).map(|named| named.path.as_path());
-        // What a revert has put aside is its own to remove, or to put into the trash.
+        // A layer that a revert has replaced is removed, or moved to the trash, by the revert.
         let put_aside = intents.iter().flat_map(|found| found.intent.operation.new_tops());
         let spoken_of: HashSet<&Path> = files.chain(put_aside.map(|top| top.frozen.as_path())).collect();
         let images =
             self.catalog().drafts.iter().map(|path| self.guard.prefix.join(path)).collect::<Vec<PathBuf>>();
-        // An intent that cannot be understood may speak of any of them.
+        // An intent that cannot be parsed may name any of them.
         let images =
             images.into_iter().filter(|path| senseless.is_empty() && !spoken_of.contains(path.as_path()));
         let (root, mut ours) = (&self.guard.root, self.guard.drafts());
@@ -117,11 +116,11 @@ impl Store {
             match doubt(&**root, &path) {
                 Ok(None) => ours.push(path),
                 Ok(Some(fact)) => tracing::info!("{} {fact}: it is left alone", shown(&path)),
-                Err(error) => tracing::info!("{}: {error}: it is left alone", shown(&path)),
+                Err(error) => tracing::info!("{}: {error}: not removed", shown(&path)),
             }
         }
         for path in ours {
-            tracing::info!("removing {}, a draft of a command that was cut off", path.display());
+            tracing::info!("removed {}, a draft of an interrupted command", path.display());
             names.unlink(&path)?;
             names.sync(&directory_of(&path))?;
         }

@@ -1,8 +1,8 @@
-//! The store: a directory of images, or one image, and everything that can be seen through it.
+//! The store: a directory of images, or one image, and all views of it.
 //!
-//! Promises: only files beneath the roots are ever opened; a catalog is immutable and replaced
-//! as a whole; nothing is opened that nobody looks at, nor for writing but what somebody writes.
-//! What is shown to users is for others.
+//! Promises: only files beneath the roots are ever opened; a catalog is immutable and replaced as a whole; no
+//! file is opened before its first access, nor for writing before the first writer. Other modules show the
+//! store to users.
 
 mod active;
 mod bind;
@@ -86,9 +86,9 @@ pub use operation::{
 };
 pub use options::{Format, StoreOptions};
 pub use possible_uses::PossibleUse;
-pub use resolve::StorePath;
+pub use resolve::{BrokenLink, StorePath, UnresolvedName};
 pub use rights::Subject;
-pub use scan::{Problem, SPOILT};
+pub use scan::{INVALIDATED_EXTENSION, Problem};
 pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
@@ -101,9 +101,9 @@ use owners::Owners;
 use plain::PlainList;
 use scan::{KnownFiles, Scan, ScanContext};
 
-/// Bytes of chains' names that are kept worked out.
+/// Bytes of cached names of views.
 const CHAINS_KEPT_LEN: usize = 16 << 20;
-/// How many views' flattened maps are kept after their last use.
+/// How many views' flattened maps stay cached after their last use.
 const VIEWS_KEPT: usize = 256;
 
 /// How many files that commands have named are remembered.
@@ -125,11 +125,11 @@ pub struct Store {
     catalog: RwLock<Arc<Catalog>>,
     /// What the last scan knew. Held during a scan: one at a time.
     known: Mutex<Arc<KnownFiles>>,
-    /// Which files have been seen without qcow2's magic. A leaf.
+    /// The files that have been seen without qcow2's magic. A leaf.
     plain: Mutex<PlainList>,
-    /// What lies around it, once somebody has asked. Taken before all that a scan takes.
+    /// The store around it, once it was needed. Taken before all locks of a scan.
     whole: Mutex<Option<Arc<Store>>>,
-    /// The link by which the user has named the one image.
+    /// The link by which the user has named the single image.
     by_link: Option<StorePath>,
     watches: Option<watch::Watches>,
     descriptors: Arc<Descriptors>,
@@ -138,9 +138,10 @@ pub struct Store {
     opened: OpenImages,
     active: ActiveDisks,
     disks: OpenDisks,
-    /// Files that a command has named, and that no scan and no header may lead to. A leaf.
+    /// Files that a command has named, and that no scan or header may reach. A leaf.
     introduced: Mutex<LruCache<StorePath, ()>>,
-    /// States of layers that our own jobs have given another digest, though they show the same bytes. A leaf.
+    /// States of layers that jobs of this process have given another digest without changing their bytes. A
+    /// leaf.
     same_states: Mutex<HashMap<u64, u64>>,
     chain_views: Mutex<Weighted<(u64, ImageIndex), Arc<ChainViews>>>,
 }
@@ -164,7 +165,7 @@ impl Store {
         let (directory, single) = if metadata.is_dir() {
             (path.to_path_buf(), None)
         } else {
-            // Links are the user's own word; the image's directory is where the image itself is.
+            // The user's path may contain links; the image's directory is the one of the image itself.
             let absolute = path.canonicalize().map_err(|error| Error::io("finding the image", error))?;
             let name = absolute.file_name().unwrap_or_default().into();
             let directory = absolute.parent().unwrap_or(Path::new("/")).to_path_buf();
@@ -245,12 +246,12 @@ impl Store {
         &self.roots
     }
 
-    /// Where its intents and its lock are.
+    /// The directory of its intents and its lock.
     pub fn guard(&self) -> &ControlDir {
         &self.guard
     }
 
-    /// The bound on what it has open.
+    /// The limit of its open descriptors.
     pub fn descriptors(&self) -> Arc<Descriptors> {
         Arc::clone(&self.descriptors)
     }
@@ -265,7 +266,7 @@ impl Store {
         names_of(&*self.guard.root)
     }
 
-    /// How it is looked at.
+    /// Its options.
     pub fn options(&self) -> &StoreOptions {
         &self.options
     }
@@ -283,7 +284,7 @@ impl Store {
         Arc::clone(&self.catalog.read())
     }
 
-    /// Looks again, and returns how long that took.
+    /// Scans again, and returns the duration.
     pub fn rescan(&self) -> Result<Duration> {
         let start = Instant::now();
         let mut known = self.known.lock();
@@ -337,23 +338,23 @@ impl Store {
         Ok(start.elapsed())
     }
 
-    /// Writes those intents of ours again whose files somebody has removed.
+    /// Writes those intents of this process again whose files another process has removed.
     pub(crate) fn restore_intents(&self) {
         self.guard.restore(&*self.guard_names());
     }
 
-    /// Writes down which files have been seen without qcow2's magic, where that is wanted and can be done.
+    /// Records the files that have been seen without qcow2's magic, where that is wanted and possible.
     fn remember_plain(&self) {
         let mut plain = self.plain.lock();
         if !self.options.remember || self.options.read_only || !plain.is_ahead() {
             return;
         }
         if let Err(error) = plain.save(&self.guard, &*self.guard_names()) {
-            tracing::info!("which files are raw is remembered for as long as this mount lives only: {error}");
+            tracing::info!("the list of raw files lasts only as long as this mount: {error}");
         }
     }
 
-    /// The views of a chain, worked out once per catalog.
+    /// The views of a chain, computed once per catalog.
     pub fn chain_views(&self, catalog: &Catalog, leaf: ImageIndex) -> Arc<ChainViews> {
         let key = (catalog.serial, leaf);
         if let Some(views) = self.chain_views.lock().get(&key) {
@@ -402,7 +403,7 @@ impl Store {
         }
     }
 
-    /// Follows the disk of a store that is one image to the file at `path`, which is its top from now on.
+    /// Records that the disk of a store that is one image is at `path` from now on.
     pub(in crate::store) fn follow_single(&self, path: &Path) {
         if let Some(place) = &mut *self.single.write() {
             place.path = path.to_path_buf();
@@ -429,23 +430,22 @@ impl Store {
         (from < to).then(|| View::new(view.layers()[from..to].to_vec(), stability, &self.flat))
     }
 
-    /// Why it cannot be noted that a raw file is frozen, if so.
+    /// Why a frozen raw file cannot be recorded, if so.
     pub(crate) fn check_notes(&self) -> Result<()> {
         FreezeList::check(&self.guard)
     }
 
-    /// Why nobody can tell which raw images are frozen, if so.
+    /// Why the list of frozen raw images cannot be used, if so.
     pub fn notes_problem(&self) -> Option<String> {
         FreezeList::read(&self.guard).problem()
     }
 
-    /// Gives up what an unusable list of frozen raw images said. Under the store's lock.
+    /// Discards an unusable list of frozen raw images. Under the store's lock.
     pub fn forget_notes(&self) -> Result<()> {
         freeze_list::forget(&self.guard, &*self.guard_names())
     }
 
-    /// Notes, durably, that a raw file is frozen, or that it is not. `path` lies beneath the guarded
-    /// directory.
+    /// Records, durably, whether a raw file is frozen. `path` is relative to the guarded directory.
     pub fn note_frozen(&self, path: &Path, frozen: Option<&Frozen>) -> Result<()> {
         FreezeList::change(&self.guard, &*self.guard_names(), path, frozen)
     }
@@ -455,18 +455,22 @@ impl Store {
         StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, expect)
     }
 
-    /// The file that `name` in a header at `from` would mean, or the rest of a sentence on why there is none.
-    pub(crate) fn named_by(&self, from: &StorePath, name: &[u8]) -> std::result::Result<StorePath, String> {
+    /// The file that `name` in a header at `from` would name, or the rest of a sentence on why there is none.
+    pub(crate) fn named_by(
+        &self,
+        from: &StorePath,
+        name: &[u8],
+    ) -> std::result::Result<StorePath, UnresolvedName> {
         resolve::resolve(&self.roots, &self.options.maps, from, name)
     }
 
-    /// Why a name that means `to` would not count in an image at `from` that is the user `owner`'s, as the
-    /// rest of a sentence.
+    /// Why a name of `to` would not count in an image at `from` that the user `owner` owns, as the rest of a
+    /// sentence.
     pub(crate) fn uncounted(&self, owner: u32, from: &StorePath, to: &StorePath) -> Option<String> {
         Owners::new(&self.roots, &self.options).refuse(owner, from, to)
     }
 
-    /// For a store that is one image, or lies in a marked one: everything beneath the uppermost marked
+    /// For a store that is one image, or lies in a marked one: all images beneath the uppermost marked
     /// directory, or the one that the user has named, as of now.
     pub(crate) fn whole(&self) -> Result<Option<Arc<Catalog>>> {
         let is_single = self.catalog().single.is_some();
@@ -492,17 +496,17 @@ impl Store {
         Ok(Some(store.catalog()))
     }
 
-    /// Lets the next scans look at a file, wherever beneath the roots it is.
+    /// Adds a file anywhere beneath the roots to the next scans.
     pub(crate) fn introduce(&self, place: StorePath) {
         self.introduced.lock().put(place, ());
     }
 
-    /// Who may do what with its files, as of now.
+    /// The access rights to its files, as of now.
     pub fn judge(&self) -> AccessJudge {
         AccessJudge::new(&self.roots)
     }
 
-    /// Where an image lies on the host.
+    /// The path of an image on the host.
     pub fn host_path(&self, place: &StorePath) -> PathBuf {
         self.roots[place.root].canonical().join(&place.path)
     }

@@ -1,7 +1,7 @@
-//! Names: what a chain and a view are called in the mount.
+//! Names of chains and views in the mount.
 //!
-//! Pure and deterministic. A clash never hides anything: whoever clashes is shown by its full
-//! file name, and where that is not enough by its path.
+//! Pure and deterministic. A clash never hides anything: clashing items are shown by their full file names,
+//! and if that is not enough by their paths.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt;
@@ -11,17 +11,16 @@ use std::path::Path;
 pub const ACTIVE: &[u8] = b"active";
 /// The directory of the store as a whole, in the mount's root.
 pub const STORE_DIRECTORY: &[u8] = b".chainfs";
-/// What chainfs itself keeps in a store begins like this; a scan passes it over.
+/// The prefix of chainfs' own files in a store; a scan skips them.
 pub(super) const OWN_PREFIX: &[u8] = b".chainfs";
 
-/// Bytes of a file name, at most, as Linux has it (`NAME_MAX`).
+/// Maximum length of a file name, as in Linux (`NAME_MAX`).
 const MAX_NAME: usize = 255;
 /// Bytes of `.raw` and of `.vmstate`, which follow a view's name in the mount.
 const DISK_SUFFIX_LEN: usize = 4;
 const VM_STATE_SUFFIX_LEN: usize = 8;
 
-/// Makes any bytes part of a file name: `/` and NUL, which cannot stand in one, are
-/// percent-encoded. An empty name becomes `%`.
+/// Makes any bytes part of a file name: `/` and NUL are percent-encoded. An empty name becomes `%`.
 pub fn encode(bytes: &[u8]) -> Vec<u8> {
     let mut name = Vec::with_capacity(bytes.len());
     for byte in bytes {
@@ -37,8 +36,8 @@ pub fn encode(bytes: &[u8]) -> Vec<u8> {
     name
 }
 
-/// Shortens a name to at most `most` bytes. Two long ones that begin alike stay apart by a hash
-/// of the whole, which is stable over scans.
+/// Shortens a name to at most `most` bytes. A hash of the whole name, which is stable over scans, keeps two
+/// long ones with a common prefix distinct.
 fn fit(mut name: Vec<u8>, most: usize) -> Vec<u8> {
     if name.len() > most {
         let hash = name.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
@@ -66,12 +65,12 @@ pub(super) fn chain_names(leaves: &[&Path], taken: &BTreeSet<Vec<u8>>) -> Vec<Ve
     settle(leaves.len(), &|index, level| chain_forms(leaves[index]).into_iter().nth(level), taken)
 }
 
-/// What the chain of the leaf at `path` may be called, best first.
+/// The possible names of the chain of the leaf at `path`, best first.
 pub(super) fn chain_forms(path: &Path) -> Vec<Vec<u8>> {
     [stem(path), file_name(path)].into_iter().map(|name| fit(whole(encode(name)), MAX_NAME)).collect()
 }
 
-/// A name that stands alone: `.` and `..` mean something else, and are encoded.
+/// A complete name: `.` and `..` have a special meaning, and are encoded.
 fn whole(name: Vec<u8>) -> Vec<u8> {
     if matches!(name.as_slice(), b"." | b"..") { b"%2E".repeat(name.len()) } else { name }
 }
@@ -79,7 +78,7 @@ fn whole(name: Vec<u8>) -> Vec<u8> {
 /// One view to be named: its layer's file and, for an internal snapshot, name and id.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ViewForm<'a> {
-    /// The layer's place in the store.
+    /// The layer's path in the store.
     pub path: &'a Path,
     /// Whether the layer is the active one.
     pub active: bool,
@@ -109,7 +108,7 @@ pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
         if level >= 1 {
             form = [&form, &b"~"[..], &encode(id)].concat();
         }
-        // Ids ought to be unique; where a bad table repeats them, the place in it is.
+        // Ids should be unique; in a bad table that repeats them, the index is used.
         if level >= 2 {
             form.extend_from_slice(format!("~{index}").as_bytes());
         }
@@ -132,8 +131,8 @@ fn layer_forms(view: &ViewForm<'_>) -> Vec<Vec<u8>> {
     forms.into_iter().map(|name| fit(name, MAX_NAME - DISK_SUFFIX_LEN)).collect()
 }
 
-/// Gives each of so many its first form; those that clash, with each other or with `taken`, move to their
-/// next, until nobody does. Forms are made when they are needed: there may be very many, and long ones.
+/// Gives each item its first form; those that clash, with each other or with `taken`, move to their next, until
+/// none does. Forms are made when needed: there may be very many, and long ones.
 fn settle(
     count: usize,
     form: &dyn Fn(usize, usize) -> Option<Vec<u8>>,
@@ -165,7 +164,7 @@ fn settle(
     }
     let mut used = taken.clone();
     for (index, name) in names.iter_mut().enumerate() {
-        // Even the last forms may clash where somebody has set his mind to it; nothing is hidden.
+        // Even the last forms may clash in a crafted store; nothing is hidden.
         while !used.insert(name.clone()) {
             *name = fit([name, format!("~{index}").as_bytes()].concat(), MAX_NAME - VM_STATE_SUFFIX_LEN);
         }
@@ -188,7 +187,7 @@ mod tests {
         assert_eq!(chains(&["web01.qcow2", "db.raw"], &[]), ["web01", "db"]);
         assert_eq!(chains(&["web01.qcow2", "web01.raw", "db.raw"], &[]), ["web01.qcow2", "web01.raw", "db"]);
         assert_eq!(chains(&["a.qcow2"], &["a"]), ["a.qcow2"]);
-        // A full name that somebody else's stem would take moves that one on, too.
+        // A full name that another item's stem would take moves that one on, too.
         assert_eq!(chains(&["x.qcow2", "x.raw", "x.raw.img"], &[]), ["x.qcow2", "x.raw", "x.raw.img"]);
     }
 
@@ -219,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_stand_in_a_name_is_encoded_and_nothing_else() {
+    fn only_invalid_bytes_of_a_name_are_encoded() {
         assert_eq!(encode(b"100%"), b"100%");
         assert_eq!(encode(b"%2F\n\xff"), b"%2F\n\xff");
         assert_eq!(encode(b"a/b\0c"), b"a%2Fb%00c");

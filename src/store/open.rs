@@ -1,7 +1,7 @@
-//! Opening a view: its images, QEMU's reader locks on them, and the disk they make.
+//! Opening a view: its images, QEMU's reader locks on them, and the resulting disk.
 //!
-//! An image stays opened (without costing a descriptor) while its file is unchanged; its serial
-//! number then says to everybody above that what they have cached of it still holds.
+//! An image stays open (without costing a descriptor) while its file is unchanged; its serial number then
+//! tells all upper layers that their caches are still valid.
 
 use std::collections::HashMap;
 use std::num::NonZero;
@@ -26,7 +26,7 @@ use super::open_view::{NewView, OpenState, OpenView, ViewKey, ViewPart, ViewStac
 use super::options::Format;
 use super::resolve::StorePath;
 
-/// How often an image is opened that our own writers leave meanwhile.
+/// Retries of opening an image when a writer of this process closes meanwhile.
 const OPEN_TRIES: usize = 16;
 
 /// What becomes of a view of which a layer is lost.
@@ -64,15 +64,15 @@ impl Drop for DeletionGuard<'_> {
     }
 }
 
-/// An image in use or kept for its next.
+/// An image in use or cached for its next use.
 #[derive(Clone, Debug)]
 pub(super) struct OpenImage {
     pub(super) image: Arc<Image>,
     pub(super) file: Arc<StoreFile>,
     pub(super) data_file: Option<Arc<StoreFile>>,
-    /// Where the files were, for opening them again.
+    /// The paths of the files, for opening them again.
     pub(super) places: (StorePath, Option<StorePath>),
-    /// The format it was opened as: a user's header may have changed its mind.
+    /// The format it was opened as: an option of the user may have changed it.
     pub(super) format: Format,
 }
 
@@ -86,7 +86,7 @@ impl OpenImage {
         std::iter::once(&self.file).chain(&self.data_file)
     }
 
-    /// Whether this is still what a catalog says of the image.
+    /// Whether this still matches the catalog's entry of the image.
     fn is_current(&self, entry: &ImageEntry) -> bool {
         // What we write ourselves is ahead of every scan, and no other file can have its identity.
         let data = entry.data_file.as_ref().map(|(_, stat)| Some(stat.version));
@@ -102,18 +102,18 @@ impl OpenImage {
     }
 
     fn is_at(&self, entry: &ImageEntry) -> bool {
-        // A directory that is renamed takes its files along and leaves no trace on them.
+        // A renamed directory moves its files without changing them.
         Some(self.format) == entry.format && self.places == places(entry)
     }
 
-    /// Whether it is the catalog that is behind: the file is as our own writer has left it.
+    /// Whether the catalog is older: the file is as a writer of this process has left it.
     fn is_ahead(&self, entry: &ImageEntry) -> bool {
         let as_expected = |file: &Arc<StoreFile>| file.is_as_expected().unwrap_or(false);
         self.is_at(entry) && self.files().all(as_expected)
     }
 
-    /// Whether an older look at the image still tells of it what commands go by: a guest that writes it moves
-    /// its tables and marks its bitmaps, and changes nothing else.
+    /// Whether an older catalog entry of the image is still right in the fields that commands use: a guest
+    /// that writes it moves its tables and marks its bitmaps, and changes nothing else.
     fn is_as_told(&self, entry: &ImageEntry) -> bool {
         let now = self.image.header();
         match (now, entry.qcow2()) {
@@ -142,7 +142,7 @@ impl OpenImages {
         }
     }
 
-    /// Keeps an image for its next opening.
+    /// Caches an image for its next opening.
     pub(super) fn keep(&self, open: &OpenImage) {
         self.images.lock().insert(open.file.id(), open.clone());
     }
@@ -184,8 +184,8 @@ impl OpenImages {
         names
     }
 
-    /// Whether an active disk's view (its layers are `layers` by now) has any of `changed` below its top
-    /// layer as that was before.
+    /// Whether an active disk's view (its layers are `layers` by now) has an old opening of any of `changed`
+    /// below its top layer.
     pub(super) fn is_behind(
         &self,
         open: &OpenView,
@@ -206,7 +206,7 @@ impl OpenImages {
         self.images.lock().remove(&id);
     }
 
-    /// Lets go of images that have changed or gone, and of the views that show them.
+    /// Drops images that have changed or are gone, and the views that show them.
     pub(super) fn retire(&self, catalog: &Catalog) {
         let mut images = self.images.lock();
         if images.is_empty() {
@@ -229,9 +229,8 @@ impl OpenImages {
 }
 
 impl Store {
-    /// Opens the view of `layers` (top first) for somebody who looks at it. Where a layer is lost and the
-    /// user wants to salvage what is left, what the layers above it are silent on is an error, and the rest
-    /// can be read.
+    /// Opens the view of `layers` (top first) for a client. If a layer is lost and the user wants to salvage
+    /// the rest, ranges that are unallocated in the layers above it are errors, and the rest can be read.
     pub fn open_shown(
         &self,
         catalog: &Catalog,
@@ -303,7 +302,7 @@ impl Store {
             Some(_) if on_loss == Loss::Salvage => left(catalog, layers),
             below => (below.unwrap_or_default(), None),
         };
-        // An encrypted layer says more than "broken" does.
+        // The error of an encrypted layer says more than "broken".
         for index in below {
             readable(&catalog.images[*index])?;
         }
@@ -345,7 +344,7 @@ impl Store {
         if self.options.force_share && kind == LockKind::Reader {
             return None;
         }
-        // Where it is open, its descriptor carries this process' own locks.
+        // If it is open, its descriptor has this process's own locks.
         let known = self
             .opened
             .images
@@ -361,8 +360,7 @@ impl Store {
         files.iter().find_map(|file| file.locked_out(kind, self.options.lock_support()))
     }
 
-    /// Whether the newest catalog still knows an internal snapshot: else what it held may be somebody else's
-    /// by now.
+    /// Whether the newest catalog still has an internal snapshot: else its clusters may be in use by others.
     fn is_still_there(&self, image: &ImageEntry, snapshot: &Snapshot) -> Result<()> {
         let catalog = self.catalog();
         let now = catalog.images.iter().find(|other| other.stat.id == image.stat.id);
@@ -372,7 +370,7 @@ impl Store {
             return Ok(());
         }
         let name = String::from_utf8_lossy(&snapshot.name).into_owned();
-        Err(Error::new(ErrorKind::Stale, format!("{}@{name} has been deleted; look again", image.shown())))
+        Err(Error::new(ErrorKind::Stale, format!("{}@{name} was deleted; look it up again", image.shown())))
     }
 
     /// Keeps everybody from opening an internal snapshot; `Busy` if somebody has it open.
@@ -404,8 +402,8 @@ impl Store {
         Ok(())
     }
 
-    /// An open image as its file describes it now, after we have changed it ourselves. Through the same
-    /// files: they carry the locks.
+    /// An open image as its file is now, after this process has changed it. Through the same files: they have
+    /// the locks.
     pub(super) fn described_anew(&self, open: &OpenImage) -> Result<OpenImage> {
         let OpenImage { image: old, file, data_file, format, .. } = open;
         let storage: Arc<dyn Storage> = Arc::clone(file) as _;
@@ -447,11 +445,11 @@ impl Store {
                 return Ok(open);
             }
         }
-        let fact = "is opened and closed for writing all the while; try again";
+        let fact = "is being opened and closed for writing; try again";
         Err(Error::new(ErrorKind::Stale, format!("{} {fact}", entry.shown())))
     }
 
-    /// The same; `None` if our own writer has left in between.
+    /// The same; `None` if the writer of this process has closed in between.
     fn try_open_image(
         &self,
         entry: &ImageEntry,
@@ -463,7 +461,7 @@ impl Store {
         let known = self.opened.images.lock().get(&entry.stat.id).cloned();
         let mut is_known = false;
         let open = match known {
-            // One more opening beside ours would be another process to our own locks.
+            // A second open file beside this one would conflict with this process's own locks.
             Some(open) if open.is_current(entry) || open.is_ahead(entry) => {
                 is_known = true;
                 open
@@ -482,7 +480,7 @@ impl Store {
             }
             Err(error) => return Err(error),
         }
-        // Still what was described? Asked only now: before the lock somebody may have written and closed.
+        // Checked only now: before the lock another process may have written and closed it.
         for file in open.files() {
             if !file.is_as_expected()? {
                 return Err(changed(file));
@@ -492,12 +490,12 @@ impl Store {
         if !is_known {
             images.insert(entry.stat.id, open.clone());
         } else if !images.get(&entry.stat.id).is_some_and(|now| Arc::ptr_eq(&now.image, &open.image)) {
-            // What is kept of the tables is from before the writer.
+            // Cached tables are from before the writer.
             return Ok(None);
         }
         drop(images);
-        // A catalog that is older than our own last change will do, if that has changed nothing it is asked
-        // about.
+        // A catalog that is older than this process's last change is good enough, if the change concerns none
+        // of the fields used here.
         if !open.file.is_written() && !open.is_current(entry) && !open.is_as_told(entry) {
             return Err(changed(&open.file));
         }
@@ -521,7 +519,7 @@ impl Store {
     }
 }
 
-/// Of a chain (top first), what lies below its top and can be read, and why that is not all.
+/// The readable layers below the top of a chain (top first), and why some are missing.
 fn left<'a>(catalog: &Catalog, layers: &'a [ImageIndex]) -> (&'a [ImageIndex], Option<String>) {
     for (depth, index) in layers.iter().enumerate() {
         let image = &catalog.images[*index];
@@ -572,7 +570,7 @@ pub(super) fn changed(file: &StoreFile) -> Error {
 /// Why a view cannot be opened now.
 fn hidden(name: &str, found: &FoundIntent) -> Error {
     let fact = format!(
-        "{name} is not shown while this goes on, or until it is taken up again: {}",
+        "{name} is not shown while this command runs, or until it is resumed: {}",
         found.intent.command
     );
     Error::new(ErrorKind::Busy, fact)

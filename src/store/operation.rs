@@ -1,8 +1,8 @@
 //! Operations: what a command that was begun does to the files of a store, one struct each.
 //!
-//! Promises: whatever the store has to know of an unfinished operation it asks through [`Effects`]; no other
-//! file of this layer looks into an operation. The structs are the text of an intent's file: a field that is
-//! renamed or left out changes the format.
+//! Promises: the store queries an unfinished operation through [`Effects`] only; no other file of this layer
+//! interprets an operation. The structs are the text of an intent's file: renaming or removing a field
+//! changes the format.
 
 use crate::io::Existing;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::evidence::{AllowedChange, FileRef};
 use super::intents::{encoded, encoded_option};
-use super::scan::SPOILT;
+use super::scan::INVALIDATED_EXTENSION;
 
-/// What was begun, by its verb.
+/// The operation of a command, by its verb.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verb", rename_all = "lowercase")]
 pub enum Operation {
@@ -25,9 +25,9 @@ pub enum Operation {
     Pull(PullOperation),
     /// A new image is filled, which has no name before it is whole.
     Copy(CopyOperation),
-    /// A disk becomes shorter.
+    /// A disk becomes smaller.
     Shrink(ShrinkOperation),
-    /// It cannot be told. Only in memory.
+    /// Unknown. Only in memory.
     #[serde(skip)]
     Unknown,
 }
@@ -39,7 +39,7 @@ pub struct SnapshotOperation {
     pub seconds: i64,
     /// Nanoseconds of that second.
     pub nanoseconds: u32,
-    /// The user's words.
+    /// The user's description.
     pub description: String,
     /// Each disk that is frozen.
     pub disks: Vec<NewTop>,
@@ -410,6 +410,6 @@ into_operation!(
 pub fn invalidated_name(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".");
-    name.push(SPOILT);
+    name.push(INVALIDATED_EXTENSION);
     path.with_file_name(name)
 }

@@ -1,4 +1,4 @@
-//! What a user can say about a store.
+//! The options of a store.
 
 use crate::io::LockSupport;
 use std::os::unix::ffi::OsStrExt;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use glob::Pattern;
 
 use super::names::OWN_PREFIX;
-use super::scan::{SPOILT, has_extension};
+use super::scan::{INVALIDATED_EXTENSION, has_extension};
 
 /// An image's format, as a header, a name or a user states it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,46 +34,45 @@ impl Format {
     }
 }
 
-/// How a store is to be looked at.
+/// The options of a store.
 #[expect(clippy::struct_excessive_bools, reason = "each is a word of its own to users")]
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
     /// Directories besides the store in which backing files may lie.
     pub backing_dirs: Vec<PathBuf>,
-    /// Prefixes of names in headers and what they stand for now.
+    /// Prefixes of names in headers and their current replacements.
     pub maps: Vec<(PathBuf, PathBuf)>,
     /// Leaves that are never active.
     pub readonly: Vec<Pattern>,
     /// Formats of files whose names match; the first match counts.
     pub formats: Vec<(Pattern, Format)>,
-    /// Files and directories that stand on nothing, though that cannot be told from them.
+    /// Files and directories that use no other image, though that is unknown.
     pub standalone: Vec<Pattern>,
-    /// Whether it is remembered in the store which files have been seen without qcow2's magic.
+    /// Whether the store records which files have been seen without qcow2's magic.
     pub remember: bool,
-    /// Whether a backing file without a format in the header may be judged by its content.
+    /// Whether a backing file without a format in the header may be probed.
     pub probe: bool,
-    /// Whether images that another process writes are opened all the same.
+    /// Whether images that another process writes are opened anyway.
     pub force_share: bool,
-    /// Whether a disk of which a layer is lost is opened all the same, to be read as far as the others hold
-    /// it.
+    /// Whether a disk with a lost layer is opened anyway, to read the data of its other layers.
     pub salvage: bool,
     /// Whether nothing is ever opened for writing.
     pub read_only: bool,
-    /// Whether images are written even where no file locks keep two writers apart.
+    /// Whether images are written even without file locks that keep two writers apart.
     pub no_lock: bool,
     /// Bytes of memory for tables, maps and decompressed clusters.
     pub cache: u64,
-    /// How often to look again where the system does not tell of changes.
+    /// The interval of scans where the system does not report changes.
     pub rescan: Duration,
-    /// Whether the system is asked to tell of changes (inotify).
+    /// Whether the system's change notifications (inotify) are used.
     pub notify: bool,
-    /// For how long layers that a command has removed, and that still show what they did, stay in the trash;
-    /// `None`: they are removed for good.
+    /// How long layers that a command has removed, and that are still valid, stay in the trash; `None`: they
+    /// are removed for good.
     pub trash: Option<Duration>,
-    /// Whether names in images count only if the owners of these may read what they name: where root looks at
-    /// the store, or others are let in.
+    /// Whether names in images count only if the owners of these may read the named files: if root opens the
+    /// store, or other users have access.
     pub owners_count: bool,
-    /// For a store that is one image: the directory that holds everybody who may use it.
+    /// For a store that is one image: the directory with all possible users of it.
     pub whole_store: Option<PathBuf>,
 }
 
@@ -107,16 +106,16 @@ impl StoreOptions {
         if self.no_lock { LockSupport::Optional } else { LockSupport::Required }
     }
 
-    /// What the user says of the format of `path`.
+    /// The format that the user states for `path`.
     pub(super) fn stated_format(&self, path: &Path) -> Option<Format> {
         self.formats.iter().find(|(pattern, _)| matches(pattern, path)).map(|(_, format)| *format)
     }
 
-    /// Whether a file called `path`, an image of `format`, would be taken for one: also when no image names
-    /// it, or only as long as one does (`is_named`). One that nobody names is to be an active disk.
+    /// Whether a file called `path`, an image of `format`, would be probed as that: also if no image names
+    /// it, or only as long as one does (`is_named`). One without an overlay is to be an active disk.
     pub(crate) fn reads_as(&self, path: &Path, format: Format, is_named: bool) -> bool {
         let name = path.file_name().unwrap_or_default().as_bytes();
-        if has_extension(path, SPOILT)
+        if has_extension(path, INVALIDATED_EXTENSION)
             || name.starts_with(OWN_PREFIX)
             || (!is_named && self.is_readonly(path))
         {
@@ -129,7 +128,7 @@ impl StoreOptions {
         }
     }
 
-    /// Whether the user says that `path`, or a directory that holds it, stands on nothing.
+    /// Whether the user states that `path`, or a directory that holds it, uses no other image.
     pub(super) fn is_standalone(&self, path: &Path) -> bool {
         let is_it = |pattern: &Pattern, path: &Path| {
             if path.as_os_str().is_empty() { pattern.as_str() == "." } else { matches(pattern, path) }
@@ -137,13 +136,13 @@ impl StoreOptions {
         self.standalone.iter().any(|pattern| path.ancestors().any(|path| is_it(pattern, path)))
     }
 
-    /// Whether the user wants `path` never to be written.
+    /// Whether the user makes `path` read-only.
     pub(crate) fn is_readonly(&self, path: &Path) -> bool {
         self.readonly.iter().any(|pattern| matches(pattern, path))
     }
 }
 
-/// A pattern without `/` is matched against the file's name, one with against its path in the store.
+/// A pattern without `/` is matched against the file's name, one with `/` against its path in the store.
 fn matches(pattern: &Pattern, path: &Path) -> bool {
     if pattern.as_str().contains('/') {
         return pattern.matches_path(path);

@@ -1,8 +1,8 @@
-//! Whether a name in an image counts: only if the owner of that image may read what it names.
+//! Whether a name in an image counts: only if the owner of that image may read the named file.
 //!
-//! Else anybody could name another user's private disk as a backing file, and have it read, merged and moved
-//! by a mount of root's, or keep its owner from writing it. What is a user's own counts for that user
-//! whatever its mode says.
+//! Otherwise a user could name another user's private disk as a backing file, and have it read, merged and
+//! moved by a mount of root's, or keep its owner from writing it. A user's own file counts for that user
+//! whatever its mode.
 
 use std::cell::OnceCell;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ pub(super) struct Owners<'a> {
     roots: &'a [Arc<dyn Backend>],
     /// Whether it holds: where whoever looks may read more than each owner.
     holds: bool,
-    /// Made when a file is met that is not root's.
+    /// Made when a file is found that is not root's.
     judge: OnceCell<AccessJudge>,
 }
 
@@ -29,8 +29,8 @@ impl<'a> Owners<'a> {
         Self { roots, holds: options.owners_count, judge: OnceCell::new() }
     }
 
-    /// Why a name that means `place` does not count in the image at `from`, which is the user `owner`'s, as
-    /// the rest of a sentence.
+    /// Why a name of `place` does not count in the image at `from`, which the user `owner` owns, as the rest
+    /// of a sentence.
     pub(super) fn refuse(&self, owner: u32, from: &StorePath, place: &StorePath) -> Option<String> {
         if !self.holds || owner == 0 {
             return None;

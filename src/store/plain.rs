@@ -1,11 +1,11 @@
-//! Which files of a store have once been seen without qcow2's magic: what stands in those since, a guest may
-//! have written, and it says nothing of what they are.
+//! The files of a store that have once been seen without qcow2's magic: a header that appears in those later
+//! may be the guest's, and does not decide their format.
 //!
-//! `.chainfs/plain` in the guarded directory: a line that says whose list it is, then one line a file, of
-//! inode number, time of birth, path, and a sum over these. Lines are only ever added. A line that a crash
-//! has cut off is made up for by the next; any other damage makes all files suspect. A file is known again by
-//! inode and birth, by whatever name; in a list that was copied with its store, or where files have no birth,
-//! by its path as well.
+//! `.chainfs/plain` in the guarded directory: a line with the identity of the list, then one line a file, of
+//! inode number, birth time, path, and a checksum over these. Lines are only ever added. A line that a crash
+//! has truncated is completed by the next write; any other damage makes all files suspect. A file is
+//! recognised by inode and birth time, under any name; in a list that was copied with its store, or where
+//! files have no birth time, by its path as well.
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
@@ -17,15 +17,15 @@ use crate::io::{Directory, OpenObject, Timestamp, read_all};
 
 use super::intents::ControlDir;
 
-/// The file, beneath the guarded directory.
+/// The file, relative to the guarded directory.
 pub(super) const PLAIN: &str = ".chainfs/plain";
-/// Its name alone: what is added there changes nothing that is shown.
+/// The name alone: appended lines change nothing that is shown.
 pub(super) const PLAIN_NAME: &[u8] = b"plain";
 const TITLE: &str = "chainfs-plain-1";
-/// Longer lists are not ours.
+/// Longer files are not this list.
 const MAX_LEN: u64 = 1 << 30;
 
-/// A file as the list knows it.
+/// A file in the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PlainFile {
     /// Its number (of a file: inode number).
@@ -43,23 +43,23 @@ pub(super) struct PlainList {
     paths: HashSet<PathBuf>,
     /// Whether the list came with a copy of the store, so that paths are what there is to go by.
     is_copied: bool,
-    /// Why it cannot be believed, if it cannot.
+    /// Why it is damaged, if so.
     damage: Option<String>,
-    /// What is not in the file yet.
+    /// The entries that are not in the file yet.
     new: Vec<PlainFile>,
     /// How much of the file has been read.
     read_len: u64,
 }
 
 impl PlainList {
-    /// Takes in what others have added since the last look. What cannot be read makes all files suspect.
+    /// Reads the entries that other processes have added since. An unreadable list makes all files suspect.
     pub(super) fn refresh(&mut self, guard: &ControlDir) {
         if let Err(error) = self.try_refresh(guard) {
             self.damage = Some(error.to_string());
         }
     }
 
-    /// Why every file is taken for one that was seen without the magic, if so.
+    /// Why every file counts as seen without the magic, if so.
     pub(super) fn damage(&self) -> Option<&str> {
         self.damage.as_deref()
     }
@@ -119,13 +119,13 @@ impl PlainList {
         }
     }
 
-    /// Whether there is something to be written.
+    /// Whether there are entries to write.
     pub(super) fn is_ahead(&self) -> bool {
         !self.new.is_empty()
     }
 
-    /// Adds to the file what is new, durably. Where that cannot be, it is remembered for as long as this
-    /// lives.
+    /// Appends new entries to the file, durably. If that is impossible, they are remembered for the lifetime
+    /// of this process.
     pub(super) fn save(&mut self, guard: &ControlDir, names: &dyn Directory) -> Result<()> {
         if self.new.is_empty() || self.damage.is_some() {
             return Ok(());
@@ -151,7 +151,7 @@ impl PlainList {
         // Replaced by others since it was read, it is not ours to cut.
         let mut lines = bytes.split_inclusive(|byte| *byte == b'\n');
         let is_whole = |line: &[u8]| parsed(line).is_some() || line.last() != Some(&b'\n');
-        // Or the very first line was cut off.
+        // Or the very first line was truncated.
         let title = line(&own, TITLE);
         let is_begun = bytes.contains(&b'\n')
             || title.as_bytes().starts_with(&bytes)
@@ -217,7 +217,7 @@ fn parsed(line: &[u8]) -> Option<PlainFile> {
     Some(PlainFile { number, birth, path: PathBuf::from(std::ffi::OsString::from_vec(path)) })
 }
 
-/// FNV-1a: enough against what a crash leaves of a line.
+/// FNV-1a: enough to detect a line that a crash has truncated.
 fn sum(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |sum, byte| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
 }
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_noted_is_known_by_whoever_reads_the_list() {
+    fn recorded_files_are_known_to_every_reader_of_the_list() {
         let (_place, guard, names) = lab();
         let mut list = PlainList::default();
         let odd = PlainFile {
@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_came_with_a_copied_store_goes_by_paths() {
+    fn a_copied_list_compares_paths() {
         let (place, guard, names) = lab();
         let mut list = PlainList::default();
         list.note(trace(3, "x"));
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_others_that_took_the_place_of_the_list_is_not_cut() {
+    fn a_foreign_file_in_place_of_the_list_is_not_truncated() {
         let (place, guard, names) = lab();
         let mut list = PlainList::default();
         list.note(trace(3, "x"));
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_was_cut_off_is_made_up_for_and_other_damage_makes_all_suspect() {
+    fn a_truncated_line_is_completed_and_other_damage_makes_all_suspect() {
         let (place, guard, names) = lab();
         let path = place.path().join(PLAIN);
         let mut list = PlainList::default();

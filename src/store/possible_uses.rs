@@ -1,8 +1,8 @@
-//! Claims: images that somebody may stand on of whom that cannot be told for sure.
+//! Possible uses: images that a file may use, although that is unknown.
 //!
-//! An image, or whatever could be one, that cannot be read or whose names cannot be followed still counts as
-//! a user of everything that it could stand on. Such images are shown and read as ever; they are not written,
-//! and no command changes them, until the claim is gone. Who makes a claim is named, and what ends it.
+//! A file that could be an image, and cannot be read or whose names cannot be followed, counts as a user of
+//! every image that it could use. Such images are shown and read as usual; they are not written, and no
+//! command changes them, until the possible use is gone. Messages name the file, and the remedy.
 
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
@@ -13,27 +13,27 @@ use crate::io::ObjectId;
 
 use super::catalog::{ImageEntry, ImageIndex, shown};
 
-/// Who may stand on an image.
+/// A possible user of an image.
 #[derive(Clone, Debug)]
 pub struct PossibleUse {
-    /// The file or directory, beneath the store.
+    /// The file or directory, relative to the store.
     pub by: PathBuf,
-    /// Which file that is, where it is one that has been looked at.
+    /// The identity of the file, if it was checked.
     pub(super) owner: Option<ObjectId>,
-    /// Whose it is: it counts for what that user may read.
+    /// Its owner: it counts for the files that this user may read.
     pub(super) uid: u32,
-    /// What it may stand on.
+    /// The images that it may use.
     pub(super) reach: UseReach,
-    /// What is wrong with it, and what helps, to follow its name.
+    /// What is wrong with it, and the remedy, to follow its name.
     pub why: Arc<str>,
 }
 
-/// What somebody may stand on.
+/// The images that a file may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum UseReach {
     /// That image.
     Image(ImageIndex),
-    /// Every image whose file has the last part of this path as its name.
+    /// Every image whose file name is the last component of this path.
     Named(Vec<u8>),
     /// Every image whose file name occurs in this text.
     Mentioned(Vec<u8>),
@@ -41,21 +41,21 @@ pub(super) enum UseReach {
     All,
 }
 
-/// The claims of a store, by the images that they are on.
+/// The possible uses of a store, by image.
 #[derive(Debug, Default)]
 pub(super) struct PossibleUses {
     all: Vec<PossibleUse>,
-    /// Claims on one image each.
+    /// Uses of one image each.
     by_image: HashMap<ImageIndex, Vec<usize>>,
-    /// Claims on any image.
+    /// Uses of any image.
     wide: Vec<usize>,
-    /// By image: files that name it in such a way and whose owners may not read it. They make no claim, but
-    /// nothing is taken from them either.
+    /// By image: files that name it like this and whose owners may not read it. They are no possible users,
+    /// but no command breaks them either.
     uncounted: Vec<(ImageIndex, ObjectId)>,
 }
 
 impl PossibleUses {
-    /// Finds out on which of `images` each claim is. Those that are on none fall away.
+    /// Finds the images of each possible use among `images`. Uses of none are dropped.
     pub(super) fn new(
         claims: Vec<PossibleUse>,
         images: &[ImageEntry],
@@ -76,7 +76,7 @@ impl PossibleUses {
                 !name.is_empty() && text.windows(name.len()).any(|part| part == name)
             };
             let on: Vec<ImageIndex> = match &claim.reach {
-                // Another user's counts for some only.
+                // Another user's counts for some images only.
                 UseReach::All if claim.uid != 0 => (0..images.len()).collect(),
                 UseReach::All => {
                     found.wide.push(number);
@@ -91,7 +91,7 @@ impl PossibleUses {
             };
             let (on, others): (Vec<ImageIndex>, Vec<ImageIndex>) =
                 on.into_iter().filter(is_other).partition(|index| counts(&claim, *index));
-            // Who reaches everything has named nothing.
+            // A file that may use every image has named none.
             if let Some(by) = claim.owner.filter(|_| claim.reach != UseReach::All) {
                 found.uncounted.extend(others.into_iter().map(|index| (index, by)));
             }
@@ -110,12 +110,12 @@ impl PossibleUses {
         &self.all
     }
 
-    /// Images, and files that name them without its counting.
+    /// Images, and files that name them without counting.
     pub(super) fn uncounted(&self) -> &[(ImageIndex, ObjectId)] {
         &self.uncounted
     }
 
-    /// Those on an image.
+    /// The possible uses of an image.
     pub(super) fn on<'a>(
         &'a self,
         index: ImageIndex,
@@ -128,32 +128,32 @@ impl PossibleUses {
 }
 
 impl PossibleUse {
-    /// As a problem of whoever makes it.
+    /// The problem of the file that may use images.
     pub(super) fn problem(&self) -> String {
         let consequence = match &self.reach {
             UseReach::All => {
-                "so that every image of the store may be what it stands on, and none is written or changed"
+                "so every image of the store may be in use by it, and none is written or changed"
             }
             UseReach::Image(_) | UseReach::Named(_) | UseReach::Mentioned(_) => {
-                "so that what it names is neither written nor changed"
+                "so the images that it names are neither written nor changed"
             }
         };
         let (fact, remedy) = self.why.split_once("; ").unwrap_or((&self.why, ""));
         format!("{fact}, {consequence}; {remedy}")
     }
 
-    /// Why an image, which the sentence begins with, is left alone.
+    /// Why an image, which the sentence begins with, must not be changed.
     pub fn sentence(&self, image: &ImageEntry) -> String {
-        format!("{} may be what {} stands on, which {}", image.shown(), shown(&self.by), self.why)
+        format!("{} may be in use by {}, which {}", image.shown(), shown(&self.by), self.why)
     }
 }
 
-/// What ends a claim for sure, for a file that stands on nothing.
+/// The remedy that always ends a possible use, for a file that uses no other image.
 pub(super) fn standalone_remedy(path: &Path) -> String {
-    format!("if it stands on nothing, say so with -o standalone={}", pattern(path))
+    format!("if it uses no other image, say so with -o standalone={}", pattern(path))
 }
 
-/// A pattern that matches the path and nothing else.
+/// A pattern that matches only this path.
 pub(super) fn pattern(path: &Path) -> String {
     let text = if path.as_os_str().is_empty() { ".".to_owned() } else { shown(path) };
     super::catalog::shell_word(&glob::Pattern::escape(&text))
@@ -163,7 +163,7 @@ fn file_name(path: &Path) -> &[u8] {
     path.file_name().map_or(b"", OsStrExt::as_bytes)
 }
 
-/// What stands behind the last separator, also of a system that writes them the other way.
+/// The last component, also with the separator of other systems.
 fn last_part(path: &[u8]) -> &[u8] {
     path.rsplit(|byte| matches!(byte, b'/' | b'\\')).next().unwrap_or_default()
 }

@@ -1,7 +1,7 @@
-//! From a name in a header to a place beneath the roots, or to the reason why not.
+//! Resolves a name in a header to a path beneath the roots, or to the reason for a refusal.
 //!
-//! Only the text is looked at here. Names with a protocol, `json:` descriptions and paths that
-//! leave the roots are refused before anything is asked of the file system.
+//! Only the text is examined here. Names with a protocol, `json:` descriptions and paths that leave the roots
+//! are refused before any access to the file system.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -19,26 +19,66 @@ pub struct StorePath {
     pub path: PathBuf,
 }
 
-/// Resolves `name`, found in the header of the image at `from`. The error is the rest of a
-/// sentence that begins with what the name is for.
+/// Why an image's backing file cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BrokenLink {
+    /// There is no such file.
+    Missing,
+    /// The name leads out of the store.
+    OutsideStore,
+    /// The name is not followed, or the file may not be opened.
+    NotFollowed,
+    /// The backing files form a loop.
+    Loop,
+    /// The chain has too many layers.
+    TooDeep,
+    /// The header states another format than the file's, or none.
+    Format,
+}
+
+/// Why a name in a header leads to no usable file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnresolvedName {
+    /// The kind of failure.
+    pub reason: BrokenLink,
+    /// The rest of a sentence that begins with the name's purpose.
+    pub sentence: String,
+}
+
+impl UnresolvedName {
+    pub(super) fn new(reason: BrokenLink, sentence: impl Into<String>) -> Self {
+        Self { reason, sentence: sentence.into() }
+    }
+
+    pub(super) fn not_followed(sentence: impl Into<String>) -> Self {
+        Self::new(BrokenLink::NotFollowed, sentence)
+    }
+}
+
+impl std::fmt::Display for UnresolvedName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.sentence)
+    }
+}
+
+/// Resolves `name`, found in the header of the image at `from`.
 pub(super) fn resolve(
     roots: &[Arc<dyn Backend>],
     maps: &[(PathBuf, PathBuf)],
     from: &StorePath,
     name: &[u8],
-) -> Result<StorePath, String> {
-    // S1: the text decides first; nothing is asked of the file system.
+) -> Result<StorePath, UnresolvedName> {
+    // S1: the text decides first, without access to the file system.
     if name.starts_with(b"json:") {
-        return Err(
-            "is a json: description, which is never followed; rebase it onto a plain file name".into()
-        );
+        let sentence = "is a json: description, which is never followed; rebase it onto a plain file name";
+        return Err(UnresolvedName::not_followed(sentence));
     }
     if let Some(protocol) = protocol(name) {
         let protocol = String::from_utf8_lossy(protocol).into_owned();
-        return Err(format!(
+        return Err(UnresolvedName::not_followed(format!(
             "names the protocol \"{}\", which is never followed; if it is a file name, write it as ./NAME",
             protocol.escape_debug()
-        ));
+        )));
     }
     let (name, given) = (mapped(maps, name), Path::new(OsStr::from_bytes(name)));
     if name.is_relative() {
@@ -54,15 +94,16 @@ pub(super) fn resolve(
     }
     if name != given {
         let directory = absolute.parent().unwrap_or(&absolute).display();
-        return Err(format!(
+        let sentence = format!(
             "leads out of the store to {} by a map=, and is never followed there; allow that as well with \
              -o backing_dir={directory}",
             absolute.display()
-        ));
+        );
+        return Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence));
     }
-    Err("leads out of the store, and is never followed; move the file into the store, or mount with -o \
-        backing_dir= or map="
-        .into())
+    let sentence = "leads out of the store, and is never followed; move the file into the store, or mount with \
+                    -o backing_dir= or map=";
+    Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence))
 }
 
 /// The directories from which `name` goes up again, as absolute paths: what `..` means there is
@@ -88,7 +129,7 @@ pub(super) fn climbed(
     climbed
 }
 
-/// Links that are followed one after the other, as the kernel does it.
+/// Maximum number of links that are followed, as in the kernel.
 const MAX_LINKS: usize = 40;
 
 /// Where `name` in the header of the image at `from` leads, links and `..` followed as the kernel would, if
@@ -100,7 +141,7 @@ pub(super) fn traced(
     from: &StorePath,
     name: &[u8],
 ) -> Option<StorePath> {
-    // What is still to be walked, the last part first.
+    // The components still to walk, the last one first.
     let parts = |path: &Path| path.iter().rev().map(OsStr::to_os_string).collect::<Vec<_>>();
     let mut at = roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new("")));
     let mut rest = parts(&mapped(maps, name));
@@ -110,8 +151,8 @@ pub(super) fn traced(
             b"/" => at = PathBuf::from("/"),
             b"." => {}
             b".." => {
-                // What is no link for sure: a root and what lies above it, and what has been asked on the
-                // way.
+                // Certainly no links: a root, the directories above it, and those that have been checked on
+                // the way.
                 let is_real = roots.iter().any(|root| root.canonical().starts_with(&at))
                     || beneath(roots, &at).is_some();
                 if !is_real {
@@ -130,7 +171,7 @@ pub(super) fn traced(
                         }
                         rest.extend(parts(&target));
                     }
-                    // By whatever path a root was reached, what lies above it is what lies above it.
+                    // The directories above a root are the same by whatever path it was reached.
                     None => at = root_at(roots, &next).map_or(next, Path::to_path_buf),
                 }
             }
@@ -163,7 +204,7 @@ fn root_at<'a>(roots: &'a [Arc<dyn Backend>], absolute: &Path) -> Option<&'a Pat
     roots.iter().find(|root| root.given() == absolute).map(|root| root.canonical())
 }
 
-/// The names of files in a `json:` description, as far as it gives any; `None` if it cannot be read.
+/// The file names in a `json:` description, if it has any; `None` if it cannot be parsed.
 pub(super) fn names_in_json(name: &[u8]) -> Option<Vec<Vec<u8>>> {
     let value: serde_json::Value = serde_json::from_slice(name.strip_prefix(b"json:")?).ok()?;
     let mut names = Vec::new();
@@ -180,13 +221,13 @@ pub(super) fn names_in_json(name: &[u8]) -> Option<Vec<Vec<u8>>> {
     Some(names)
 }
 
-/// What QEMU takes for a protocol: what stands before the first `:`, if no `/` does.
+/// The protocol as QEMU parses it: the text before the first `:`, if it contains no `/`.
 pub(super) fn protocol(name: &[u8]) -> Option<&[u8]> {
     let end = name.iter().position(|byte| matches!(byte, b':' | b'/'))?;
     (name[end] == b':').then(|| &name[..end])
 }
 
-/// A relative path without `.` and `..`; `None` if it climbs above where it starts.
+/// A relative path without `.` and `..`; `None` if it climbs above its start.
 fn normal(path: &Path) -> Option<PathBuf> {
     let mut plain = PathBuf::new();
     for component in path.components() {
@@ -248,11 +289,11 @@ mod tests {
         assert_eq!(resolve("../../golden/g.raw"), Ok(StorePath { root: 1, path: "g.raw".into() }));
         assert_eq!(resolve(top.join("store/x/../b.raw").to_str().unwrap()), Ok(place("b.raw")));
         assert_eq!(resolve("/old/b.raw"), Ok(place("b.raw")));
-        assert!(resolve("/etc/passwd").unwrap_err().contains("leads out of the store"));
-        assert!(resolve("../../../x").unwrap_err().contains("leads out of the store"));
-        assert!(resolve("json:{}").unwrap_err().contains("json:"));
-        assert!(resolve("nbd://host/x").unwrap_err().contains("protocol \"nbd\""));
-        assert!(resolve("we:ird.raw").unwrap_err().contains("protocol"));
+        assert!(resolve("/etc/passwd").unwrap_err().sentence.contains("leads out of the store"));
+        assert!(resolve("../../../x").unwrap_err().sentence.contains("leads out of the store"));
+        assert!(resolve("json:{}").unwrap_err().sentence.contains("json:"));
+        assert!(resolve("nbd://host/x").unwrap_err().sentence.contains("protocol \"nbd\""));
+        assert!(resolve("we:ird.raw").unwrap_err().sentence.contains("protocol"));
     }
 
     #[test]

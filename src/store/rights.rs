@@ -1,10 +1,10 @@
-//! Who may do what with a file: the kernel's own rule, from what stat(2) and access lists say.
+//! Access rights to a file: the kernel's own rule, from stat(2) and access lists.
 //!
-//! Pure: values in, a decision out. Two questions are answered. May *this* user (exact, as the kernel would
-//! say)? And may *all* of a class (the owner of another file, the members of its group, everybody else)? The
-//! second is what the mode of a disk says, which is made of several files, and errs to the side of no.
+//! Pure: values in, a decision out. Two questions are answered. May *this* user (exact, as in the kernel)?
+//! And may *all* of a class (the owner of another file, the members of its group, all others)? The second one
+//! is for the mode of a disk, which consists of several files, and errs to the side of no.
 //!
-//! Root may everything. Nobody else is taken to have capabilities.
+//! Root may do everything. No other user is assumed to have capabilities.
 
 use crate::io::{AccessEntry, Permissions, Who};
 
@@ -20,7 +20,7 @@ const STICKY: u32 = 0o1000;
 /// A user, as the kernel knows a process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Subject {
-    /// By which files are his.
+    /// The user id.
     pub uid: u32,
     /// All groups, in order.
     pub groups: Vec<u32>,
@@ -68,26 +68,26 @@ impl Subject {
         !is_member && has(other(list), want)
     }
 
-    /// Whether this user may take a name out of `directory`, which a file of `owner` has.
+    /// Whether this user may remove or rename a file of `owner` in `directory`.
     pub fn may_rename_in(&self, directory: &Permissions, owner: u32) -> bool {
         let is_kept = directory.mode & STICKY != 0 && self.uid != owner && self.uid != directory.uid;
         self.may(directory, WRITE | SEARCH) && (self.is_root() || !is_kept)
     }
 }
 
-/// Those to whom one part of a file's mode is said.
+/// The users to whom one part of a file's mode applies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
     /// The owner, who is at least in these groups.
     Owner(Subject),
-    /// All members of a group, but this user.
+    /// All members of a group, except this user.
     Group { uid: u32, gid: u32 },
-    /// Everybody who is neither.
+    /// All other users.
     Other { uid: u32, gid: u32 },
 }
 
 impl Class {
-    /// Whether everybody of the class may do that, in whatever other groups they are.
+    /// Whether every user of the class may do that, in whatever other groups they are.
     pub(crate) fn may(&self, file: &Permissions, want: u32) -> bool {
         match self {
             Class::Owner(subject) => {
@@ -98,7 +98,7 @@ impl Class {
                 subject.may(file, want)
                     && (decided
                         || entries(file).iter().all(|(gid, bits)| {
-                            // Who gets it as a stranger may lose it as a member.
+                            // A right of "others" may be denied to a member of a group.
                             granted_as_member(subject, file, want) || subject.is_in(*gid) || has(*bits, want)
                         }))
             }
@@ -122,12 +122,12 @@ impl Class {
     }
 }
 
-/// Whether a user gets it as a member of a group.
+/// Whether a user has the right as a member of a group.
 fn granted_as_member(subject: &Subject, file: &Permissions, want: u32) -> bool {
     entries(file).iter().any(|(gid, bits)| subject.is_in(*gid) && has(*bits, want))
 }
 
-/// Whether the owner of a file, and those whom its list names, may do that: any of them but `uid` may be of
+/// Whether the owner of a file, and the users in its list, may do that: any of them except `uid` may be of
 /// the class.
 fn owners_may(uid: u32, file: &Permissions, want: u32) -> bool {
     let owner = file.uid == 0 || file.uid == uid || has(file.mode >> 6, want);
@@ -147,7 +147,7 @@ fn has(bits: u32, want: u32) -> bool {
     bits & want == want
 }
 
-/// The access list, where the kernel goes by it: not where the mode says that it gives nothing.
+/// The access list, if the kernel uses it: not if the mode's mask is empty.
 fn list(file: &Permissions) -> Option<&[AccessEntry]> {
     file.list.as_deref().filter(|_| file.mode & 0o070 != 0)
 }
@@ -164,7 +164,7 @@ fn others(file: &Permissions) -> u32 {
     list(file).map_or(file.mode, other)
 }
 
-/// The groups of a list, each with what stands there.
+/// The groups of a list, with their rights.
 fn groups<'a>(file: &'a Permissions, list: &'a [AccessEntry]) -> impl Iterator<Item = (u32, u32)> + 'a {
     list.iter().filter_map(|entry| match entry.who {
         Who::Group => Some((file.gid, entry.bits)),
@@ -173,7 +173,7 @@ fn groups<'a>(file: &'a Permissions, list: &'a [AccessEntry]) -> impl Iterator<I
     })
 }
 
-/// The groups that a file knows, each with what its members get.
+/// The groups of a file, with the rights of their members.
 fn entries(file: &Permissions) -> Vec<(u32, u32)> {
     match list(file) {
         Some(list) => groups(file, list).map(|(gid, bits)| (gid, bits & mask(list))).collect(),

@@ -1,4 +1,4 @@
-//! A store's directory becomes a list of files, each with its own word.
+//! Scans a store's directory into a list of files with their detected content.
 //!
 //! Directories are walked and files described by as many threads as there are processors. A file
 //! whose version has not changed since the last scan is not opened again. What cannot be looked at is
@@ -25,19 +25,19 @@ use super::resolve::StorePath;
 /// A file that may be an image.
 #[derive(Clone, Debug)]
 pub(super) struct ScannedFile {
-    /// Where it is.
+    /// Its path.
     pub place: StorePath,
     /// Its attributes.
     pub stat: ObjectStat,
     /// What it says of itself.
     pub content: DetectedContent,
-    /// Whether it has been seen without qcow2's magic once: what it says may be a guest's word.
+    /// Whether it has once been seen without qcow2's magic: its header may be a guest's.
     pub is_plain: bool,
     /// Whether its name, or that of a directory above, is one of chainfs' own: it is no chain.
     pub is_hidden: bool,
 }
 
-/// What could not be read, and why: it may stand on anything.
+/// A file that could not be read, and why: it may use any image.
 #[derive(Clone, Debug)]
 pub(super) struct Unread {
     /// The file or directory.
@@ -46,29 +46,29 @@ pub(super) struct Unread {
     pub fact: String,
 }
 
-/// Something that could not be shown, and why.
+/// A file that could not be shown, and why.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
-    /// The file, beneath the store.
+    /// The file, relative to the store.
     pub path: PathBuf,
-    /// What is wrong and what to do, to follow the file's name.
+    /// What is wrong and the remedy, to follow the file's name.
     pub sentence: String,
 }
 
-/// All that a scan found.
+/// The result of a scan.
 #[derive(Debug, Default)]
 pub(super) struct Scan {
     /// Files in no particular order.
     pub files: Vec<ScannedFile>,
-    /// What could not be looked at.
+    /// Files that could not be shown.
     pub problems: Vec<Problem>,
     /// Drafts of images.
     pub drafts: Vec<PathBuf>,
-    /// What could not be read: whatever it says of other images is not known.
+    /// Files that could not be read: their references to other images are unknown.
     pub unread: Vec<Unread>,
     /// Symbolic links.
     pub links: Vec<PathBuf>,
-    /// Files that are looked at besides, because a command has named them.
+    /// Additional files, because a command has named them.
     pub introduced: Vec<StorePath>,
 }
 
@@ -83,11 +83,11 @@ pub(super) struct KnownFile {
     is_plain: bool,
 }
 
-/// What a scan is made of besides the directory.
+/// The context of a scan besides the directory.
 pub(super) struct ScanContext<'a> {
-    /// What the last scan knew.
+    /// The results of the last scan.
     pub known: &'a KnownFiles,
-    /// Which files have been seen without the magic.
+    /// The files that have been seen without the magic.
     pub plain: &'a Mutex<PlainList>,
     /// The path from the guarded directory to the store's own.
     pub prefix: &'a Path,
@@ -95,14 +95,14 @@ pub(super) struct ScanContext<'a> {
     pub visit: &'a (dyn Fn(&Path, &dyn OpenDirectory) + Sync),
 }
 
-/// How the names of files end that a commit has left and that show nothing any more.
-pub const SPOILT: &str = "invalid";
-/// How often a directory is listed that does not keep still.
+/// The suffix of files that a commit has left and that are invalid.
+pub const INVALIDATED_EXTENSION: &str = "invalid";
+/// Retries of listing a directory that changes meanwhile.
 const LISTINGS: usize = 8;
-/// Directories below each other, at most; deeper ones are a problem.
+/// Maximum depth of directories; deeper ones are a problem.
 const MAX_NESTING: usize = 64;
 
-/// Threads that walk at the same time, at most: each has a few directories and files open.
+/// Maximum number of scan threads: each has a few directories and files open.
 const MAX_THREADS: usize = 8;
 
 struct ScanWork<'a> {
@@ -112,7 +112,7 @@ struct ScanWork<'a> {
     queue: Mutex<(Vec<PathBuf>, usize)>,
     changed: Condvar,
     found: Mutex<Scan>,
-    /// Why nothing of this scan can be believed.
+    /// Why the result of this scan is unusable.
     failed: Mutex<Option<Error>>,
 }
 
@@ -130,7 +130,7 @@ pub(super) fn scan(root: &dyn Backend, ways: &ScanContext<'_>) -> Result<Scan> {
     let threads = thread::available_parallelism().map_or(2, usize::from).min(MAX_THREADS);
     thread::scope(|scope| {
         for _ in 1..threads {
-            // Where there can be no more threads, there are fewer that work.
+            // If no more threads can be started, fewer do the work.
             if thread::Builder::new().name("scan".into()).spawn_scoped(scope, || work.run()).is_err() {
                 break;
             }
@@ -170,8 +170,7 @@ impl ScanWork<'_> {
         self.found.lock().problems.push(Problem { path, sentence });
     }
 
-    /// Whether it is for want of something that `error` says a thing cannot be read: then the scan comes to
-    /// nothing.
+    /// Whether `error` means that a resource is exhausted: then the scan fails.
     fn is_exhausted(&self, error: &Error) -> bool {
         let is_exhausted = error.kind() == ErrorKind::Exhausted;
         if is_exhausted {
@@ -182,7 +181,7 @@ impl ScanWork<'_> {
     }
 
     fn unread(&self, path: PathBuf, fact: String) {
-        // Of every file system that is a store itself, and nobody's but root's.
+        // On any file system that is a store itself, owned by root only.
         if path.file_name().is_some_and(|name| name == "lost+found") {
             return self.problem(path, fact);
         }
@@ -215,7 +214,7 @@ impl ScanWork<'_> {
                 }
                 continue;
             }
-            if has_extension(&place, SPOILT) {
+            if has_extension(&place, INVALIDATED_EXTENSION) {
                 continue;
             }
             match kind {
@@ -223,7 +222,7 @@ impl ScanWork<'_> {
                 EntryKind::Directory if place.components().count() > MAX_NESTING => {
                     self.unread(
                         place,
-                        format!("lies more than {MAX_NESTING} directories deep, and is not looked into"),
+                        format!("is more than {MAX_NESTING} directories deep, and is not scanned"),
                     );
                 }
                 EntryKind::Directory => self.push(place),
@@ -307,8 +306,8 @@ fn seen(known: &KnownFiles, stat: &ObjectStat) -> Option<(DetectedContent, bool)
     (!matches!(seen.content, DetectedContent::Unseen)).then(|| (seen.content.clone(), seen.is_plain))
 }
 
-/// Whether a file has once been seen without the magic; one that is seen so now is remembered. An empty file
-/// is yet to become something, and a qcow2 image by its name says what it is.
+/// Whether a file has once been seen without the magic; one that is seen so now is recorded. An empty file is
+/// undecided yet, and the name of a qcow2 image decides its format.
 fn recall(
     ways: &ScanContext<'_>,
     file: &dyn OpenObject,
@@ -328,7 +327,7 @@ fn recall(
     is_plain || matches!(content, DetectedContent::Plain)
 }
 
-/// Whether a name on the way is one of those that chainfs gives.
+/// Whether a name on the path is one of chainfs' own.
 fn is_hidden(path: &Path) -> bool {
     path.iter().any(|name| name.as_bytes().starts_with(OWN_PREFIX))
 }
@@ -389,7 +388,7 @@ pub(super) fn has_extension(path: &Path, extension: &str) -> bool {
     path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
 }
 
-/// Whether somebody who chose this name means a disk image.
+/// Whether the name indicates a disk image.
 pub(super) fn looks_like_image(path: &Path) -> bool {
     ["qcow2", "raw", "img"].iter().any(|extension| has_extension(path, extension))
 }

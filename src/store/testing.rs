@@ -1,4 +1,4 @@
-//! A store with one disk, for tests of what looks at it.
+//! A store with one disk, for tests.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Store, StoreOptions, ViewId};
 use crate::image::create::{CreateOptions, initial_image};
 
-/// A store that goes with this, and its only disk, the active one of a chain of one empty image.
+/// A store that exists as long as this, and its only disk, the active one of a chain of one empty image.
 pub(crate) struct OneDisk {
     pub(crate) directory: tempfile::TempDir,
     pub(crate) store: Arc<Store>,

@@ -1,11 +1,11 @@
-//! The store's trash: layers that a command has removed although they still show what they did.
+//! The store's trash: layers that a command has removed although they are still valid.
 //!
-//! `.chainfs/trash/ID` is the file, `.chainfs/trash/ID.toml` says what it was. Promises: what is in the trash
-//! keeps no command from anything, and is no part of any chain; it is restored only onto the very files on
-//! which it stood, and only while nobody but commands that left its bytes alone has written those: else it
-//! says so. What would show something else, because a command changes or removes what lies below it, goes
-//! before that. A note is durable before its file comes, and goes after it. What cannot be put into the trash
-//! is not removed.
+//! `.chainfs/trash/ID` is the file, `.chainfs/trash/ID.toml` its note. Promises: the trash never blocks a
+//! command, and is no part of any chain. An item is restored only onto its own backing files, and only if
+//! these were not written except by commands that kept its bytes; else the reason is reported. An item that
+//! would become invalid, because a command changes or removes a layer below it, is removed before that. A
+//! note is durable before its file is moved, and is removed after it. A file that cannot be moved to the
+//! trash is not removed.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -29,36 +29,36 @@ use super::intents::{FileRef, encoded};
 use super::leftovers::DRAFT;
 use super::options::Format;
 
-/// Where it is, beneath the store.
+/// The directory, relative to the store.
 pub(super) const TRASH: &str = ".chainfs/trash";
-/// How the names of notes end.
+/// The suffix of notes.
 const NOTE: &str = "toml";
-/// Longer notes are not ours.
+/// Longer files are no notes.
 const MAX_LEN: u64 = 64 << 10;
-/// Notes that are read, at most.
+/// Maximum number of notes that are read.
 const MAX_ITEMS: usize = 1 << 16;
 
-/// What the note of a removed layer says.
+/// The note of a removed layer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct TrashRecord {
-    /// Where it was, beneath the guarded directory.
+    /// Its former path, relative to the guarded directory.
     #[serde(with = "encoded")]
     path: PathBuf,
     /// When it was removed: seconds since 1970.
     seconds: u64,
     /// The command that removed it.
     command: String,
-    /// What it is read as: another name may mean another format.
+    /// Its format: another name may imply another format.
     is_raw: bool,
-    /// What it stands on.
+    /// Its backing file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     backing: Option<FileRef>,
-    /// All that lies below it, top first, as that was when it was removed.
+    /// All layers below it, top first, as of its removal.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     below: Vec<TrashBacking>,
 }
 
-/// A file below a layer of the trash: whoever writes it changes these.
+/// A file below a layer of the trash: a write changes these fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct TrashBacking {
     #[serde(with = "identity")]
@@ -84,9 +84,9 @@ impl TrashBacking {
 /// A layer in the trash.
 #[derive(Clone, Debug)]
 pub struct TrashItem {
-    /// By which it is called.
+    /// Its name in the trash.
     pub id: String,
-    /// Where it was, beneath the store.
+    /// Its former path, relative to the store.
     pub path: PathBuf,
     /// When it was removed: seconds since 1970.
     pub seconds: u64,
@@ -94,7 +94,7 @@ pub struct TrashItem {
     pub command: String,
     /// Bytes of its file on disk.
     pub disk_len: u64,
-    /// Why it does not show what it did, or nobody can tell, if so.
+    /// Why it is invalid, or why that is unknown, if so.
     pub problem: Option<String>,
     identity: Identity,
     /// None if the note cannot be read.
@@ -106,7 +106,7 @@ impl TrashItem {
         self.note.as_ref()?.backing.as_ref()
     }
 
-    /// Its file, beneath the guarded directory.
+    /// Its file, relative to the guarded directory.
     pub(crate) fn file(&self) -> PathBuf {
         Path::new(TRASH).join(&self.id)
     }
@@ -132,8 +132,8 @@ impl Store {
         is_near && self.guard.root.shares_blocks()
     }
 
-    /// What is in the trash, oldest first. Notes without a file are nothing; a file of which no note can be
-    /// read is an item that says so.
+    /// The items of the trash, oldest first. Notes without a file are ignored; a file without a readable note
+    /// is an item with a problem.
     pub fn trash(&self) -> Result<Vec<TrashItem>> {
         let root = &self.guard.root;
         self.guard.check_trust()?;
@@ -193,8 +193,7 @@ impl Store {
         toml::from_str(&text).map_err(|error| Error::new(ErrorKind::Corrupt, error.message().to_owned()))
     }
 
-    /// Why an item does not show what it did, or why nobody can tell, if so. What it stands on may be in the
-    /// trash, too.
+    /// Why an item is invalid, or why that is unknown, if so. Its backing file may be in the trash, too.
     fn doubt(&self, catalog: &Catalog, items: &[TrashItem], item: &TrashItem) -> Option<String> {
         let note = item.note.as_ref()?;
         let backing = note.backing.as_ref()?;
@@ -203,9 +202,7 @@ impl Store {
             let is_below = |other: &&TrashItem| other.identity.is(&backing.file);
             return match items.iter().find(is_below) {
                 Some(_) => None,
-                None => {
-                    Some(format!("{name}, on which it stands, is not there any more, or another file by now"))
-                }
+                None => Some(format!("its backing file {name} is missing, or another file by now")),
             };
         };
         let layers = catalog.layers(index);
@@ -216,10 +213,10 @@ impl Store {
         };
         let written = layers.iter().find(|index| !is_as_it_was(index))?;
         let name = catalog.images[*written].shown();
-        Some(format!("{name}, on which it stands, has been written since: it may show other bytes"))
+        Some(format!("its backing file {name} has been written since: it may show other bytes"))
     }
 
-    /// What lies below an image, as it is now.
+    /// The layers below an image, as they are now.
     fn below(&self, catalog: &Catalog, backing: Option<&FileRef>) -> Vec<TrashBacking> {
         let index = backing.and_then(|backing| find(self, catalog, backing));
         let layers = index.map(|index| catalog.layers(index)).unwrap_or_default();
@@ -233,8 +230,8 @@ impl Store {
         layers.iter().map(look).collect()
     }
 
-    /// Puts the file at `at` into the trash, durably: it was at `path` (both beneath the guarded directory),
-    /// and stands on `backing`. Where that cannot be done it stays where it is. Under the store's lock.
+    /// Moves the file at `at` into the trash, durably: it was at `path` (both relative to the guarded
+    /// directory), and is backed by `backing`. If that is impossible the file stays. Under the store's lock.
     pub(crate) fn put_into_trash(
         &self,
         catalog: &Catalog,
@@ -251,14 +248,14 @@ impl Store {
             })
         });
         put.map_err(|error| {
-            let fact = "could not be put into the trash, and is where it was";
+            let fact = "could not be moved to the trash, and stays where it is";
             Error::new(error.kind(), format!("{} {fact}: {error}", shown(at)))
         })?;
         names.sync(Path::new(TRASH))?;
         names.sync(&directory_of(at))
     }
 
-    /// Writes the note of an item that is about to come; where that is to be.
+    /// Writes the note of a new item; returns the item's path.
     fn write_note(
         &self,
         catalog: &Catalog,
@@ -282,7 +279,7 @@ impl Store {
             below: self.below(catalog, backing),
         };
         let text = toml::to_string(&says).map_err(|error| {
-            Error::new(ErrorKind::Unsupported, format!("{} cannot be noted: {error}", shown(path)))
+            Error::new(ErrorKind::Unsupported, format!("{} cannot be recorded: {error}", shown(path)))
         })?;
         let written = (|| {
             let file = names.create(&note, None)?;
@@ -300,7 +297,7 @@ impl Store {
     }
 
     /// Puts a copy of the image into the trash that shares its blocks with it, before a command changes it.
-    /// `None`: the file system cannot do that, and nothing is kept. Returns by what it is called there. Under
+    /// `None`: the file system cannot share blocks, and nothing is kept. Returns its name in the trash. Under
     /// the store's lock.
     pub(crate) fn keep_copy(
         &self,
@@ -335,7 +332,7 @@ impl Store {
         copied.map(|is_copied| is_copied.then_some(id))
     }
 
-    /// An image by its path beneath the guarded directory and by its identity.
+    /// An image by its path relative to the guarded directory and by its identity.
     fn known(&self, image: &ImageEntry) -> FileRef {
         let path = match image.place.root {
             0 => self.guard.prefix.join(&image.place.path),
@@ -365,15 +362,12 @@ impl Store {
             Ok(())
         });
         if let Err(error) = noted {
-            tracing::warn!(
-                "what the trash holds cannot be followed, and will be said to be doubtful: {error}"
-            );
+            tracing::warn!("could not update the trash, so its items will be reported as doubtful: {error}");
         }
     }
 
-    /// Gives a layer of the trash its place in the store again, as a snapshot that nothing stands on; as
-    /// `name`, a file beside that, if it is to be called otherwise. Returns where it is, beneath the guarded
-    /// directory.
+    /// Restores a layer of the trash as a snapshot without overlays, to its former path or to the file `name`
+    /// in the same directory. Returns its path, relative to the guarded directory.
     pub fn restore(self: &Arc<Self>, id: &str, name: Option<&OsStr>) -> Result<PathBuf> {
         let _lock = self.guard.lock(&*self.guard_names())?;
         self.rescan()?;
@@ -388,23 +382,23 @@ impl Store {
             Some(name) => item.path.with_file_name(name),
             None => item.path.clone(),
         };
-        // T1: not where what lies below was replaced, or written by others.
+        // T1: not if a layer below was replaced, or written by another process.
         if let Some(problem) = &item.problem {
-            let fact = "cannot be restored as it was";
+            let fact = "cannot be restored unchanged";
             let remedy = format!("take the file itself, {}, if it is of use", shown(&item.file()));
             return Err(Error::new(ErrorKind::Stale, format!("{id} {fact}: {problem}; {remedy}")));
         }
         let is_raw = item.note.as_ref().is_some_and(|note| note.is_raw);
         let format = if is_raw { Format::Raw } else { Format::Qcow2 };
         if !self.options.reads_as(&path, format, false) {
-            let fact = format!("would not be read as {} by that name; say another one", format.name());
+            let fact = format!("would not be read as {} by that name; choose another", format.name());
             return Err(Error::new(ErrorKind::Usage, format!("{} {fact}", shown(&path))));
         }
         match self.guard.root.stat(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error),
             Ok(_) => {
-                let fact = "is there already; say another name";
+                let fact = "exists already; choose another name";
                 return Err(Error::new(ErrorKind::Exists, format!("{} {fact}", shown(&path))));
             }
         }
@@ -414,7 +408,7 @@ impl Store {
         Ok(path)
     }
 
-    /// What could not be marked when it was removed is marked now.
+    /// Sets the mark if it could not be set on removal.
     fn freeze_restored(self: &Arc<Self>, path: &Path) -> Result<()> {
         let catalog = self.catalog();
         let is_it =
@@ -443,7 +437,7 @@ impl Store {
         self.remove_from_trash(items.iter())
     }
 
-    /// Removes an item again that was put there in vain.
+    /// Removes an item that was put there in vain.
     pub(crate) fn forget_item(&self, id: &str) -> Result<()> {
         self.remove_from_trash(std::iter::once(&self.item(id)?))
     }
@@ -464,11 +458,11 @@ impl Store {
             let id = other.map_or("gone", |other| &other.id);
             let name = shown(&backing.path);
             let fact = "is in the trash as well; restore it first: it is";
-            return Err(Error::new(ErrorKind::Stale, format!("{name}, on which it stands, {fact} {id}")));
+            return Err(Error::new(ErrorKind::Stale, format!("its backing file {name} {fact} {id}")));
         }
         let names = self.guard_names();
         if item.note.as_ref().is_some_and(|note| note.is_raw) {
-            // It cannot say it itself; nobody else is called that.
+            // A raw file has no mark of its own, and no other file has that name.
             self.note_frozen(
                 path,
                 Some(&Frozen {
@@ -502,7 +496,7 @@ impl Store {
         let items = self.trash()?;
         let stands_on_changed = |item: &TrashItem| {
             let mut below = item.backing().cloned();
-            // As many steps as there are items: a file that stands on itself is met and left.
+            // As many steps as there are items: a circular chain ends, too.
             for _ in 0..=items.len() {
                 let Some(backing) = below.take() else { return false };
                 if changed.contains(&backing.file.id()) {
@@ -524,11 +518,11 @@ impl Store {
         Ok(items.iter().filter(|item| stands_on_changed(item)).cloned().collect())
     }
 
-    /// Removes for good what has been in the trash for longer than the user wants.
+    /// Removes items for good that are older than the user wants.
     pub fn sweep_trash(&self) -> Result<()> {
         let Some(days) = self.options.trash.filter(|_| !self.options.read_only) else { return Ok(()) };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        // Nobody can tell whose a file without a note is.
+        // The origin of a file without a note is unknown.
         let is_old = |item: &TrashItem| {
             item.note.is_some() && now.saturating_sub(Duration::from_secs(item.seconds)) > days
         };
@@ -539,7 +533,7 @@ impl Store {
         let items = self.trash()?;
         let old: Vec<&TrashItem> = items.iter().filter(|item| is_old(item)).collect();
         for item in &old {
-            tracing::info!("removing {} from the trash for good ({})", shown(&item.path), item.command);
+            tracing::info!("removed {} from the trash for good ({})", shown(&item.path), item.command);
         }
         self.remove_from_trash(old.into_iter())
     }

@@ -1,9 +1,9 @@
-//! Whose word is taken for what stands in `.chainfs`: intents are carried out, and notes decide what is
-//! written.
+//! Which users are trusted with the files in `.chainfs`: intents are resumed, and notes decide which files
+//! are written.
 //!
-//! Trusted are root, the user who looks at the store, and the owner of the store's directory, who could do
-//! all that without us; and where a group shares the directory, a member of it. What anybody may write is
-//! nobody's word.
+//! Trusted are root, the mounting user, and the owner of the store's directory, who could do all that without
+//! chainfs; and if a group shares the directory, a member of it. A file that any user may write is not
+//! trusted.
 
 use std::path::Path;
 

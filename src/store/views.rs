@@ -1,4 +1,4 @@
-//! The views of one chain: their names, and which layer and internal snapshot each shows.
+//! The views of one chain: their names, and the layer and internal snapshot of each.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -41,14 +41,14 @@ pub struct ChainViews {
     pub layers: Vec<ImageIndex>,
     /// Its views: layers first, from the leaf down, then internal snapshots.
     pub views: Vec<ChainView>,
-    /// Places of all views, by name.
+    /// Indices of all views, by name.
     by_name: Vec<usize>,
-    /// For each layer, a digest of which files there are from it down to the base, and in what version.
+    /// For each layer, a digest of the files from it down to the base, with their versions.
     states: Vec<u64>,
 }
 
 impl ChainViews {
-    /// The views of the chain of that leaf. Images that could not be understood have none.
+    /// The views of the chain of that leaf. Unreadable images have none.
     pub fn new(catalog: &Catalog, leaf: ImageIndex) -> Self {
         let layers = catalog.layers(leaf);
         let mut views = Vec::new();
@@ -91,8 +91,8 @@ impl ChainViews {
         Self { layers, views, by_name, states }
     }
 
-    /// A digest of the files from the layer (counted from the leaf) down to the base: another one
-    /// as soon as any of them has changed. 0 where there is no such layer.
+    /// A digest of the files from the layer (counted from the leaf) down to the base: it changes as soon as
+    /// any of them does. 0 if there is no such layer.
     pub fn state(&self, layer: usize) -> u64 {
         self.states.get(layer).copied().unwrap_or(0)
     }
@@ -111,15 +111,15 @@ impl ChainViews {
         Some(&self.views[self.by_name[place]])
     }
 
-    /// Bytes of memory that all that takes, roughly.
+    /// Approximate memory use.
     pub(super) fn weight(&self) -> usize {
         let names: usize = self.views.iter().map(|view| view.name.len()).sum();
         names + 96 * self.views.len() + 16 * self.layers.len() + 128
     }
 
-    /// Why there is no view of that name among those `wanted`; `subject` is what was asked for it.
+    /// Why there is no view of that name among those `wanted`; `subject` is where it was looked up.
     pub fn unknown(&self, subject: &str, name: &[u8], wanted: impl Fn(&ChainView) -> bool) -> Error {
-        /// Names that are told of, at most.
+        /// Maximum number of names that are listed.
         const TOLD: usize = 20;
         let all: Vec<&ChainView> = self.views.iter().filter(|view| wanted(view)).collect();
         let mut names: Vec<String> = all.iter().take(TOLD).map(|view| view.shown()).collect();

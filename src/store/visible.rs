@@ -1,8 +1,8 @@
-//! A catalog as one user may see it: without what that user may not read.
+//! The catalog that one user may see: without the files that this user may not read.
 //!
-//! Reports are made of it, so that none of them can say more. Promises: an image that is hidden is in no
-//! text, be it by its name, its size or what is kept in it; what stands on it says that its backing file may
-//! not be read, by the name that its own header has.
+//! Reports are made from it, so that none of them can disclose more. Promises: a hidden image appears in no
+//! text, neither its name, its size nor its content; its overlay is reported with an unreadable backing file,
+//! by the name in the overlay's own header.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use super::build::next_serial;
 use super::catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex, count_chains, shown};
 use super::judge::AccessJudge;
-use super::resolve::StorePath;
+use super::resolve::{BrokenLink, StorePath};
 use super::rights::Subject;
 use super::scan::Problem;
 
 impl Catalog {
-    /// What `who` may see of it.
+    /// The part of the catalog that `who` may see.
     #[must_use]
     pub fn shown_to(&self, judge: &AccessJudge, who: &Subject) -> Catalog {
         let kept: Vec<ImageIndex> =
@@ -58,7 +58,8 @@ impl Catalog {
         image
     }
 
-    /// The problems of what the user may read, or of what is not there in a directory that he may list.
+    /// The problems of files that the user may read, or of missing files in a directory that the user may
+    /// list.
     fn problems_shown(
         &self,
         judge: &AccessJudge,
@@ -97,7 +98,7 @@ impl Catalog {
     }
 }
 
-/// What is said of an image whose backing file is not shown.
+/// The backing link of an image whose backing file is hidden.
 fn hidden(image: &ImageEntry) -> BackingLink {
     let name = image
         .qcow2()
@@ -107,6 +108,7 @@ fn hidden(image: &ImageEntry) -> BackingLink {
     let fact = "may not be read by you; ask its owner, or root";
     BackingLink::Broken {
         image: None,
+        reason: BrokenLink::NotFollowed,
         sentence: format!("cannot be read: its backing file \"{name}\" {fact}").into(),
     }
 }

@@ -26,7 +26,7 @@ use super::resolve::StorePath;
 /// How long events are gathered before anything is done about them.
 const GATHER: Duration = Duration::from_millis(100);
 
-/// After how long a scan that came to nothing is tried again.
+/// The interval of retries after a failed scan.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// The directories that are watched for us.
@@ -59,7 +59,7 @@ impl Watches {
             Err(error) => {
                 if !self.incomplete.swap(true, Ordering::Relaxed) {
                     tracing::warn!(
-                        "{} cannot be watched ({error}); the store is scanned every so often",
+                        "{} cannot be watched ({error}); the store is scanned periodically",
                         place.path.display()
                     );
                 }
@@ -104,10 +104,10 @@ impl Watches {
     }
 }
 
-/// What has been heard since the last look.
+/// The events since the last scan.
 #[derive(Default)]
 struct PendingChanges {
-    /// Names have come, gone or changed, or nobody knows what.
+    /// Names were added, removed or changed, or the change is unknown.
     names: bool,
     /// Files that were written to.
     written: HashSet<StorePath>,
@@ -141,7 +141,7 @@ impl Drop for Watcher {
 fn follow(store: &Arc<Store>, stop: &Interrupt) {
     let rescan_after = store.options().rescan.max(Duration::from_secs(1));
     let mut last_scan = Instant::now();
-    // Whether the last scan has come to nothing.
+    // Whether the last scan has failed.
     let mut is_behind = false;
     loop {
         let told = store.watches.as_ref().filter(|watches| !watches.incomplete.load(Ordering::Relaxed));
@@ -164,8 +164,8 @@ fn follow(store: &Arc<Store>, stop: &Interrupt) {
             if !found.names && found.written.is_empty() {
                 continue;
             }
-            // A note that somebody has removed is missed by others, and is what is left of a command if this
-            // process is killed: that does not wait.
+            // An intent that another process has removed is missing for others, and is all that remains of a
+            // command if this process is killed: it is restored at once.
             store.restore_intents();
             // What belongs together comes together: a rename, a burst of writes.
             if stop.wait(GATHER) {
@@ -190,11 +190,11 @@ fn follow(store: &Arc<Store>, stop: &Interrupt) {
     }
 }
 
-/// Whether the header of a file that is being written says something new.
+/// Whether the header of a file that is being written has changed.
 fn describes_itself_anew(store: &Store, place: &StorePath) -> bool {
     let catalog = store.catalog();
     let Some(image) = catalog.images.iter().find(|image| image.place == *place) else {
-        // In the store it may become an image; elsewhere only those count that are named.
+        // In the store it may become an image; elsewhere only named files count.
         return place.root == 0;
     };
     let Ok(file) = store.roots()[place.root].open_file(&place.path) else { return true };

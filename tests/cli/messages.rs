@@ -296,7 +296,7 @@ fn the_use_of_a_missing_file_decides_the_remedy() {
         ),
         ("web", "; put it back, or point the header elsewhere with qemu-img rebase -u\n"),
         ("cut", "the file is cut off; restore it from a backup\n"),
-        ("marked", "is marked as corrupt: it is read, and not written; run chainfs check --repair all\n"),
+        ("marked", "is marked as corrupt, so it is read-only; run chainfs check --repair all\n"),
         (
             "mapped",
             &format!(

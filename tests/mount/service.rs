@@ -19,8 +19,8 @@ use support::*;
 /// The length of the VM state here.
 const VM_STATE_LEN: u64 = 4 * KIB;
 
-/// `base.raw` <- `mid.qcow2` with an internal snapshot <- `web.qcow2`, in the root; a disk with a partition and
-/// an ext4 file system in `vms`.
+/// `base.raw` <- `mid.qcow2` with an internal snapshot <- `web.qcow2`, in the root; a disk with a partition
+/// and an ext4 file system in `vms`.
 fn store() -> Store {
     let store = Store::new();
     store.raw("base.raw", 2 * MIB, 1);

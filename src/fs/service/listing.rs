@@ -1,7 +1,7 @@
 //! Listings of directories, and the offsets of their entries.
 //!
-//! `.` and `..` have the offsets 1 and 2. The entries of a directory of the store follow, as they were when it
-//! was opened; those of a guest's directory have the positions of the guest's file system.
+//! `.` and `..` have the offsets 1 and 2. The entries of a directory of the store follow, as they were when
+//! it was opened; those of a guest's directory have the positions of the guest's file system.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

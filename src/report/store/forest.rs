@@ -4,7 +4,6 @@
 //! the most layers is drawn straight and names the tree.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -14,8 +13,8 @@ use crate::io::{LockHolder, ObjectId, WRITER_BYTE, all_lock_holders};
 use crate::report::safe;
 use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 use crate::store::{
-    ACTIVE, BackingLink, Catalog, DetectedContent, Effects, Format, FoundIntent, ImageEntry, ImageIndex,
-    Store, shown,
+    ACTIVE, BackingLink, BrokenLink, Catalog, DetectedContent, Effects, Format, FoundIntent, ImageEntry,
+    ImageIndex, Store, shown,
 };
 
 use super::{ListingBudget, chain_name, path_text};
@@ -95,33 +94,25 @@ struct MissingBacking<'a> {
 impl<'a> MissingBacking<'a> {
     fn of(catalog: &'a Catalog, index: ImageIndex) -> Option<Self> {
         let image = &catalog.images[index];
-        let BackingLink::Broken { image: None, .. } = image.below else { return None };
+        let BackingLink::Broken { image: None, reason, .. } = image.below else { return None };
         let name = &image.qcow2()?.header.backing.as_ref()?.name;
         let word = link_word(image)?;
         let directory = if name.starts_with(b"/") { None } else { image.place.path.parent() };
         // All files of a loop exist.
-        (word != LOOP).then_some(Self { root: image.place.root, directory, name, word })
+        (reason != BrokenLink::Loop).then_some(Self { root: image.place.root, directory, name, word })
     }
 }
 
-const LOOP: &str = "loop";
-
 /// The defect of the link to an image's backing file, in a word.
 fn link_word(image: &ImageEntry) -> Option<&'static str> {
-    let BackingLink::Broken { image: lower, sentence } = &image.below else { return None };
-    let name = image
-        .qcow2()
-        .and_then(|qcow2| qcow2.header.backing.as_ref())
-        .map_or(&b""[..], |backing| &backing.name);
-    let named =
-        format!("cannot be read: its backing file \"{}\" ", shown(Path::new(OsStr::from_bytes(name))));
-    Some(match sentence.strip_prefix(&named) {
-        Some(rest) if rest.starts_with("is missing") => "missing",
-        Some(rest) if rest.starts_with("leads out of the store") => "outside of the store",
-        Some(_) if lower.is_none() => "not followed",
-        None if sentence.starts_with("cannot be read: its backing files form a loop") => LOOP,
-        None if sentence.starts_with("cannot be read: it stands on more than") => "too deep",
-        _ => "backing format",
+    let BackingLink::Broken { reason, .. } = image.below else { return None };
+    Some(match reason {
+        BrokenLink::Missing => "missing",
+        BrokenLink::OutsideStore => "outside of the store",
+        BrokenLink::NotFollowed => "not followed",
+        BrokenLink::Loop => "loop",
+        BrokenLink::TooDeep => "too deep",
+        BrokenLink::Format => "backing format",
     })
 }
 

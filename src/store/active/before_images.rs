@@ -1,12 +1,12 @@
-//! An active disk, held still: what it was at one moment, for those who read it as a whole while it is
-//! written.
+//! Point-in-time views of an active disk: its bytes as of one moment, for readers that need it as a whole
+//! while it is written.
 //!
-//! Before anything is changed, the bytes that it had are put aside, in memory and within a limit; whoever
-//! reads is given those, or else what the disk still has. Promise: a read gives the bytes of that moment, or
-//! `Stale`, never anything else. The one who writes is never refused because of it.
+//! Before a change, the old bytes are saved as before-images, in memory and within a limit
+//! (copy-before-write). A reader gets those, or else the disk's current bytes. Promise: a read returns the
+//! bytes of that moment, or `Stale`, never anything else. A write is never refused because of a view.
 //!
-//! A still is kept up only while the disk is in use in this process. Once it is not, what was not changed
-//! before can go on as soon as somebody opens the disk and finds it unchanged.
+//! Changes are tracked only while the disk is in use in this process. After that, a view without changes can
+//! be resumed as soon as the disk is opened again and is unchanged.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,16 +22,16 @@ use super::super::Store;
 use super::super::identity::{ViewId, ViewIdentity, stale};
 use super::{ActiveDisk, ActiveHandle, DiskState, WritingDisk};
 
-/// Bytes that are put aside as one.
+/// The size of one before-image.
 const CHUNK: u64 = 1 << 16;
-/// Chunks that are put aside for all stills of one disk, at most. Whoever reads more slowly than the guest
-/// changes that much has to begin again.
-const KEPT_COUNT: usize = (256 << 20) / CHUNK as usize;
+/// Maximum number of before-images of all views of one disk. A reader that is slower than the guest's changes
+/// has to start again.
+const IMAGES_MAX: usize = (256 << 20) / CHUNK as usize;
 
-/// A disk as it was at one moment.
+/// A disk as of one moment.
 pub struct PointInTimeView {
     size: u64,
-    kept: Mutex<ViewContent>,
+    content: Mutex<ViewContent>,
 }
 
 impl std::fmt::Debug for PointInTimeView {
@@ -41,7 +41,7 @@ impl std::fmt::Debug for PointInTimeView {
 }
 
 struct ViewContent {
-    /// What the disk had where it has been changed since.
+    /// The before-images of chunks that have changed since.
     chunks: HashMap<u64, Box<[u8]>>,
     hold: ChangeTracking,
 }
@@ -53,113 +53,113 @@ impl ViewContent {
     }
 }
 
-/// How sure it is that all changes are known of.
+/// Whether all changes are known.
 enum ChangeTracking {
-    /// They are: each passes by here first.
+    /// They are: each change is reported first.
     Held,
-    /// Nobody looks. There were none as long as the disk's version is this one.
+    /// Changes are not tracked. There were none if the disk's version is still this one.
     Loose(WriteVersion),
-    /// There were some that are not known.
+    /// There were unknown changes.
     Lost,
 }
 
-/// What was written when: equal only if nothing was written in between.
+/// The state of writes: equal only if nothing was written in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct WriteVersion {
     fingerprint: u64,
     changes: u64,
 }
 
-/// The stills of one disk. A leaf, but for the writer's own locks.
+/// The point-in-time views of one disk. Its lock is a leaf, except for the writer's own locks.
 #[derive(Default)]
 pub(super) struct BeforeImages {
-    /// Whether there are any: writers ask each time.
+    /// Whether there are any views: writers check this each time.
     any: AtomicBool,
-    /// In the order in which they began to be held. Taken before the lock of any of them.
+    /// In the order of their creation. Taken before the lock of any of them.
     held: Mutex<Vec<Weak<PointInTimeView>>>,
-    /// Changes since the disk began to be written.
+    /// Number of changes since the disk began to be written.
     changes: AtomicU64,
 }
 
 impl PointInTimeView {
-    /// Bytes of the disk then.
+    /// The disk's size at that moment.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// Whether the disk is known to be still what it was.
+    /// Whether the disk is known to be unchanged.
     pub fn is_unchanged(&self) -> bool {
-        let kept = self.kept.lock();
-        kept.chunks.is_empty() && !matches!(kept.hold, ChangeTracking::Lost)
+        let content = self.content.lock();
+        content.chunks.is_empty() && !matches!(content.hold, ChangeTracking::Lost)
     }
 
-    /// Whether the disk is what it was, as far as this process has a say, and any change would be known of.
+    /// Whether this process has not changed the disk, and would know of any change.
     fn is_held_unchanged(&self) -> bool {
-        let kept = self.kept.lock();
-        kept.chunks.is_empty() && matches!(kept.hold, ChangeTracking::Held)
+        let content = self.content.lock();
+        content.chunks.is_empty() && matches!(content.hold, ChangeTracking::Held)
     }
 
     fn lose(&self) {
-        self.kept.lock().lose();
+        self.content.lock().lose();
     }
 
-    /// Nobody looks from here on; the disk is at `version`, or nobody knows.
-    fn loosen(&self, version: Option<WriteVersion>) {
-        let mut kept = self.kept.lock();
+    /// Ends the tracking; the disk is at `version`, or unknown.
+    fn stop_tracking(&self, version: Option<WriteVersion>) {
+        let mut content = self.content.lock();
         match version {
-            Some(version) if kept.chunks.is_empty() && !matches!(kept.hold, ChangeTracking::Lost) => {
-                kept.hold = ChangeTracking::Loose(version);
+            Some(version) if content.chunks.is_empty() && !matches!(content.hold, ChangeTracking::Lost) => {
+                content.hold = ChangeTracking::Loose(version);
             }
             _ => {
-                kept.hold = ChangeTracking::Lost;
-                kept.chunks = HashMap::new();
+                content.hold = ChangeTracking::Lost;
+                content.chunks = HashMap::new();
             }
         }
     }
 
-    /// The chunks of it that a range touches.
+    /// The chunks of the view that a range touches.
     fn touched(&self, at: u64, len: u64) -> Range<u64> {
         let end = at.saturating_add(len).min(self.size);
         if at < end { at / CHUNK..end.div_ceil(CHUNK) } else { 0..0 }
     }
 
-    /// How many chunks are put aside.
-    fn kept_count(&self) -> usize {
-        self.kept.lock().chunks.len()
+    /// The number of before-images.
+    fn image_count(&self) -> usize {
+        self.content.lock().chunks.len()
     }
 
-    /// How many would be if `touched` were to be changed; as many as never are if that is more than can be.
+    /// The number of before-images after a change of `touched`; `usize::MAX`-like if that exceeds the limit.
     fn count_with(&self, touched: &Range<u64>) -> usize {
-        let kept = self.kept.lock();
-        if matches!(kept.hold, ChangeTracking::Lost) {
-            return kept.chunks.len();
+        let content = self.content.lock();
+        if matches!(content.hold, ChangeTracking::Lost) {
+            return content.chunks.len();
         }
-        // Asked first: whoever discards a disk does not wait until all of its chunks have been counted.
-        if touched.end - touched.start > 2 * KEPT_COUNT as u64 {
+        // Checked first: a discard of a whole disk need not count all of its chunks.
+        if touched.end - touched.start > 2 * IMAGES_MAX as u64 {
             return usize::MAX;
         }
-        kept.chunks.len() + touched.clone().filter(|chunk| !kept.chunks.contains_key(chunk)).count()
+        content.chunks.len() + touched.clone().filter(|chunk| !content.chunks.contains_key(chunk)).count()
     }
 
-    /// Puts aside what is about to be changed.
-    fn keep(&self, touched: Range<u64>, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) {
-        let mut kept = self.kept.lock();
-        if matches!(kept.hold, ChangeTracking::Lost) {
+    /// Saves before-images of the chunks that are about to change.
+    fn save(&self, touched: Range<u64>, read: &dyn Fn(u64, &mut [u8]) -> Result<()>) {
+        let mut content = self.content.lock();
+        if matches!(content.hold, ChangeTracking::Lost) {
             return;
         }
-        if !self.keep_all(&mut kept, touched, read) {
-            kept.lose();
+        if !self.save_all(&mut content, touched, read) {
+            content.lose();
         }
     }
 
-    fn keep_all(
+    fn save_all(
         &self,
-        kept: &mut ViewContent,
+        content: &mut ViewContent,
         touched: Range<u64>,
         read: &dyn Fn(u64, &mut [u8]) -> Result<()>,
     ) -> bool {
         for chunk in touched {
-            if kept.chunks.contains_key(&chunk) {
+            if content.chunks.contains_key(&chunk) {
                 continue;
             }
             let start = chunk * CHUNK;
@@ -167,7 +167,7 @@ impl PointInTimeView {
             if read(start, &mut bytes).is_err() {
                 return false;
             }
-            kept.chunks.insert(chunk, bytes);
+            content.chunks.insert(chunk, bytes);
         }
         true
     }
@@ -175,20 +175,20 @@ impl PointInTimeView {
     /// Fills `buf`, which lies within the disk and within one chunk.
     fn read_chunk(&self, at: u64, buf: &mut [u8], read: impl FnOnce(&mut [u8]) -> Result<()>) -> Result<()> {
         let (chunk, within) = (at / CHUNK, (at % CHUNK) as usize);
-        if !self.copy_kept(chunk, within, buf)? {
+        if !self.copy_image(chunk, within, buf)? {
             read(buf)?;
-            // What has been put aside by now may have been changed while it was read; what has not, has not.
-            self.copy_kept(chunk, within, buf)?;
+            // A chunk with a before-image by now may have changed during the read; one without has not.
+            self.copy_image(chunk, within, buf)?;
         }
         Ok(())
     }
 
-    fn copy_kept(&self, chunk: u64, within: usize, buf: &mut [u8]) -> Result<bool> {
-        let kept = self.kept.lock();
-        if !matches!(kept.hold, ChangeTracking::Held) {
+    fn copy_image(&self, chunk: u64, within: usize, buf: &mut [u8]) -> Result<bool> {
+        let content = self.content.lock();
+        if !matches!(content.hold, ChangeTracking::Held) {
             return Err(lost());
         }
-        let Some(bytes) = kept.chunks.get(&chunk) else { return Ok(false) };
+        let Some(bytes) = content.chunks.get(&chunk) else { return Ok(false) };
         buf.copy_from_slice(&bytes[within..within + buf.len()]);
         Ok(true)
     }
@@ -199,72 +199,72 @@ fn lost() -> crate::error::Error {
 }
 
 impl BeforeImages {
-    /// Of a disk that begins to be written.
+    /// For a disk that begins to be written.
     pub(super) fn begin(&self) {
         self.changes.store(0, Ordering::Release);
     }
 
-    /// A change is about to be made.
+    /// Called before a change.
     pub(super) fn before_change(&self, writing: &WritingDisk, at: u64, len: u64) {
         self.changes.fetch_add(1, Ordering::AcqRel);
         if !self.any.load(Ordering::Acquire) {
             return;
         }
-        // Locked to the end: there is room for so much of all of them, whoever else writes.
+        // Locked to the end: the room is reserved for all views, whatever other writers do.
         let held = self.held.lock();
         let all: Vec<Arc<PointInTimeView>> = held.iter().filter_map(Weak::upgrade).collect();
         self.any.store(!all.is_empty(), Ordering::Release);
-        let mut total: usize = all.iter().map(|still| still.kept_count()).sum();
-        // The last first: where there is no room for all of them, those go that have had the most time.
-        for (index, still) in all.iter().enumerate().rev() {
-            let touched = still.touched(at, len);
-            let (wanted, mut others) = (still.count_with(&touched), total - still.kept_count());
-            let is_too_much = |others: usize| wanted.saturating_add(others) > KEPT_COUNT;
+        let mut total: usize = all.iter().map(|view| view.image_count()).sum();
+        // The last first: if there is no room for all views, the oldest are lost.
+        for (index, view) in all.iter().enumerate().rev() {
+            let touched = view.touched(at, len);
+            let (wanted, mut others) = (view.count_with(&touched), total - view.image_count());
+            let is_too_much = |others: usize| wanted.saturating_add(others) > IMAGES_MAX;
             for older in &all[..index] {
-                let count = older.kept_count();
-                if count > 0 && wanted <= KEPT_COUNT && is_too_much(others) {
+                let count = older.image_count();
+                if count > 0 && wanted <= IMAGES_MAX && is_too_much(others) {
                     older.lose();
                     others -= count;
                 }
             }
-            // G5: the view is lost; the write goes on.
+            // G5: the view is lost; the write continues.
             if is_too_much(others) {
-                still.lose();
+                view.lose();
             } else {
-                still.keep(touched, &|at, buf| writing.writer.read_at(at, buf));
+                view.save(touched, &|at, buf| writing.writer.read_at(at, buf));
             }
-            total = others + still.kept_count();
+            total = others + view.image_count();
         }
     }
 
-    /// Of a disk that others may have changed.
+    /// For a disk that another process may have changed.
     pub(super) fn lose(&self) {
-        for still in self.held.lock().drain(..).filter_map(|still| still.upgrade()) {
-            still.lose();
+        for view in self.held.lock().drain(..).filter_map(|view| view.upgrade()) {
+            view.lose();
         }
     }
 
-    /// Of a disk that nobody uses any more and that is at `version`.
+    /// For a disk that is closed and at `version`.
     pub(super) fn end(&self, version: Option<WriteVersion>) {
-        for still in self.held.lock().drain(..).filter_map(|still| still.upgrade()) {
-            still.loosen(version);
+        for view in self.held.lock().drain(..).filter_map(|view| view.upgrade()) {
+            view.stop_tracking(version);
         }
     }
 
-    fn add(&self, still: &Arc<PointInTimeView>) {
+    fn add(&self, view: &Arc<PointInTimeView>) {
         let mut held = self.held.lock();
-        held.retain(|other| other.strong_count() > 0 && !std::ptr::eq(other.as_ptr(), Arc::as_ptr(still)));
-        held.push(Arc::downgrade(still));
+        held.retain(|other| other.strong_count() > 0 && !std::ptr::eq(other.as_ptr(), Arc::as_ptr(view)));
+        held.push(Arc::downgrade(view));
         self.any.store(true, Ordering::Release);
     }
 
-    /// Stops looking after a still.
-    fn remove(&self, still: &Arc<PointInTimeView>, version: Option<WriteVersion>) {
+    /// Stops tracking changes for a view.
+    fn remove(&self, view: &Arc<PointInTimeView>, version: Option<WriteVersion>) {
         let mut held = self.held.lock();
         let before = held.len();
-        held.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(still)));
+        held.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(view)));
         if held.len() < before {
-            still.loosen(version);
+            view.stop_tracking(version);
         }
     }
 
@@ -282,74 +282,74 @@ impl BeforeImages {
 
 impl ActiveDisk {
     pub(super) fn version(&self, state: &DiskState) -> Option<WriteVersion> {
-        self.stills.version(state)
+        self.before_images.version(state)
     }
 }
 
 impl Store {
-    /// Stops looking after a still of that disk: writing costs nothing more because of it. It goes on with
-    /// [`ActiveHandle::hold_again`], if nothing is changed meanwhile.
-    pub fn let_go_of_still(&self, id: &ViewId, still: &Arc<PointInTimeView>) {
+    /// Stops tracking changes for a view of that disk: writes cost nothing more because of it.
+    /// [`ActiveHandle::resume_view`] resumes the view if nothing has changed meanwhile.
+    pub fn release_view(&self, id: &ViewId, view: &Arc<PointInTimeView>) {
         let ViewIdentity::Active(number) = id.part else { return };
-        // Whoever asks again and again keeps nobody waiting.
-        if !matches!(still.kept.lock().hold, ChangeTracking::Held) {
+        // The disk's other locks are not held: a reader that repeats this delays no one.
+        if !matches!(view.content.lock().hold, ChangeTracking::Held) {
             return;
         }
         if let Some(disk) = self.active.find(number) {
             let state = disk.state.write();
-            disk.stills.remove(still, disk.version(&state));
+            disk.before_images.remove(view, disk.version(&state));
         }
     }
 }
 
 impl ActiveHandle {
-    /// The disk as it is now.
-    pub fn hold_still(&self) -> Result<Arc<PointInTimeView>> {
+    /// A view of the disk as of now.
+    pub fn point_in_time_view(&self) -> Result<Arc<PointInTimeView>> {
         let size = self.size()?;
-        // Alone: no write is under way that has not been seen.
+        // Exclusive: no write is in flight that was not reported.
         let state = self.disk.state.write();
-        let still = Arc::new(PointInTimeView {
+        let view = Arc::new(PointInTimeView {
             size,
-            kept: Mutex::new(ViewContent { chunks: HashMap::new(), hold: ChangeTracking::Held }),
+            content: Mutex::new(ViewContent { chunks: HashMap::new(), hold: ChangeTracking::Held }),
         });
-        self.disk.stills.add(&still);
+        self.disk.before_images.add(&view);
         drop(state);
-        Ok(still)
+        Ok(view)
     }
 
-    /// Goes on with a still that was let go of; `Stale` if the disk has been changed since.
-    pub fn hold_again(&self, still: &Arc<PointInTimeView>) -> Result<()> {
+    /// Resumes a view whose tracking was stopped; `Stale` if the disk has changed since.
+    pub fn resume_view(&self, view: &Arc<PointInTimeView>) -> Result<()> {
         let state = self.disk.state.write();
         let version = self.disk.version(&state);
-        let mut kept = still.kept.lock();
-        match kept.hold {
+        let mut content = view.content.lock();
+        match content.hold {
             ChangeTracking::Held => {}
-            ChangeTracking::Loose(then) if Some(then) == version => kept.hold = ChangeTracking::Held,
+            ChangeTracking::Loose(then) if Some(then) == version => content.hold = ChangeTracking::Held,
             ChangeTracking::Loose(_) | ChangeTracking::Lost => {
-                kept.hold = ChangeTracking::Lost;
+                content.hold = ChangeTracking::Lost;
                 return Err(lost());
             }
         }
-        drop(kept);
-        self.disk.stills.add(still);
+        drop(content);
+        self.disk.before_images.add(view);
         drop(state);
         Ok(())
     }
 
-    /// Fills `buf` with what the disk had at `at`. The range must lie within the still.
-    pub fn read_still(&self, still: &PointInTimeView, at: u64, buf: &mut [u8]) -> Result<()> {
+    /// Fills `buf` with the view's bytes at `at`. The range must lie within the view.
+    pub fn read_view(&self, view: &PointInTimeView, at: u64, buf: &mut [u8]) -> Result<()> {
         let mut rest = buf;
         let mut at = at;
         while !rest.is_empty() {
             let len = rest.len().min((CHUNK - at % CHUNK) as usize);
             let (piece, more) = rest.split_at_mut(len);
             // G2: the before-image where there is one; `Stale` where it was lost.
-            still.read_chunk(at, piece, |piece| {
+            view.read_chunk(at, piece, |piece| {
                 let mut done = 0;
                 while done < len {
-                    // Short where the rest is damaged: asked for that alone, it says so.
+                    // Short where the rest is damaged: a read of the rest alone returns the error.
                     match self.read_at(at + done as u64, &mut piece[done..])? {
-                        // A disk that was made shorter ends within the still.
+                        // A disk that has shrunk ends within the view.
                         0 => return Err(lost()),
                         more => done += more,
                     }
@@ -361,13 +361,13 @@ impl ActiveHandle {
         Ok(())
     }
 
-    /// Where the bytes that a still shows from `at` on come from, for at most `max` of them; `None` where
-    /// only reading can tell, as while the disk is written here. Of a disk that is read by force only what
-    /// lies below its top layer is told.
-    pub fn origin_still(&self, still: &PointInTimeView, at: u64, max: u64) -> Result<Option<Origin>> {
-        // Held over the look: nobody begins to write meanwhile.
+    /// The origin of the view's bytes from `at` on, for at most `max` of them; `None` where only reading can
+    /// tell, as while the disk is written here. For a disk that is read by force, only origins below its top
+    /// layer are returned.
+    pub fn view_origin(&self, view: &PointInTimeView, at: u64, max: u64) -> Result<Option<Origin>> {
+        // Held during the lookup: no writing begins meanwhile.
         let DiskState::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
-        if !still.is_held_unchanged() || at >= open.view.size() {
+        if !view.is_held_unchanged() || at >= open.view.size() {
             return Ok(None);
         }
         let origin = open.view.origin(at, max)?;
@@ -375,12 +375,12 @@ impl ActiveHandle {
         Ok((!may_change).then_some(origin))
     }
 
-    /// The origins of a range that a still shows, if all of it comes from below the disk's top layer: those
-    /// places keep their bytes also when the disk is written later.
-    pub fn origins_below(&self, still: &PointInTimeView, at: u64, len: u64) -> Result<Option<Vec<Origin>>> {
+    /// The origins of a range of the view, if all of it is below the disk's top layer: those bytes stay even
+    /// if the disk is written later.
+    pub fn origins_below(&self, view: &PointInTimeView, at: u64, len: u64) -> Result<Option<Vec<Origin>>> {
         let DiskState::Reading(open) = &*self.disk.state.read() else { return Ok(None) };
         if open.forced.is_some()
-            || !still.is_held_unchanged()
+            || !view.is_held_unchanged()
             || at.checked_add(len).is_none_or(|end| end > open.view.size())
         {
             return Ok(None);
@@ -411,13 +411,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_read_is_what_the_disk_was_whoever_writes_meanwhile() {
+    fn a_view_reads_the_old_bytes_during_writes() {
         let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
         let before = pattern(1, SIZE as usize / 2);
         writer.write_at(0, &before).unwrap();
         let reader = store.open_writable(id, Access::Read).unwrap();
-        let still = reader.hold_still().unwrap();
+        let view = reader.point_in_time_view().unwrap();
         std::thread::scope(|scope| {
             for thread in 0..3_u64 {
                 let writer = &writer;
@@ -435,44 +435,44 @@ mod tests {
             for round in 0..200_u64 {
                 let mut buf = vec![0; 70_000];
                 let at = (round * 15_485_863) % (SIZE - buf.len() as u64);
-                reader.read_still(&still, at, &mut buf).unwrap();
+                reader.read_view(&view, at, &mut buf).unwrap();
                 let expected = (at..at + 70_000).map(|at| before.get(at as usize).copied().unwrap_or(0));
                 assert!(buf.iter().copied().eq(expected), "at {at:#x}");
             }
         });
-        assert!(!still.is_unchanged());
+        assert!(!view.is_unchanged());
         let mut now = [0; 5_000];
         writer.read_at(0, &mut now).unwrap();
         assert!(now[..] != before[..5_000], "it was written indeed");
     }
 
     #[test]
-    fn a_still_goes_on_after_a_pause_only_if_nothing_was_changed() {
+    fn a_view_resumes_after_a_pause_only_without_changes() {
         let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
-        let read = |still: &Arc<PointInTimeView>| -> Result<()> {
+        let read = |view: &Arc<PointInTimeView>| -> Result<()> {
             let reader = store.open_writable(id, Access::Read)?;
-            reader.hold_again(still)?;
-            reader.read_still(still, 0, &mut [0; 100])
+            reader.resume_view(view)?;
+            reader.read_view(view, 0, &mut [0; 100])
         };
-        let still = store.open_writable(id, Access::Read).unwrap().hold_still().unwrap();
-        read(&still).unwrap();
+        let view = store.open_writable(id, Access::Read).unwrap().point_in_time_view().unwrap();
+        read(&view).unwrap();
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
-        read(&still).unwrap();
-        store.let_go_of_still(id, &still);
-        read(&still).unwrap();
-        // While it is looked after, changes pass by it; while it is not, they end it.
+        read(&view).unwrap();
+        store.release_view(id, &view);
+        read(&view).unwrap();
+        // While changes are tracked, they are reported; without tracking, they end the view.
         writer.write_at(0, b"changed").unwrap();
-        read(&still).unwrap();
-        let second = store.open_writable(id, Access::Read).unwrap().hold_still().unwrap();
-        store.let_go_of_still(id, &second);
+        read(&view).unwrap();
+        let second = store.open_writable(id, Access::Read).unwrap().point_in_time_view().unwrap();
+        store.release_view(id, &second);
         writer.write_at(0, b"once more").unwrap();
-        for still in [&second, &second] {
-            assert_eq!(read(still).unwrap_err().kind(), ErrorKind::Stale);
+        for view in [&second, &second] {
+            assert_eq!(read(view).unwrap_err().kind(), ErrorKind::Stale);
         }
-        let third = store.open_writable(id, Access::Read).unwrap().hold_still().unwrap();
+        let third = store.open_writable(id, Access::Read).unwrap().point_in_time_view().unwrap();
         drop(writer);
-        // Of the first, what it was is put aside only while somebody has the disk open.
-        assert_eq!(read(&still).unwrap_err().kind(), ErrorKind::Stale);
+        // Before-images of the first view are saved only while the disk is open.
+        assert_eq!(read(&view).unwrap_err().kind(), ErrorKind::Stale);
         let writer = store.open_writable(id, Access::Write).unwrap();
         writer.write_at(SIZE - 10, b"the end").unwrap();
         drop(writer);
@@ -480,48 +480,48 @@ mod tests {
     }
 
     #[test]
-    fn what_is_damaged_is_an_error_of_its_own_and_not_a_disk_that_has_changed() {
+    fn damage_is_a_read_error_and_not_a_changed_disk() {
         let OneDisk { directory, store, id } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::Write).unwrap();
         writer.write_at(0, &pattern(1, 2 << 16)).unwrap();
         drop(writer);
-        // The second cluster was the last to be taken: where the file ends now, it is cut off in its middle.
+        // The second cluster was allocated last: the file's present end truncates it.
         let file = std::fs::File::options().write(true).open(directory.path().join("a.qcow2")).unwrap();
         file.set_len(file.metadata().unwrap().len() - (1 << 15)).unwrap();
         store.rescan().unwrap();
         let reader = store.open_writable(id, Access::Read).unwrap();
-        let still = reader.hold_still().unwrap();
-        let damaged = reader.read_still(&still, 1 << 16, &mut vec![0; 1 << 16]).unwrap_err();
+        let view = reader.point_in_time_view().unwrap();
+        let damaged = reader.read_view(&view, 1 << 16, &mut vec![0; 1 << 16]).unwrap_err();
         assert_ne!(damaged.kind(), ErrorKind::Stale, "{damaged}");
-        reader.read_still(&still, 1 << 16, &mut vec![0; 1 << 15]).unwrap();
-        assert!(still.is_unchanged());
+        reader.read_view(&view, 1 << 16, &mut vec![0; 1 << 15]).unwrap();
+        assert!(view.is_unchanged());
     }
 
     #[test]
     // G5
-    fn who_changes_too_much_ends_the_still_and_is_never_refused() {
+    fn a_writer_that_changes_too_much_ends_the_view_and_is_never_refused() {
         let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
         writer.set_size(1 << 30).unwrap();
-        let still = writer.hold_still().unwrap();
+        let view = writer.point_in_time_view().unwrap();
         writer.zero(0, 1 << 30, Zeroing::Unmap).unwrap();
-        assert_eq!(writer.read_still(&still, 0, &mut [0; 10]).unwrap_err().kind(), ErrorKind::Stale);
-        assert!(still.kept.lock().chunks.is_empty());
+        assert_eq!(writer.read_view(&view, 0, &mut [0; 10]).unwrap_err().kind(), ErrorKind::Stale);
+        assert!(view.content.lock().chunks.is_empty());
     }
 
     #[test]
-    fn however_many_look_a_disk_costs_no_more_than_one_of_them_and_the_last_are_served() {
+    fn many_views_of_a_disk_share_one_limit_and_the_newest_survive() {
         let OneDisk { store, id, .. } = &OneDisk::new(SIZE);
         let writer = store.open_writable(id, Access::ReadWrite).unwrap();
         writer.set_size(1 << 30).unwrap();
-        let stills: Vec<_> = (0..6).map(|_| writer.hold_still().unwrap()).collect();
-        let kept = || stills.iter().map(|still| still.kept.lock().chunks.len()).sum::<usize>();
+        let views: Vec<_> = (0..6).map(|_| writer.point_in_time_view().unwrap()).collect();
+        let content = || views.iter().map(|view| view.content.lock().chunks.len()).sum::<usize>();
         for round in 0..10 {
             writer.zero(round * (10 << 20), 10 << 20, Zeroing::Unmap).unwrap();
-            assert!(kept() <= KEPT_COUNT, "{} in round {round}", kept());
+            assert!(content() <= IMAGES_MAX, "{} in round {round}", content());
         }
-        let is_good = |still: &&Arc<PointInTimeView>| writer.read_still(still, 0, &mut [0; 10]).is_ok();
-        assert_eq!(stills.iter().rev().take_while(is_good).count(), 2);
-        assert_eq!(stills.iter().filter(is_good).count(), 2);
+        let is_good = |view: &&Arc<PointInTimeView>| writer.read_view(view, 0, &mut [0; 10]).is_ok();
+        assert_eq!(views.iter().rev().take_while(is_good).count(), 2);
+        assert_eq!(views.iter().filter(is_good).count(), 2);
     }
 }

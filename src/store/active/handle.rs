@@ -1,5 +1,5 @@
-//! One opening of an active disk: reading and writing whatever the disk is at the moment, a view or
-//! a writer. Dropping the last that writes ends the writing.
+//! A handle of an active disk: reads and writes through the disk's current state, a view or a writer.
+//! Dropping the last writable handle ends the writing.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,7 +12,7 @@ use crate::units::{BlockStatus, human_size};
 use super::super::Store;
 use super::{Access, ActiveDisk, DiskState, PanicWatch, WritingDisk};
 
-/// An opening of an active disk.
+/// A handle of an active disk.
 pub struct ActiveHandle {
     pub(super) store: Arc<Store>,
     pub(super) disk: Arc<ActiveDisk>,
@@ -29,12 +29,12 @@ impl std::fmt::Debug for ActiveHandle {
 }
 
 impl ActiveHandle {
-    /// One that has been counted among the disk's openings.
+    /// A handle that has been counted among the disk's openings.
     pub(super) fn new(store: &Arc<Store>, disk: Arc<ActiveDisk>, access: Access) -> Self {
         Self { store: Arc::clone(store), disk, access }
     }
 
-    /// Bytes of the disk.
+    /// Size of the disk.
     pub fn size(&self) -> Result<u64> {
         self.with(|source| {
             Ok(match source {
@@ -44,17 +44,17 @@ impl ActiveHandle {
         })
     }
 
-    /// Whether another process writes the disk meanwhile, and it is read by force.
+    /// Whether the disk is read by force while another process writes it.
     pub fn is_forced(&self) -> bool {
         matches!(&*self.disk.state.read(), DiskState::Reading(open) if open.forced.is_some())
     }
 
-    /// Whether it was opened to be written.
+    /// Whether it was opened for writing.
     pub fn writes(&self) -> bool {
         self.access.writes()
     }
 
-    /// Reads from `at` on what there is before the end of the disk, and returns how much that is.
+    /// Reads the bytes from `at` up to the end of the disk, and returns their number.
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         self.with(|source| match source {
             ActiveSource::View(view) => within(view.size(), at, buf, |at, buf| view.read_at(at, buf)),
@@ -64,8 +64,7 @@ impl ActiveHandle {
         })
     }
 
-    /// Writes at `at` what there is room for before the end of the disk, and returns how much
-    /// that is; `NoSpace` if nothing.
+    /// Writes at `at` up to the end of the disk, and returns the number of bytes; `NoSpace` if none.
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<usize> {
         self.writing(|writing| {
             let size = writing.writer.size();
@@ -74,7 +73,7 @@ impl ActiveHandle {
                 let fact = format!("{} ends at {size:#x}; grow it with truncate", self.disk.name());
                 return Err(Error::new(ErrorKind::NoSpace, fact));
             }
-            self.disk.stills.before_change(writing, at, len as u64);
+            self.disk.before_images.before_change(writing, at, len as u64);
             writing.write_at(at, &bytes[..len])?;
             Ok(len)
         })
@@ -85,13 +84,13 @@ impl ActiveHandle {
         self.writing(|writing| match writing.writer.size().saturating_sub(at).min(len) {
             0 => Ok(()),
             len => {
-                self.disk.stills.before_change(writing, at, len);
+                self.disk.before_images.before_change(writing, at, len);
                 writing.zero(at, len, zeroing)
             }
         })
     }
 
-    /// Takes space for a range, as far as it lies within the disk.
+    /// Allocates space for a range, as far as it lies within the disk.
     pub fn allocate(&self, at: u64, len: u64) -> Result<()> {
         self.writing(|WritingDisk { writer, .. }| match writer.size().saturating_sub(at).min(len) {
             0 => Ok(()),
@@ -99,8 +98,8 @@ impl ActiveHandle {
         })
     }
 
-    /// `NoSpace` if there is surely no room for all that would be new in a disk of `size` bytes: it would
-    /// have grown, which cannot be undone, and taken all there is, before that was found.
+    /// `NoSpace` if there is certainly no room for the new data of a disk of `size` bytes. Otherwise the disk
+    /// would grow, which cannot be undone, and fill the file system before that was found.
     pub fn check_room(&self, size: u64) -> Result<()> {
         let state = self.disk.state.read();
         let DiskState::Writing(WritingDisk { writer, open, .. }) = &*state else { return Ok(()) };
@@ -117,7 +116,8 @@ impl ActiveHandle {
         Ok(())
     }
 
-    /// Makes the disk `size` bytes long, rounded up to sectors; `Forbidden` if that is less than now.
+    /// Sets the size of the disk to `size` bytes, rounded up to sectors; `Forbidden` if that is less than
+    /// now.
     pub fn set_size(&self, size: u64) -> Result<()> {
         self.writing(|writing| {
             let now = writing.writer.size();
@@ -131,17 +131,14 @@ impl ActiveHandle {
                     human_size(now),
                     human_size(size)
                 );
-                return Err(Error::new(
-                    ErrorKind::Forbidden,
-                    format!("{fact}; a disk is shrunk with resize"),
-                ));
+                return Err(Error::new(ErrorKind::Forbidden, format!("{fact}; shrink a disk with resize")));
             }
-            self.disk.stills.before_change(writing, now, 0);
+            self.disk.before_images.before_change(writing, now, 0);
             writing.grow(size)
         })
     }
 
-    /// Returns when all that was written before is durable.
+    /// Returns when all earlier writes are durable.
     pub fn flush(&self) -> Result<()> {
         self.with(|source| match source {
             ActiveSource::View(_) => Ok(()),
@@ -154,7 +151,7 @@ impl ActiveHandle {
         })
     }
 
-    /// What close(2) has to report: why nothing is written any more.
+    /// The error for close(2): why nothing is written any more.
     pub fn trouble(&self) -> Result<()> {
         if !self.writes() {
             return Ok(());
@@ -189,8 +186,7 @@ impl ActiveHandle {
     }
 
     pub(super) fn writing<T>(&self, work: impl FnOnce(&WritingDisk) -> Result<T>) -> Result<T> {
-        let refuse =
-            || Error::new(ErrorKind::ReadOnly, format!("{} was opened only to be read", self.disk.name()));
+        let refuse = || Error::new(ErrorKind::ReadOnly, format!("{} was opened read-only", self.disk.name()));
         self.with(|source| match source {
             ActiveSource::Writer(writing) if self.writes() => {
                 self.disk.poison(&writing.writer).map_or(Ok(()), Err)?;
@@ -215,19 +211,19 @@ impl Drop for ActiveHandle {
         }
         if openings.count == 0 {
             let state = self.disk.state.read();
-            self.disk.stills.end(self.disk.version(&state));
+            self.disk.before_images.end(self.disk.version(&state));
         }
     }
 }
 
-/// Where an active disk's bytes come from now.
+/// The current source of an active disk's bytes.
 enum ActiveSource<'a> {
     View(&'a View),
     Writer(&'a WritingDisk),
 }
 
-/// Reads the part of a range that lies within a disk. Of one that is damaged, what lies before the
-/// damage is good; who reads on from there gets the error.
+/// Reads the part of a range that lies within a disk. In a damaged range the bytes before the damage are
+/// good; a read that continues from there gets the error.
 fn within(size: u64, at: u64, buf: &mut [u8], read: impl Fn(u64, &mut [u8]) -> Result<()>) -> Result<usize> {
     const STEP: usize = 4096;
     let len = size.saturating_sub(at).min(buf.len() as u64) as usize;

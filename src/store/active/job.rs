@@ -1,9 +1,8 @@
-//! An active disk in the hands of a job, while guests read and write it.
+//! An active disk that a job changes while guests read and write it.
 //!
-//! Promises: what stands below the disk, and even its top image, is replaced in one moment, between two
-//! requests; everybody who has it open goes on without noticing. While it is [`Quiesced`] nobody reads or
-//! writes, so that lasts no longer than a flush and a rename. Whether the bytes stay the same is the job's to
-//! see to.
+//! Promises: the layers below the disk, and even its top image, are replaced in one moment, between two
+//! requests; open handles do not notice. While it is [`Quiesced`] no request runs, so that lasts no longer
+//! than a flush and a rename. The job itself guarantees that the bytes stay the same.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -27,18 +26,18 @@ use super::super::resolve::StorePath;
 use super::super::{JobImage, Store};
 use super::{Access, ActiveDisk, ActiveHandle, DiskState, WritingDisk, writer_options};
 
-/// Makes every change of an active disk, and the same one elsewhere.
+/// Repeats every change of an active disk elsewhere.
 pub trait Mirror: Send + Sync {
     /// Writes `bytes` at `at`.
     fn write_at(&self, disk: &Writer, at: u64, bytes: &[u8]) -> Result<()>;
     /// Makes a range read as zeroes.
     fn zero(&self, disk: &Writer, at: u64, len: u64, zeroing: Zeroing) -> Result<()>;
-    /// Makes the disk longer.
+    /// Extends the disk.
     fn grow(&self, disk: &Writer, size: u64) -> Result<()>;
 }
 
 impl WritingDisk {
-    /// Writes `bytes` at `at`, wherever they have to go.
+    /// Writes `bytes` at `at`, to the disk and to the mirror.
     pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         match &self.mirror {
             None => self.writer.write_at(at, bytes),
@@ -54,7 +53,7 @@ impl WritingDisk {
         }
     }
 
-    /// Makes the disk longer.
+    /// Extends the disk.
     pub(super) fn grow(&self, size: u64) -> Result<()> {
         match &self.mirror {
             None => self.writer.grow(size),
@@ -72,14 +71,14 @@ pub struct ActiveJob {
 
 impl Drop for ActiveJob {
     fn drop(&mut self) {
-        // However the job ends, nothing goes to where it was at work any more.
+        // However the job ends, its target receives no more changes.
         if self.has_mirror.load(Ordering::Acquire) {
             self.set_mirror(None);
         }
     }
 }
 
-/// A disk that nobody reads or writes until this is dropped.
+/// A disk without reads or writes until this is dropped.
 pub struct Quiesced<'a> {
     store: &'a Arc<Store>,
     disk: &'a ActiveDisk,
@@ -95,16 +94,16 @@ pub struct NewTopFile {
     image: OpenImage,
 }
 
-/// What was the top of an active disk, and is frozen from now on. Its files are still locked.
+/// The former top of an active disk, which is frozen from now on. Its files are still locked.
 pub struct FormerTop {
     store: Arc<Store>,
-    /// Writes it; a guest's bytes no more.
+    /// Its writer; guests no longer write to it.
     pub writer: Arc<Writer>,
     locks: Vec<WriteLock>,
     image: OpenImage,
 }
 
-/// All that a disk needs to stand on a new top, made before anything is renamed.
+/// The resources that a disk needs for a new top, prepared before any rename.
 pub struct PreparedOverlay {
     overlay: NewTopFile,
     fallen: OpenImage,
@@ -125,9 +124,8 @@ impl Store {
         Ok(ActiveJob { handle, has_mirror: AtomicBool::new(false) })
     }
 
-    /// Opens a fresh qcow2 image at `path` beneath the store, which is to become the top of a disk by the
-    /// name
-    /// `name`.
+    /// Opens a new qcow2 image at `path` relative to the store, which is to become the top of a disk under
+    /// the name `name`.
     pub fn open_new_top(&self, path: &Path, name: &str) -> Result<NewTopFile> {
         let place = StorePath { root: 0, path: path.to_path_buf() };
         let stat = self.roots[0].stat(path)?;
@@ -147,14 +145,14 @@ impl Store {
 }
 
 impl NewTopFile {
-    /// What writes it.
+    /// Its writer.
     pub fn writer(&self) -> &Arc<Writer> {
         &self.writer
     }
 }
 
 impl ActiveJob {
-    /// What writes the disk now.
+    /// The disk's current writer.
     pub fn writer(&self) -> Result<Arc<Writer>> {
         let writer = self.disk().writer();
         let writer = writer
@@ -170,7 +168,7 @@ impl ActiveJob {
         self.disk().id()
     }
 
-    /// What shows through its top image now.
+    /// The view of the layers below its top image.
     pub fn below(&self) -> Option<Arc<View>> {
         match &*self.disk().state.read() {
             DiskState::Writing(writing) => self.store().view_below(&writing.open.view),
@@ -186,13 +184,12 @@ impl ActiveJob {
         &self.handle.store
     }
 
-    /// Waits until nobody reads or writes, and lets nobody begin.
+    /// Waits until no request runs, and lets none begin.
     pub fn seal(&self) -> Quiesced<'_> {
         Quiesced { store: self.store(), disk: self.disk(), state: self.disk().state.write() }
     }
 
-    /// Has its top image described anew, because its snapshots are others by now: what was kept of them by
-    /// their places is not what is there.
+    /// Reopens its top image, because its snapshots have changed: tables cached by snapshot index are stale.
     pub fn describe_anew(&self) -> Result<()> {
         let (store, disk) = (self.store(), self.disk());
         let mut state = disk.state.write();
@@ -206,7 +203,7 @@ impl ActiveJob {
         Ok(())
     }
 
-    /// Only its top image is the disk's from now on: the catalog has seen what became of those before.
+    /// Only its top image is the disk's from now on: a scan has seen the changes of the former ones.
     pub fn settle(&self) {
         let (store, disk) = (self.store(), self.disk());
         let top = disk.id();
@@ -219,7 +216,7 @@ impl ActiveJob {
         self.seal().set_mirror(mirror);
     }
 
-    /// Puts other layers (top first) below the disk, through which the same bytes show.
+    /// Replaces the layers below the disk (top first) by others with the same bytes.
     pub fn stand_on(&self, catalog: &Catalog, below: &[ImageIndex]) -> Result<()> {
         self.disk().stand_on(self.store(), catalog, below)
     }
@@ -235,7 +232,7 @@ impl Store {
             if openings.count > 0
                 && let Err(error) = disk.look_again(self, catalog, changed)
             {
-                tracing::info!("{} stands on its layers as it was opened: {error}", disk.name());
+                tracing::info!("{} keeps its layers as they were opened: {error}", disk.name());
             }
         }
     }
@@ -295,7 +292,7 @@ impl ActiveDisk {
         writing.writer.set_backing(lower);
         let old = std::mem::replace(&mut writing.open, new);
         drop(state);
-        // Not under the gate: it may let go of many files.
+        // Not under the gate: it may close many files.
         drop(old);
         Ok(())
     }
@@ -316,7 +313,7 @@ impl Quiesced<'_> {
         self.writing().mirror = mirror;
     }
 
-    /// Makes all that was written durable, and the image as a checker wants it.
+    /// Makes all writes durable, and the image clean for a checker.
     pub fn close(&mut self) -> Result<()> {
         let disk = self.disk;
         let writer = &self.writing().writer;
@@ -324,7 +321,7 @@ impl Quiesced<'_> {
         writer.close()
     }
 
-    /// Makes ready to stand on `overlay`; nothing has happened yet. What was written has to be durable.
+    /// Prepares the switch to `overlay`; nothing has happened yet. The writes have to be durable.
     pub fn prepare(&mut self, mut overlay: NewTopFile) -> Result<PreparedOverlay> {
         let (store, disk) = (self.store, self.disk);
         let writing = self.writing();
@@ -360,7 +357,7 @@ impl Quiesced<'_> {
         Ok(PreparedOverlay { overlay, fallen, open })
     }
 
-    /// What was made ready does not come to pass.
+    /// Cancels a prepared switch.
     pub fn give_up(&mut self, prepared: PreparedOverlay) {
         drop(prepared);
         self.be_a_guests();
@@ -372,8 +369,8 @@ impl Quiesced<'_> {
         }
     }
 
-    /// Stands on what was made ready: by now the overlay's file has the name `name`, the fallen one `frozen`.
-    /// Opens the disk again.
+    /// Carries out a prepared switch: the overlay's file has the name `name` by now, the former top `frozen`.
+    /// Unquiesces the disk.
     pub fn stand(mut self, prepared: PreparedOverlay, name: &Path, frozen: &Path) -> FormerTop {
         let (store, disk) = (self.store, self.disk);
         let PreparedOverlay { overlay, mut fallen, mut open } = prepared;
@@ -395,7 +392,8 @@ impl Quiesced<'_> {
         FormerTop { store: Arc::clone(store), writer, locks, image: fallen }
     }
 
-    /// Makes ready to fall onto `base`, which holds all the disk's bytes, durably; nothing has happened yet.
+    /// Prepares an active commit into `base`, which holds all the disk's bytes, durably; nothing has happened
+    /// yet.
     pub fn prepare_fall(&mut self, base: JobImage) -> Result<PreparedActiveCommit> {
         let store = self.store;
         let (image, locks, writer) = base.into_parts()?;
@@ -424,9 +422,9 @@ impl Quiesced<'_> {
         Ok(PreparedActiveCommit { locks, writer, open })
     }
 
-    /// Falls onto what was made ready, whose file has the name `name` by now. Opens the disk again.
-    /// `settled`: whether the name is durable; if not, nothing more is written, for a crash might give the
-    /// disk back what it had before.
+    /// Carries out a prepared active commit; the base's file has the name `name` by now. Unquiesces the disk.
+    /// `settled`: whether the name is durable; if not, nothing more is written, since a crash might bring
+    /// back the disk's former name.
     pub fn fall(mut self, prepared: PreparedActiveCommit, name: &Path, settled: &Result<()>) {
         let (store, disk) = (self.store, self.disk);
         let PreparedActiveCommit { locks, writer, mut open } = prepared;
@@ -434,7 +432,7 @@ impl Quiesced<'_> {
         let image = open.top.clone();
         let writing = self.writing();
         let mut old = std::mem::replace(writing, WritingDisk { writer, locks, open, mirror: None });
-        // The locks of the layers that stay go on as they are.
+        // The locks of the remaining layers stay as they are.
         let stays = |lock: &ReadLock| writing.open.images().any(|id| id == lock.file().id());
         let (kept, gone): (Vec<_>, Vec<_>) = std::mem::take(&mut old.open.locks).into_iter().partition(stays);
         writing.open.locks = kept;
@@ -446,7 +444,7 @@ impl Quiesced<'_> {
             let _ = disk.unsettled.set(poison);
         }
         drop(self);
-        // Not under the gate: it may let go of many files.
+        // Not under the gate: it may close many files.
         drop((old, gone));
     }
 }
@@ -467,7 +465,7 @@ impl FormerTop {
         self.image.format
     }
 
-    /// All that a job had to write to it is written: it is a frozen layer like any other.
+    /// All writes of the job to it are done: it is an ordinary frozen layer.
     pub fn finish(self) -> Result<()> {
         let Self { store, writer, locks, image } = self;
         let closed = writer.close();
@@ -475,7 +473,7 @@ impl FormerTop {
         for file in image.files() {
             file.accept_changes()?;
         }
-        // The image itself is as it was described: only its header has changed since.
+        // The open image is still right: only its header has changed since.
         store.opened.keep(&image);
         drop(locks);
         closed

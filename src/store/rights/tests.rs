@@ -1,6 +1,6 @@
 use super::*;
 
-/// Numbers that look random, and are the same each time.
+/// Pseudo-random numbers, the same each time.
 struct Random(u64);
 
 impl Random {
@@ -63,7 +63,7 @@ fn in_a_sticky_directory_only_owners_rename() {
 }
 
 #[test]
-fn what_a_class_may_everybody_in_it_may() {
+fn a_right_of_a_class_is_a_right_of_each_member() {
     let mut random = Random(7);
     let mut granted = 0;
     for _ in 0..200_000 {
@@ -95,8 +95,8 @@ fn what_a_class_may_everybody_in_it_may() {
 }
 
 #[test]
-fn what_is_plain_is_not_denied() {
-    // An overlay of one user on a base that everybody may read.
+fn obvious_rights_are_granted() {
+    // An overlay of one user on a base that all may read.
     let base = file(0, 0, 0o644);
     for class in [
         Class::Owner(Subject::new(64055, vec![])),
