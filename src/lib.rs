@@ -8,6 +8,7 @@ pub mod browse;
 pub mod cache;
 pub mod chain;
 pub mod cli;
+pub mod codec;
 pub mod error;
 pub mod format;
 pub mod fs;

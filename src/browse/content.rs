@@ -3,10 +3,12 @@
 //! Promise of [`same_bytes`]: bytes that both files have from one place of one image are not read.
 
 use crate::chain::Origin;
-use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{Ino, RunKind};
+use crate::error::{Error, Result};
+use crate::guest::RunKind;
+use crate::units::Run;
 
 use super::DiskContents;
+use super::mapped_file::MappedFile;
 use super::walk::{GuestEntry, GuestTree};
 
 /// Bytes of a file whose runs are requested at once.
@@ -18,11 +20,7 @@ const STEP: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct OpenContent<'a> {
     tree: &'a GuestTree,
-    ino: Ino,
-    size: u64,
-    /// Runs without gaps from `known_start` on: the end of each, and where its first byte is.
-    known: Vec<(u64, RunKind)>,
-    known_start: u64,
+    file: MappedFile,
 }
 
 /// The origin of some bytes of a file.
@@ -41,52 +39,18 @@ enum ByteSource {
 impl<'a> OpenContent<'a> {
     /// The bytes of a regular file.
     pub fn new(tree: &'a GuestTree, file: &GuestEntry) -> Self {
-        let (ino, size) = (file.ino, file.attributes.size);
-        Self { tree, ino, size, known: Vec::new(), known_start: 0 }
+        let GuestEntry { ino, attributes } = *file;
+        Self { tree, file: MappedFile::sized(&tree.contents, tree.tree, ino, attributes.size, WINDOW) }
     }
 
-    /// The run at `at`, which lies within the file: the remaining bytes of the run, and where the first one
-    /// is.
-    pub fn run(&mut self, at: u64) -> Result<(u64, RunKind)> {
-        if let Some(found) = self.known_run(at) {
-            return Ok(found);
-        }
-        let GuestTree { contents, volume, .. } = self.tree;
-        let runs = contents.runs(*volume, self.ino, at, WINDOW.min(self.size - at))?;
-        let mut end = at;
-        self.known_start = at;
-        self.known.clear();
-        self.known.extend(runs.into_iter().map(|run| {
-            end += run.len;
-            (end, run.kind)
-        }));
-        self.known_run(at).ok_or_else(unmapped)
-    }
-
-    fn known_run(&self, at: u64) -> Option<(u64, RunKind)> {
-        let index = self.known.partition_point(|(end, _)| *end <= at);
-        let (end, kind) = *self.known.get(index)?;
-        let start = if index == 0 { self.known_start } else { self.known[index - 1].0 };
-        let into = at.checked_sub(start)?;
-        let kind = match kind {
-            RunKind::Stored(place) => RunKind::Stored(place.checked_add(into)?),
-            other => other,
-        };
-        Some((end.min(self.size) - at, kind))
+    /// The rest of the run at `at`, which lies within the file: where the byte at `at` is.
+    pub fn run(&self, at: u64) -> Result<Run<RunKind>> {
+        self.file.run(at)
     }
 
     /// Fills `buf` with the bytes at `at`, all of which lie before the file's end.
-    pub fn read_at(&mut self, at: u64, buf: &mut [u8]) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            let here = at + done as u64;
-            let (len, kind) = self.run(here)?;
-            let piece = (len as usize).min(buf.len() - done);
-            let GuestTree { contents, volume, .. } = self.tree;
-            contents.read_run(*volume, self.ino, here, kind, &mut buf[done..done + piece])?;
-            done += piece;
-        }
-        Ok(())
+    pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.file.read_at(at, buf)
     }
 }
 
@@ -127,16 +91,16 @@ trait ComparedBytes {
 
 impl ComparedBytes for OpenContent<'_> {
     fn size(&self) -> u64 {
-        self.size
+        self.file.size()
     }
 
     fn origin(&mut self, at: u64) -> Result<(ByteSource, u64)> {
-        let (len, kind) = self.run(at)?;
+        let Run { value: kind, len } = self.run(at)?;
         match kind {
             RunKind::Hole => Ok((ByteSource::Zero, len)),
             RunKind::Opaque => Ok((ByteSource::Unknown, len)),
             RunKind::Stored(place) => {
-                let (origin, len) = self.tree.contents.origin(self.tree.volume, place, len)?;
+                let (origin, len) = self.tree.contents.origin(self.tree.tree.volume, place, len)?;
                 Ok((ByteSource::of(origin), len))
             }
         }
@@ -219,10 +183,6 @@ pub(super) fn same_origins(a: (&DiskContents, usize), b: (&DiskContents, usize))
         at += len_a.min(len_b);
     }
     size == b.size()
-}
-
-fn unmapped() -> Error {
-    Error::new(ErrorKind::Corrupt, "a part of the file is not mapped")
 }
 
 #[cfg(test)]

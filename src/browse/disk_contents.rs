@@ -11,15 +11,14 @@ use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{Volume, VolumeLayout};
-use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind};
+use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind, TreeId};
 use crate::store::ViewId;
 
 use super::disk::{BrowsedDisk, Digests, LeasedDisk};
 use super::validate::{
-    check_extended_attributes, check_ino, check_mounted, check_runs, check_systems, protocol_violation,
-    sanitise_listing,
+    check_extended_attributes, check_mounted, check_runs, check_systems, protocol_violation, sanitise_listing,
 };
-use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, VolumeId};
+use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, SetTree};
 use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};
 
 /// How often a set is opened for one request: the worker may have evicted it each time, but not forever.
@@ -155,8 +154,8 @@ impl DiskContents {
         Err(protocol_violation())
     }
 
-    fn id_of(&self, volume: usize) -> VolumeId {
-        VolumeId { set: self.set, volume: volume as u32 }
+    fn id_of(&self, tree: TreeId) -> SetTree {
+        SetTree { set: self.set, tree }
     }
 
     fn described(&self, volume: usize) -> Result<&Volume> {
@@ -170,16 +169,21 @@ impl DiskContents {
         }
     }
 
-    /// The root, the statistics and the remarks of a volume's file system.
-    pub fn mount(&self, volume: usize) -> Result<Mounted> {
-        self.described(volume)?;
-        if let Some(known) = &*self.mounted[volume].lock() {
-            return Ok(known.clone());
+    /// The root, the statistics and the remarks of a tree.
+    pub fn mount(&self, tree: TreeId) -> Result<Mounted> {
+        self.described(tree.volume)?;
+        // What the main tree says is said of the volume.
+        let known = (tree.subvolume == 0).then(|| &self.mounted[tree.volume]);
+        if let Some(known) = known.and_then(|known| known.lock().clone()) {
+            return Ok(known);
         }
-        match self.ask(&Request::Mount(self.id_of(volume)))?.0 {
+        match self.ask(&Request::Mount(self.id_of(tree)))?.0 {
             Answer::Mounted(mounted) => {
                 check_mounted(&mounted)?;
-                Ok(self.mounted[volume].lock().insert(mounted).clone())
+                if let Some(known) = known {
+                    *known.lock() = Some(mounted.clone());
+                }
+                Ok(mounted)
             }
             _ => Err(protocol_violation()),
         }
@@ -216,42 +220,32 @@ impl DiskContents {
     }
 
     /// The inode of a name in a directory, with its attributes.
-    pub fn lookup(
-        &self,
-        volume: usize,
-        directory: Ino,
-        name: &[u8],
-    ) -> Result<Option<(Ino, FileAttributes)>> {
-        match self.ask(&Request::Lookup(self.id_of(volume), directory, name.to_vec()))?.0 {
-            Answer::Found(found) => {
-                if let Some((ino, _)) = found {
-                    check_ino(ino)?;
-                }
-                Ok(found)
-            }
+    pub fn lookup(&self, tree: TreeId, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileAttributes)>> {
+        match self.ask(&Request::Lookup(self.id_of(tree), directory, name.to_vec()))?.0 {
+            Answer::Found(found) => Ok(found),
             _ => Err(protocol_violation()),
         }
     }
 
     /// Entries of a directory from a position on (0: the beginning; else some entry's `next`).
-    pub fn list(&self, volume: usize, directory: Ino, from: u64) -> Result<Listing> {
-        match self.ask(&Request::List(self.id_of(volume), directory, from))?.0 {
+    pub fn list(&self, tree: TreeId, directory: Ino, from: u64) -> Result<Listing> {
+        match self.ask(&Request::List(self.id_of(tree), directory, from))?.0 {
             Answer::Listed(listing) => sanitise_listing(listing, from),
             _ => Err(protocol_violation()),
         }
     }
 
     /// The stat(2) attributes.
-    pub fn attributes(&self, volume: usize, ino: Ino) -> Result<FileAttributes> {
-        match self.ask(&Request::Attributes(self.id_of(volume), ino))?.0 {
+    pub fn attributes(&self, tree: TreeId, ino: Ino) -> Result<FileAttributes> {
+        match self.ask(&Request::Attributes(self.id_of(tree), ino))?.0 {
             Answer::Attributes(attributes) => Ok(attributes),
             _ => Err(protocol_violation()),
         }
     }
 
     /// The target of a symbolic link, as the guest has it.
-    pub fn read_link(&self, volume: usize, ino: Ino) -> Result<Vec<u8>> {
-        match self.ask(&Request::ReadLink(self.id_of(volume), ino))?.0 {
+    pub fn read_link(&self, tree: TreeId, ino: Ino) -> Result<Vec<u8>> {
+        match self.ask(&Request::ReadLink(self.id_of(tree), ino))?.0 {
             Answer::Link(target) if target.is_empty() || target.len() > LINK_LEN || target.contains(&0) => {
                 Err(Error::new(ErrorKind::Corrupt, "a symbolic link with an invalid target"))
             }
@@ -261,8 +255,8 @@ impl DiskContents {
     }
 
     /// All extended attributes, as the guest's kernel lists them.
-    pub fn extended_attributes(&self, volume: usize, ino: Ino) -> Result<Vec<ExtendedAttribute>> {
-        match self.ask(&Request::ExtendedAttributes(self.id_of(volume), ino))?.0 {
+    pub fn extended_attributes(&self, tree: TreeId, ino: Ino) -> Result<Vec<ExtendedAttribute>> {
+        match self.ask(&Request::ExtendedAttributes(self.id_of(tree), ino))?.0 {
             Answer::ExtendedAttributes(found) => {
                 check_extended_attributes(&found)?;
                 Ok(found)
@@ -272,8 +266,8 @@ impl DiskContents {
     }
 
     /// The size of a regular file, and its first runs.
-    pub fn open_file(&self, volume: usize, ino: Ino) -> Result<OpenedFile> {
-        match self.ask(&Request::OpenFile(self.id_of(volume), ino))?.0 {
+    pub fn open_file(&self, tree: TreeId, ino: Ino) -> Result<OpenedFile> {
+        match self.ask(&Request::OpenFile(self.id_of(tree), ino))?.0 {
             Answer::OpenedFile(opened) => {
                 check_runs(0, &opened.runs)?;
                 Ok(opened)
@@ -284,8 +278,8 @@ impl DiskContents {
 
     /// The runs of a file from `at` on, up to `at + len` or the end of the file, or as many as one answer
     /// holds. Empty at and beyond the end.
-    pub fn runs(&self, volume: usize, ino: Ino, at: u64, len: u64) -> Result<Vec<FileRun>> {
-        match self.ask(&Request::Runs(self.id_of(volume), ino, at, len))?.0 {
+    pub fn runs(&self, tree: TreeId, ino: Ino, at: u64, len: u64) -> Result<Vec<FileRun>> {
+        match self.ask(&Request::Runs(self.id_of(tree), ino, at, len))?.0 {
             Answer::Runs(runs) => {
                 check_runs(at, &runs)?;
                 Ok(runs)
@@ -295,22 +289,22 @@ impl DiskContents {
     }
 
     /// Reads a range of a file that is one run of `kind`.
-    pub fn read_run(&self, volume: usize, ino: Ino, at: u64, kind: RunKind, buf: &mut [u8]) -> Result<()> {
+    pub fn read_run(&self, tree: TreeId, ino: Ino, at: u64, kind: RunKind, buf: &mut [u8]) -> Result<()> {
         match kind {
             RunKind::Hole => {
                 buf.fill(0);
                 Ok(())
             }
-            RunKind::Stored(offset) => self.read_volume(volume, offset, buf),
-            RunKind::Opaque => self.read_by_worker(volume, ino, at, buf),
+            RunKind::Stored(offset) => self.read_volume(tree.volume, offset, buf),
+            RunKind::Opaque => self.read_by_worker(tree, ino, at, buf),
         }
     }
 
-    fn read_by_worker(&self, volume: usize, ino: Ino, at: u64, buf: &mut [u8]) -> Result<()> {
+    fn read_by_worker(&self, tree: TreeId, ino: Ino, at: u64, buf: &mut [u8]) -> Result<()> {
         let mut done = 0;
         while done < buf.len() {
             let len = (buf.len() - done).min(READ_LEN);
-            let request = Request::Read(self.id_of(volume), ino, at + done as u64, len as u32);
+            let request = Request::Read(self.id_of(tree), ino, at + done as u64, len as u32);
             match self.ask(&request)? {
                 (Answer::Bytes, bytes) if !bytes.is_empty() && bytes.len() <= len => {
                     buf[done..done + bytes.len()].copy_from_slice(&bytes);

@@ -11,6 +11,7 @@ pub mod content;
 pub mod difference;
 mod disk;
 mod disk_contents;
+mod mapped_file;
 pub mod ranges;
 mod validate;
 pub mod versions;
@@ -37,6 +38,7 @@ use worker::protocol::{Answer, Request};
 use worker::{Pool, Worker, WorkerProgram};
 
 pub use disk_contents::{DiskContents, DiskLease};
+pub use mapped_file::MappedFile;
 pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
 
 /// Disk contents that are cached for later clients.

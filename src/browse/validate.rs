@@ -11,7 +11,7 @@ use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{
     MissingVolumeGroup, Partition, PhysicalVolumeName, Volume, VolumeLayout, VolumeMapping, VolumeSegment,
 };
-use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun, Ino};
+use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun};
 
 use super::worker::protocol::LIST_LEN;
 use super::worker::{Listing, Mounted};
@@ -111,7 +111,6 @@ pub(super) fn check_physical_volumes(found: &[PhysicalVolumeName]) -> Result<()>
 
 /// Validates the answer about a file system.
 pub(super) fn check_mounted(mounted: &Mounted) -> Result<()> {
-    check_ino(mounted.root)?;
     // Programs divide by it.
     check(mounted.statistics.block_size > 0 && are_remarks(&mounted.remarks) && are_remarks(&mounted.stale))
 }
@@ -162,7 +161,7 @@ pub(super) fn sanitise_listing(mut listing: Listing, from: u64) -> Result<Listin
 fn is_presentable(entry: &DirectoryEntry) -> bool {
     let name = &entry.name[..];
     let is_name = !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN;
-    is_name && !name.iter().any(|byte| matches!(byte, 0 | b'/')) && entry.ino.0 < Ino::LIMIT
+    is_name && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
 }
 
 /// Validates all extended attributes of an inode.
@@ -181,14 +180,11 @@ pub(super) fn check_runs(at: u64, runs: &[FileRun]) -> Result<()> {
     runs.iter().try_fold(at, end).map(drop).ok_or_else(protocol_violation)
 }
 
-pub(super) fn check_ino(ino: Ino) -> Result<()> {
-    check(ino.0 < Ino::LIMIT)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::browse::ListedEntry;
+    use crate::guest::Ino;
     use crate::guest::content::VolumeContent;
 
     const SIZE: u64 = 1 << 30;

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{ExtendedAttribute, FileAttributes, FileKind, Ino};
+use crate::guest::{ExtendedAttribute, FileAttributes, FileKind, Ino, TreeId};
 use crate::store::shown;
 
 use super::{DiskContents, DiskLease, ListedEntry};
@@ -27,7 +27,7 @@ pub const DEPTH: usize = 512;
 #[derive(Debug)]
 pub struct GuestTree {
     pub(super) contents: Arc<DiskContents>,
-    pub(super) volume: usize,
+    pub(super) tree: TreeId,
     root: GuestEntry,
     _lease: DiskLease,
 }
@@ -86,9 +86,10 @@ impl GuestTree {
     /// The files of a volume, by index.
     pub fn open(contents: &Arc<DiskContents>, volume: usize) -> Result<Self> {
         let lease = contents.lease()?;
-        let ino = contents.mount(volume)?.root;
-        let root = GuestEntry { ino, attributes: contents.attributes(volume, ino)? };
-        Ok(Self { contents: Arc::clone(contents), volume, root, _lease: lease })
+        let tree = TreeId::main(volume);
+        let ino = contents.mount(tree)?.root;
+        let root = GuestEntry { ino, attributes: contents.attributes(tree, ino)? };
+        Ok(Self { contents: Arc::clone(contents), tree, root, _lease: lease })
     }
 
     /// The root directory.
@@ -119,7 +120,7 @@ impl GuestTree {
                 }
                 _ => {}
             }
-            let found = self.contents.lookup(self.volume, here.ino, &name)?;
+            let found = self.contents.lookup(self.tree, here.ino, &name)?;
             let (ino, attributes) = found.ok_or_else(|| {
                 let name = shown(Path::new(OsStr::from_bytes(&name)));
                 Error::new(ErrorKind::NotFound, format!("there is no {name}"))
@@ -129,7 +130,7 @@ impl GuestTree {
                 if link_count > LINKS {
                     return Err(Error::new(ErrorKind::NotFound, "the path follows too many symbolic links"));
                 }
-                let target = self.contents.read_link(self.volume, ino)?;
+                let target = self.contents.read_link(self.tree, ino)?;
                 if target.starts_with(b"/") {
                     parents.truncate(1);
                 }
@@ -154,7 +155,7 @@ impl GuestTree {
     fn list(&self, directory: Ino, all: &mut Vec<NamedEntry>) -> Result<()> {
         let mut from = 0;
         loop {
-            let listing = self.contents.list(self.volume, directory, from)?;
+            let listing = self.contents.list(self.tree, directory, from)?;
             let Some(last) = listing.entries.last() else {
                 let fact = "a directory's listing has no end";
                 return if listing.ends { Ok(()) } else { Err(Error::new(ErrorKind::Corrupt, fact)) };
@@ -163,7 +164,7 @@ impl GuestTree {
             for ListedEntry { entry: found, attributes, .. } in listing.entries {
                 let attributes = match attributes {
                     Some(attributes) => Ok(attributes),
-                    None => self.contents.attributes(self.volume, found.ino),
+                    None => self.contents.attributes(self.tree, found.ino),
                 };
                 let entry = attributes.map(|attributes| GuestEntry { ino: found.ino, attributes });
                 all.push(NamedEntry { name: found.name, entry });
@@ -182,12 +183,12 @@ impl GuestTree {
 
     /// The target of a symbolic link, as the guest has it.
     pub fn read_link(&self, ino: Ino) -> Result<Vec<u8>> {
-        self.contents.read_link(self.volume, ino)
+        self.contents.read_link(self.tree, ino)
     }
 
     /// All extended attributes.
     pub fn extended_attributes(&self, ino: Ino) -> Result<Vec<ExtendedAttribute>> {
-        self.contents.extended_attributes(self.volume, ino)
+        self.contents.extended_attributes(self.tree, ino)
     }
 }
 

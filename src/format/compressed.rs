@@ -1,73 +1,24 @@
 //! Compressed clusters: one stream in, exactly one cluster out.
 //!
 //! A descriptor counts whole sectors, so bytes of the next cluster may follow the stream: bytes after a full
-//! cluster are ignored. No length in a stream can make the decoder allocate more than a fixed window.
+//! cluster are ignored.
 
-use std::cell::RefCell;
-
-use flate2::{Decompress, FlushDecompress, Status};
-use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
+use crate::codec::{self, Codec};
 
 use super::header::Compression;
 use super::malformed::Malformed;
 
-/// Largest zstd window, as a power of two: 8 MiB. A cluster has at most 2 MiB, so a writer that compresses it
-/// in one call needs no larger window; one that streams without stating the length gets up to 8 MiB at the
-/// customary levels. Zstd's own limit is 128 MiB, which an image could make every thread allocate.
-const ZSTD_WINDOW_LOG_MAX: u32 = 23;
-
-thread_local! {
-    // A decoder needs some tens of KiB, and its setup costs about as much as decoding a small cluster.
-    static DEFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
-    static ZSTD: RefCell<Option<Decoder<'static>>> = const { RefCell::new(None) };
-}
-
 /// Fills `out`, which is one cluster, from `input`.
 pub fn decompress(kind: Compression, input: &[u8], out: &mut [u8]) -> Result<(), Malformed> {
-    match kind {
-        Compression::Deflate => DEFLATE.with_borrow_mut(|decoder| inflate(decoder, input, out)),
-        Compression::Zstd => ZSTD.with_borrow_mut(|decoder| unzstd(decoder, input, out)),
+    let codec = match kind {
+        Compression::Deflate => Codec::Deflate,
+        Compression::Zstd => Codec::Zstd,
+    };
+    match codec::decompress(codec, input, out) {
+        Ok(got) if got == out.len() => Ok(()),
+        Ok(got) => Err(Malformed::CompressedShort { got: got as u64, want: out.len() as u64 }),
+        Err(codec::InvalidStream) => Err(Malformed::CompressedInvalid(codec.name())),
     }
-}
-
-fn inflate(decoder: &mut Decompress, input: &[u8], out: &mut [u8]) -> Result<(), Malformed> {
-    decoder.reset(false);
-    let want = out.len() as u64;
-    loop {
-        let (read, got) = (decoder.total_in(), decoder.total_out());
-        if got == want {
-            return Ok(());
-        }
-        let (rest, room) = (&input[read as usize..], &mut out[got as usize..]);
-        let status = decoder.decompress(rest, room, FlushDecompress::None);
-        let status = status.map_err(|_| Malformed::CompressedInvalid("deflate"))?;
-        let stuck = decoder.total_in() == read && decoder.total_out() == got;
-        if decoder.total_out() < want && (stuck || status == Status::StreamEnd) {
-            return Err(Malformed::CompressedShort { got: decoder.total_out(), want });
-        }
-    }
-}
-
-fn unzstd(slot: &mut Option<Decoder<'static>>, input: &[u8], out: &mut [u8]) -> Result<(), Malformed> {
-    let invalid = |_| Malformed::CompressedInvalid("zstd");
-    if slot.is_none() {
-        let mut fresh = Decoder::new().map_err(invalid)?;
-        fresh.set_parameter(DParameter::WindowLogMax(ZSTD_WINDOW_LOG_MAX)).map_err(invalid)?;
-        *slot = Some(fresh);
-    }
-    let decoder = slot.as_mut().expect("made above");
-    decoder.reinit().map_err(invalid)?;
-    let want = out.len();
-    let (mut input, mut out) = (InBuffer::around(input), OutBuffer::around(out));
-    while out.pos() < want {
-        let before = (input.pos(), out.pos());
-        // A frame that ends early is followed by the next one; the decoder continues by itself.
-        decoder.run(&mut input, &mut out).map_err(invalid)?;
-        if (input.pos(), out.pos()) == before {
-            return Err(Malformed::CompressedShort { got: out.pos() as u64, want: want as u64 });
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -78,6 +29,7 @@ mod tests {
     use zstd::stream::Encoder;
 
     use super::*;
+    use crate::codec::ZSTD_WINDOW_LOG_MAX;
 
     const CLUSTER: usize = 65_536;
 

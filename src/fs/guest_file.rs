@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::browse::{DiskLease, Listing, OpenedFile};
-use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{FileRun, Ino, RunKind};
+use crate::browse::{DiskLease, Listing, MappedFile};
+use crate::error::Result;
+use crate::guest::{Ino, RunKind};
 use crate::units::BlockStatus;
 
 use super::mounted_volumes::MountedVolume;
@@ -20,91 +20,25 @@ const SEEK_LIMIT: Duration = Duration::from_millis(200);
 /// An open file.
 #[derive(Debug)]
 pub struct GuestFile {
-    pub(super) slot: Arc<MountedVolume>,
-    ino: Ino,
-    size: u64,
-    known: Mutex<Arc<KnownRuns>>,
+    file: MappedFile,
     /// Keeps the disk's content unchanged.
     _lease: DiskLease,
 }
 
-/// The mapping of a part of a file: runs without gaps.
-#[derive(Debug, Default)]
-struct KnownRuns {
-    start: u64,
-    /// The end of each run, and the location of its first byte.
-    runs: Vec<(u64, RunKind)>,
-}
-
-impl KnownRuns {
-    fn new(start: u64, runs: Vec<FileRun>) -> Self {
-        let mut end = start;
-        let runs = runs.into_iter().map(|run| {
-            end += run.len;
-            (end, run.kind)
-        });
-        Self { start, runs: runs.collect() }
-    }
-
-    /// The run that contains `at`: start, end, and the location of its first byte.
-    fn find(&self, at: u64) -> Option<(u64, u64, RunKind)> {
-        let index = self.runs.partition_point(|(end, _)| *end <= at);
-        let (end, kind) = *self.runs.get(index)?;
-        let start = if index == 0 { self.start } else { self.runs[index - 1].0 };
-        (start <= at).then_some((start, end, kind))
-    }
-}
-
 impl GuestFile {
-    pub(super) fn open(slot: &Arc<MountedVolume>, ino: Ino) -> Result<Self> {
+    pub(super) fn open(slot: &MountedVolume, ino: Ino) -> Result<Self> {
         let lease = slot.inside.lease()?;
-        let OpenedFile { size, runs } = slot.inside.open_file(slot.volume, ino)?;
-        let known = Mutex::new(Arc::new(KnownRuns::new(0, runs)));
-        Ok(Self { slot: Arc::clone(slot), ino, size, known, _lease: lease })
+        Ok(Self { file: MappedFile::open(&slot.inside, slot.tree, ino, WINDOW)?, _lease: lease })
     }
 
     pub(super) fn size(&self) -> u64 {
-        self.size
-    }
-
-    /// The run at `at`, within the file: its end, and the location of the byte at `at`.
-    fn run(&self, at: u64) -> Result<(u64, RunKind)> {
-        let mut known = Arc::clone(&self.known.lock());
-        if known.find(at).is_none() {
-            known = Arc::new(self.request_runs(at)?);
-            *self.known.lock() = Arc::clone(&known);
-        }
-        let unmapped = || Error::new(ErrorKind::Corrupt, "a part of the file has no location");
-        let (start, end, kind) = known.find(at).ok_or_else(unmapped)?;
-        let kind = match kind {
-            RunKind::Stored(place) => RunKind::Stored(place.checked_add(at - start).ok_or_else(unmapped)?),
-            other => other,
-        };
-        Ok((end.min(self.size), kind))
-    }
-
-    fn request_runs(&self, at: u64) -> Result<KnownRuns> {
-        let runs = self.slot.inside.runs(self.slot.volume, self.ino, at, WINDOW.min(self.size - at))?;
-        Ok(KnownRuns::new(at, runs))
+        self.file.size()
     }
 
     /// Reads up to the end of the file, all or nothing: the page cache would treat a short read as zeroes.
     pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
-        let len = self.size.saturating_sub(at).min(buf.len() as u64) as usize;
-        let mut done = 0;
-        while done < len {
-            let here = at + done as u64;
-            let (end, kind) = self.run(here)?;
-            let piece = ((end - here) as usize).min(len - done);
-            self.slot.inside.read_run(
-                self.slot.volume,
-                self.ino,
-                here,
-                kind,
-                &mut buf[done..done + piece],
-            )?;
-            done += piece;
-        }
+        let len = self.size().saturating_sub(at).min(buf.len() as u64) as usize;
+        self.file.read_at(at, &mut buf[..len])?;
         Ok(len)
     }
 
@@ -112,14 +46,14 @@ impl GuestFile {
     pub(super) fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let begun = Instant::now();
         let mut at = at;
-        while at < self.size {
-            let (end, kind) = self.run(at)?;
-            if (kind != RunKind::Hole) == (wanted == BlockStatus::Data) {
+        while at < self.size() {
+            let run = self.file.run(at)?;
+            if (run.value != RunKind::Hole) == (wanted == BlockStatus::Data) {
                 return Ok(Some(at));
             }
-            at = end;
+            at += run.len;
             if begun.elapsed() > SEEK_LIMIT {
-                return Ok(Some(at).filter(|at| wanted == BlockStatus::Data && *at < self.size));
+                return Ok(Some(at).filter(|at| wanted == BlockStatus::Data && *at < self.size()));
             }
         }
         Ok(None)
@@ -153,7 +87,7 @@ impl GuestDirectory {
                 return Ok((Arc::clone(listed), skip));
             }
         }
-        let listed = Arc::new(self.slot.inside.list(self.slot.volume, self.ino, place)?);
+        let listed = Arc::new(self.slot.inside.list(self.slot.tree, self.ino, place)?);
         *self.listed.lock() = Some((place, Arc::clone(&listed)));
         Ok((listed, 0))
     }

@@ -11,7 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, Ino};
 use crate::store::stale;
 
-use super::mounted_volumes::{GuestNode, MountedVolume};
+use super::guest_numbers::GuestNode;
+use super::mounted_volumes::MountedVolume;
 
 /// Maximum number of links to follow, as in Linux.
 const MAX_FOLLOWED: usize = 40;
@@ -119,7 +120,7 @@ fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
             continue;
         }
         let is_last = rest.is_empty();
-        match slot.inside.lookup(slot.volume, walk.here()?, &part)? {
+        match slot.inside.lookup(slot.tree, walk.here()?, &part)? {
             Some((ino, found)) if found.kind == FileKind::Symlink && !is_last => {
                 followed += 1;
                 if followed > MAX_FOLLOWED {
@@ -128,7 +129,7 @@ fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
                         "the link leads through too many other links",
                     ));
                 }
-                let target = slot.inside.read_link(slot.volume, ino)?;
+                let target = slot.inside.read_link(slot.tree, ino)?;
                 if target.starts_with(b"/") {
                     walk.go_to_root();
                 }

@@ -1,9 +1,8 @@
-//! The guests' file systems in the mount, and the inode numbers of their files.
+//! The guests' file systems in the mount.
 //!
-//! An inode number encodes the file system (a slot), the depth below its root (for directories and symbolic
-//! links, whose targets depend on it) and the guest's inode number. So no state is needed per file. A file
-//! system keeps its slot while the kernel's lookup count is positive, or while the browser still has the
-//! disk. Freed slots are reused only when all others have been used.
+//! Each tree of a file system has a slot, whose number is a part of the inode numbers of its files (see
+//! [`guest_numbers`](super::guest_numbers)). A tree keeps its slot while the kernel's lookup count is positive,
+//! or while the browser still has the disk. Freed slots are reused only when all others have been used.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,15 +14,9 @@ use parking_lot::{Mutex, RwLock};
 use crate::browse::{DiskContents, Mounted};
 use crate::cache::Weighted;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{ExtendedAttribute, Ino};
+use crate::guest::{ExtendedAttribute, Ino, TreeId};
 
-/// Set in all inode numbers of guests' files. The highest bit stays clear for programs that use signed
-/// numbers.
-const GUEST: u64 = 1 << 62;
-const SLOT_BITS: u32 = 15;
-const DEPTH_BITS: u32 = 7;
-const INO_BITS: u32 = 40;
-const _: () = assert!(SLOT_BITS + DEPTH_BITS + INO_BITS == 62 && 1 << INO_BITS == Ino::LIMIT);
+use super::guest_numbers::SLOT_BITS;
 
 /// Maximum number of file systems at a time.
 const SLOTS: usize = 1 << SLOT_BITS;
@@ -38,43 +31,10 @@ const PLAIN_CACHED: usize = 1 << 16;
 /// Number of cached parents of directories and symbolic links: some link targets depend on them.
 const PARENTS_CACHED: usize = 1 << 14;
 
-/// A file of a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct GuestNode {
-    /// The file system's slot.
-    pub(super) slot: u16,
-    /// Depth of the directory, or of the directory that contains the symbolic link; 0 for all other files.
-    pub(super) depth: u8,
-    /// The guest's inode number.
-    pub(super) ino: Ino,
-}
-
-impl GuestNode {
-    /// The maximum depth; deeper nodes have this value.
-    pub(super) const DEEPEST: u8 = (1 << DEPTH_BITS) - 1;
-
-    /// Its inode number in the mount.
-    pub(super) fn number(self) -> u64 {
-        GUEST
-            | u64::from(self.slot) << (DEPTH_BITS + INO_BITS)
-            | u64::from(self.depth) << INO_BITS
-            | self.ino.0
-    }
-
-    /// The guest's file with this inode number, if it is one.
-    pub(super) fn from_number(number: u64) -> Option<Self> {
-        (number & GUEST != 0).then_some(Self {
-            slot: (number >> (DEPTH_BITS + INO_BITS)) as u16 & (SLOTS - 1) as u16,
-            depth: (number >> INO_BITS) as u8 & Self::DEEPEST,
-            ino: Ino(number & (Ino::LIMIT - 1)),
-        })
-    }
-}
-
 /// A guest's file system in the mount.
 pub(super) struct MountedVolume {
     pub(super) inside: Arc<DiskContents>,
-    pub(super) volume: usize,
+    pub(super) tree: TreeId,
     pub(super) mounted: Mounted,
     since: Instant,
     /// The sum of the lookup counts of its inodes.
@@ -88,7 +48,7 @@ impl std::fmt::Debug for MountedVolume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("MountedVolume")
             .field("inside", &self.inside)
-            .field("volume", &self.volume)
+            .field("tree", &self.tree)
             .finish_non_exhaustive()
     }
 }
@@ -121,8 +81,8 @@ impl MountedVolume {
         this.lookup_count.load(Ordering::Relaxed) <= 0 && Arc::strong_count(this) == 1
     }
 
-    fn place(&self) -> (usize, usize) {
-        (Arc::as_ptr(&self.inside) as usize, self.volume)
+    fn place(&self) -> TreePlace {
+        (Arc::as_ptr(&self.inside) as usize, self.tree)
     }
 
     /// Records that an inode has no extended attributes.
@@ -148,12 +108,15 @@ impl MountedVolume {
         if let Some(known) = self.attributes.get(ino) {
             return Ok(known);
         }
-        let found: Arc<[ExtendedAttribute]> = self.inside.extended_attributes(self.volume, ino)?.into();
+        let found: Arc<[ExtendedAttribute]> = self.inside.extended_attributes(self.tree, ino)?.into();
         let bytes = |attribute: &ExtendedAttribute| attribute.name.len() + attribute.value.len() + 64;
         self.attributes.put(ino, Arc::clone(&found), found.iter().map(bytes).sum::<usize>() + 64);
         Ok(found)
     }
 }
+
+/// The address of a disk's contents, which live as long as their slots, and the tree.
+type TreePlace = (usize, TreeId);
 
 /// All guests' file systems in the mount.
 #[derive(Debug, Default)]
@@ -165,23 +128,22 @@ pub(super) struct MountedVolumes {
 struct VolumeTable {
     /// `None`: a freed slot.
     slots: Vec<Option<Arc<MountedVolume>>>,
-    /// By address of `inside`, which lives as long as its slot, and volume.
-    places: HashMap<(usize, usize), u16>,
+    places: HashMap<TreePlace, u16>,
     /// Start of the search for a free slot.
     next: usize,
 }
 
 impl MountedVolumes {
-    /// The slot of a volume; a new one if it has none.
-    pub(super) fn of(&self, inside: &Arc<DiskContents>, volume: usize) -> Result<(u16, Arc<MountedVolume>)> {
-        let place = (Arc::as_ptr(inside) as usize, volume);
+    /// The slot of a tree; a new one if it has none.
+    pub(super) fn of(&self, inside: &Arc<DiskContents>, tree: TreeId) -> Result<(u16, Arc<MountedVolume>)> {
+        let place = (Arc::as_ptr(inside) as usize, tree);
         if let Some(found) = self.table.read().find(place) {
             return Ok(found);
         }
-        let mounted = inside.mount(volume)?;
+        let mounted = inside.mount(tree)?;
         let slot = Arc::new(MountedVolume {
             inside: Arc::clone(inside),
-            volume,
+            tree,
             mounted,
             since: Instant::now(),
             lookup_count: AtomicI64::new(0),
@@ -235,7 +197,7 @@ impl VolumeTable {
         self.slots.get(usize::from(slot))?.as_ref()
     }
 
-    fn find(&self, place: (usize, usize)) -> Option<(u16, Arc<MountedVolume>)> {
+    fn find(&self, place: TreePlace) -> Option<(u16, Arc<MountedVolume>)> {
         let slot = *self.places.get(&place)?;
         Some((slot, Arc::clone(self.get(slot)?)))
     }
@@ -303,30 +265,16 @@ mod tests {
     }
 
     #[test]
-    fn inode_numbers_decode_to_their_node() {
-        for slot in [0, 1, 0x7fff] {
-            for depth in [0, 1, GuestNode::DEEPEST] {
-                for ino in [0, 2, Ino::LIMIT - 1] {
-                    let node = GuestNode { slot, depth, ino: Ino(ino) };
-                    assert_eq!(GuestNode::from_number(node.number()), Some(node));
-                }
-            }
-        }
-        assert_eq!(GuestNode::from_number(1), None);
-        assert_eq!(GuestNode::from_number(GUEST - 1), None);
-    }
-
-    #[test]
     fn unreferenced_volumes_are_freed() {
         let OneDisk { store, id, .. } = &OneDisk::new(1 << 20);
         let slots = MountedVolumes::default();
         // Four points in time of one disk: the kernel has lookups of the first, the second is being read, the
         // third is current in the browser.
         let [known, open, shown, gone] = [0; 4].map(|_| DiskContents::with_one_volume(store, id));
-        let (kernels, _) = slots.of(&known, 0).unwrap();
-        let (_, _read) = slots.of(&open, 0).unwrap();
-        slots.of(&shown, 0).unwrap();
-        let (number, _) = slots.of(&gone, 0).unwrap();
+        let (kernels, _) = slots.of(&known, TreeId::main(0)).unwrap();
+        let (_, _read) = slots.of(&open, TreeId::main(0)).unwrap();
+        slots.of(&shown, TreeId::main(0)).unwrap();
+        let (number, _) = slots.of(&gone, TreeId::main(0)).unwrap();
         slots.add_lookup(kernels);
         let [is_known, is_open, is_gone] = [known, open, gone].map(|inside| Arc::downgrade(&inside));
         assert!(slots.table.write().vacate(GRACE).is_empty(), "a listing may be about to add a lookup");
@@ -338,7 +286,10 @@ mod tests {
         assert_eq!(slots.table.write().vacate(Duration::ZERO).len(), 1);
         assert_eq!(is_known.strong_count(), 0);
         // A freed slot is not reused while there are unused ones.
-        assert_eq!(slots.of(&DiskContents::with_one_volume(store, id), 0).unwrap().0, number + 1);
-        assert_eq!(slots.of(&shown, 0).unwrap().0, number - 1);
+        assert_eq!(
+            slots.of(&DiskContents::with_one_volume(store, id), TreeId::main(0)).unwrap().0,
+            number + 1
+        );
+        assert_eq!(slots.of(&shown, TreeId::main(0)).unwrap().0, number - 1);
     }
 }

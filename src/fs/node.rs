@@ -12,7 +12,7 @@ use parking_lot::RwLock;
 use crate::store::ViewId;
 
 use super::control::{ControlFile, ControlScope};
-use super::mounted_volumes::GuestNode;
+use super::guest_numbers::{GuestNode, GuestNumbers};
 
 /// A file or directory of the mount.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -181,6 +181,7 @@ pub(super) const ROOT: u64 = 1;
 #[derive(Debug)]
 pub(super) struct Inodes {
     table: RwLock<InodeTable>,
+    guests: GuestNumbers,
 }
 
 #[derive(Debug)]
@@ -193,13 +194,13 @@ impl Inodes {
     /// A table with only the root.
     pub(super) fn new() -> Self {
         let table = InodeTable { by_node: HashMap::from([(Node::Root, ROOT)]), nodes: vec![Node::Root] };
-        Self { table: RwLock::new(table) }
+        Self { table: RwLock::new(table), guests: GuestNumbers::default() }
     }
 
     /// The number of a node; assigns one if it has none.
     pub(super) fn number(&self, node: &Node) -> u64 {
         if let Node::Guest(guest) = node {
-            return guest.number();
+            return self.guests.number(*guest);
         }
         if let Some(number) = self.table.read().by_node.get(node) {
             return *number;
@@ -217,11 +218,16 @@ impl Inodes {
 
     /// The node of an assigned number.
     pub(super) fn node(&self, number: u64) -> Option<Node> {
-        if let Some(guest) = GuestNode::from_number(number) {
+        if let Some(guest) = self.guests.node(number) {
             return Some(Node::Guest(guest));
         }
         let index = usize::try_from(number.checked_sub(1)?).ok()?;
         self.table.read().nodes.get(index).cloned()
+    }
+
+    /// The numbers of guests' files.
+    pub(super) fn guests(&self) -> &GuestNumbers {
+        &self.guests
     }
 
     /// The number of assigned numbers.

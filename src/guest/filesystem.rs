@@ -7,13 +7,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
-/// The number of an inode within its file system. Below [`Ino::LIMIT`].
+/// A tree of files on a set of disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TreeId {
+    /// Index of the volume in the layout of the disks.
+    pub volume: usize,
+    /// Index of the tree among those of the volume's file system.
+    pub subvolume: u32,
+}
+
+impl TreeId {
+    /// The tree that is shown as the volume.
+    pub fn main(volume: usize) -> Self {
+        Self { volume, subvolume: 0 }
+    }
+}
+
+/// The number of an inode within its tree: any 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ino(pub u64);
 
 impl Ino {
-    /// Numbers are below this: a format with larger ones must map them.
-    pub const LIMIT: u64 = 1 << 40;
+    /// Numbers below this cost the mount no memory.
+    pub const SMALL_LIMIT: u64 = 1 << 40;
 }
 
 /// A point in time in a file system.

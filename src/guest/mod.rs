@@ -18,7 +18,7 @@ pub mod volumes;
 
 pub use filesystem::{
     DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,
-    Statistics, Time,
+    Statistics, Time, TreeId,
 };
-pub use readers::open;
+pub use readers::{OpenTrees, READERS, Reader, SourceSet, Subvolume, open};
 pub use source::{Slice, Source};

@@ -1,4 +1,9 @@
-//! The reader for each content.
+//! Which contents have a reader, and how it is opened.
+//!
+//! A new guest file system is a module beside this one, and a row of [`READERS`].
+
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
@@ -7,18 +12,96 @@ use crate::error::{Error, ErrorKind, Result};
 use super::content::VolumeContent;
 use super::ext::Ext;
 use super::fat::Fat;
+use super::volumes::{Volume, VolumeLayout, volume_source};
 use super::{FileSystem, Source};
 
-/// Opens the file system of a volume that holds `content`. `Unsupported` if it has no reader.
-pub fn open(content: VolumeContent, source: Arc<dyn Source>) -> Result<Arc<dyn FileSystem>> {
-    match content {
-        VolumeContent::Ext2 | VolumeContent::Ext3 | VolumeContent::Ext4 => Ok(Arc::new(Ext::open(source)?)),
-        VolumeContent::Fat12 | VolumeContent::Fat16 | VolumeContent::Fat32 => {
-            Ok(Arc::new(Fat::open(source)?))
-        }
-        _ => {
-            let problem = content.problem().unwrap_or_else(|| format!("{} has no reader", content.name()));
-            Err(Error::new(ErrorKind::Unsupported, problem))
-        }
+/// The reader of some contents.
+pub struct Reader {
+    /// The contents that it reads.
+    pub contents: &'static [VolumeContent],
+    /// Which volumes it is opened from.
+    pub sources: SourceSet,
+    /// Opens it. There is at least one source, and the result has at least one tree.
+    pub open: OpenTrees,
+}
+
+/// Opens a file system from its sources.
+pub type OpenTrees = fn(&[Arc<dyn Source>]) -> Result<Vec<Subvolume>>;
+
+/// Which volumes a file system is opened from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceSet {
+    /// The one volume.
+    Single,
+    /// All volumes of the same content and UUID, in the order of the layout.
+    SameUuid,
+}
+
+/// One tree of files of a file system.
+pub struct Subvolume {
+    /// Its name; `None` for the tree that is shown as the volume.
+    pub name: Option<Vec<u8>>,
+    /// Its files.
+    pub files: Arc<dyn FileSystem>,
+}
+
+impl Subvolume {
+    /// The only tree of a file system.
+    fn only(files: impl FileSystem + 'static) -> Vec<Self> {
+        vec![Self { name: None, files: Arc::new(files) }]
     }
+}
+
+impl std::fmt::Debug for Subvolume {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Subvolume").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// All readers.
+pub const READERS: &[Reader] = &[
+    Reader {
+        contents: &[VolumeContent::Ext2, VolumeContent::Ext3, VolumeContent::Ext4],
+        sources: SourceSet::Single,
+        open: |sources| Ok(Subvolume::only(Ext::open(Arc::clone(&sources[0]))?)),
+    },
+    Reader {
+        contents: &[VolumeContent::Fat12, VolumeContent::Fat16, VolumeContent::Fat32],
+        sources: SourceSet::Single,
+        open: |sources| Ok(Subvolume::only(Fat::open(Arc::clone(&sources[0]))?)),
+    },
+];
+
+impl Reader {
+    /// The reader of a content, of `readers`.
+    pub fn of(readers: &'static [Self], content: VolumeContent) -> Option<&'static Self> {
+        readers.iter().find(|reader| reader.contents.contains(&content))
+    }
+}
+
+/// Opens the trees of the file system on a volume; `disks` as for [`layout`](super::volumes::layout).
+/// `Unsupported` if it has no reader.
+pub fn open(
+    readers: &'static [Reader],
+    volume: &Volume,
+    layout: &VolumeLayout,
+    disks: &[Arc<dyn Source>],
+) -> Result<Vec<Subvolume>> {
+    let content = volume.content;
+    let Some(reader) = Reader::of(readers, content) else {
+        let problem = content.problem().unwrap_or_else(|| format!("{} has no reader", content.name()));
+        return Err(Error::new(ErrorKind::Unsupported, problem));
+    };
+    let is_member = |other: &&Volume| other.content == content && other.uuid == volume.uuid;
+    let sources: Vec<Arc<dyn Source>> = match reader.sources {
+        SourceSet::SameUuid if volume.uuid.is_some() => {
+            layout.volumes.iter().filter(is_member).map(|member| volume_source(member, disks)).collect()
+        }
+        SourceSet::SameUuid | SourceSet::Single => vec![volume_source(volume, disks)],
+    };
+    let trees = (reader.open)(&sources)?;
+    if trees.is_empty() {
+        return Err(Error::new(ErrorKind::Corrupt, format!("{} without a tree of files", content.name())));
+    }
+    Ok(trees)
 }

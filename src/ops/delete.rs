@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
 use crate::io::FileLock;
-use crate::store::{CachePolicy, ImageIndex, Store, shown};
+use crate::store::{ImageIndex, Store, shown};
 use crate::units::human_size;
 
 use super::check::check_view;
@@ -363,7 +363,7 @@ fn delete_by_writer(
         return done.and(job.describe_anew());
     }
     let mut job = store.take_image(&scan.catalog, index)?;
-    let writer = job.open_writer(None, CachePolicy::Nothing)?;
+    let writer = job.open_writer(None)?;
     let done = writer.delete_snapshot(snapshot).and_then(|()| writer.close());
     drop(writer);
     done.and(job.finish())

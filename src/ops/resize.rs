@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::FileLock;
-use crate::store::{CachePolicy, ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
+use crate::store::{ImageIndex, Intent, OwnedIntent, ShrinkOperation, Store, ViewPart};
 use crate::units::{SECTOR_SIZE, Stability, human_size, parse_size};
 
 use super::command::Command;
@@ -257,8 +257,7 @@ fn shrink(store: &Arc<Store>, scan: &ScannedStore, leaf: ImageIndex, size: u64) 
     let view = (!below.is_empty()).then(open).transpose()?;
     store.while_closed(scan.image(leaf), || {
         let mut job = store.take_image(&scan.catalog, leaf)?;
-        let writer =
-            job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)), CachePolicy::Nothing)?;
+        let writer = job.open_writer(view.as_ref().map(|open| Arc::clone(&open.view)))?;
         let done = writer.shrink(size).and_then(|()| writer.close());
         drop(writer);
         done.and(job.finish())

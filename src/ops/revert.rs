@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Frozen, Snapshot};
 use crate::image::write::NewSnapshot;
-use crate::store::{CachePolicy, Format, ImageIndex, Store, shown};
+use crate::store::{Format, ImageIndex, Store, shown};
 
 use super::branch::{BranchJob, CopySource, ImagePurpose};
 use super::check::{check_new_name, check_view};
@@ -331,7 +331,7 @@ fn apply(
 ) -> Result<()> {
     store.while_closed(scan.image(leaf), || {
         let mut job = store.take_image(&scan.catalog, leaf)?;
-        let writer = job.open_writer(None, CachePolicy::Nothing)?;
+        let writer = job.open_writer(None)?;
         let now = Frozen::now("");
         let (seconds, nanoseconds) = (u32::try_from(now.seconds).unwrap_or(0), now.nanoseconds);
         let save = save.map(|name| NewSnapshot { name: name.to_vec(), seconds, nanoseconds });

@@ -9,6 +9,7 @@ use crate::browse::DiskContents;
 use crate::guest::volumes::Volume;
 
 use super::safe::terminal;
+use crate::guest::TreeId;
 use crate::units::brief_size;
 
 /// A line for each volume: name, content, size, label and identity, and why its files are not shown; then the
@@ -72,11 +73,11 @@ pub fn objects(contents: &DiskContents) -> Vec<VolumeObject> {
         size: volume.size,
         label: volume.label.clone(),
         uuid: volume.uuid.clone(),
-        stale: contents.mount(index).map(|mounted| mounted.stale).unwrap_or_default(),
+        stale: contents.mount(TreeId::main(index)).map(|mounted| mounted.stale).unwrap_or_default(),
         problem: volume
             .problem
             .clone()
-            .or_else(|| contents.mount(index).err().map(|error| error.to_string())),
+            .or_else(|| contents.mount(TreeId::main(index)).err().map(|error| error.to_string())),
     };
     contents.layout().volumes.iter().enumerate().map(object).collect()
 }
@@ -85,7 +86,7 @@ fn remarks(contents: &DiskContents, index: usize, volume: &Volume) -> String {
     let mut words: Vec<String> = Vec::new();
     words.extend(volume.label.as_ref().map(|label| format!("label {}", terminal(label))));
     words.extend(volume.uuid.as_ref().map(|uuid| format!("uuid {}", terminal(uuid))));
-    match (&volume.problem, volume.problem.is_none().then(|| contents.mount(index))) {
+    match (&volume.problem, volume.problem.is_none().then(|| contents.mount(TreeId::main(index)))) {
         (Some(problem), _) => words.push(format!("not shown: {}", terminal(problem))),
         (None, Some(Err(error))) => words.push(format!("not shown: {}", terminal(&error.to_string()))),
         (None, Some(Ok(mounted))) => words.extend(mounted.remarks.iter().map(|remark| terminal(remark))),

@@ -641,7 +641,7 @@ mod tests {
             job.writer().unwrap().write_at(at << 16, b"a job").unwrap();
             drop(job);
             let mut image = store.take_image(&catalog, leaf).unwrap();
-            image.open_writer(None, crate::store::CachePolicy::Nothing).unwrap().close().unwrap();
+            image.open_writer(None).unwrap().close().unwrap();
             image.finish().unwrap();
             let disk = store.open_active(&catalog, &[leaf], Access::Read).unwrap();
             let mut have = [0; 5];

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::chain::View;
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::write::{BackingDisk, Writer};
+use crate::image::write::{BackingDisk, UndoableWriter, Writer};
 use crate::io::{ObjectId, ReadLock, WriteLock, WriteStorage, WriterKind};
 use crate::units::Stability;
 
@@ -26,15 +26,6 @@ pub struct JobImage {
     image: OpenImage,
     locks: Vec<WriteLock>,
     reads: Vec<ReadLock>,
-}
-
-/// How a job's writer keeps what it finds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CachePolicy {
-    /// It is overwritten as by a guest.
-    Nothing,
-    /// Until the job is published nothing of it is.
-    Everything,
 }
 
 impl Store {
@@ -86,26 +77,37 @@ impl JobImage {
         self.image.image.name()
     }
 
-    /// Opens its disk for writing; `below` is what shows through it.
-    pub fn open_writer(&mut self, below: Option<Arc<View>>, keeping: CachePolicy) -> Result<Arc<Writer>> {
-        assert!(self.writer.is_none(), "one writer writes an image");
+    /// Opens its disk for writing, as by a guest; `below` is what shows through it.
+    pub fn open_writer(&mut self, below: Option<Arc<View>>) -> Result<Arc<Writer>> {
+        let file = self.file_to_write()?;
         let name = self.image.image.name();
-        let file = self.file()?;
         let writer = match self.image.format {
             Format::Raw => Writer::raw(name, file)?,
             Format::Qcow2 => {
                 let data_file =
                     self.image.data_file.as_ref().map(|file| file.open_for_writing()).transpose()?;
                 let below = below.map(|view| view as Arc<dyn BackingDisk>);
-                let options = writer_options(&self.store);
-                match keeping {
-                    CachePolicy::Nothing => Writer::qcow2(name, file, data_file, below, options)?,
-                    CachePolicy::Everything => Writer::qcow2_undoable(name, file, below, options)?,
-                }
+                Writer::qcow2(name, file, data_file, below, writer_options(&self.store))?
             }
         };
         self.writer = Some(Arc::clone(&writer));
         Ok(writer)
+    }
+
+    /// Opens its disk for writing, so that nothing of the image changes until that is published: a qcow2
+    /// image without a data file.
+    pub fn open_undoable_writer(&mut self, below: Option<Arc<View>>) -> Result<UndoableWriter> {
+        let file = self.file_to_write()?;
+        let below = below.map(|view| view as Arc<dyn BackingDisk>);
+        let options = writer_options(&self.store);
+        let writer = UndoableWriter::open(self.image.image.name(), file, below, options)?;
+        self.writer = Some(Arc::clone(writer.writer()));
+        Ok(writer)
+    }
+
+    fn file_to_write(&self) -> Result<Arc<dyn WriteStorage>> {
+        assert!(self.writer.is_none(), "one writer writes an image");
+        self.file()
     }
 
     /// Reopens it for later openers: the writes are in the file, and cached tables are stale.

@@ -73,7 +73,7 @@ pub use flusher::Flusher;
 pub use freeze_list::FROZEN_NOTES;
 pub use identity::{FoundView, ViewId, ViewIdentity, stale};
 pub use intents::{ControlDir, FileRef, FoundIntent, Intent, MARKER, OwnedIntent};
-pub use job_image::{CachePolicy, JobImage};
+pub use job_image::JobImage;
 pub use judge::AccessJudge;
 pub(crate) use leftovers::{command_name, draft_name, is_draft};
 pub use names::{ACTIVE, STORE_DIRECTORY, encode};

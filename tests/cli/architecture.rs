@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use support::project;
 
 /// From the outermost to the innermost. `format`, `io` and `guest` are side by side.
-const LAYERS: [(&str, usize); 14] = [
+const LAYERS: [(&str, usize); 15] = [
     ("cli", 9),
     ("fs", 8),
     ("report", 7),
@@ -19,6 +19,7 @@ const LAYERS: [(&str, usize); 14] = [
     ("io", 2),
     ("guest", 2),
     ("cache", 0),
+    ("codec", 0),
     ("units", 1),
     ("error", 0),
 ];

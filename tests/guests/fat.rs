@@ -417,7 +417,7 @@ fn orphaned_and_damaged_long_names_are_ignored() {
     bytes[entry(8)] = 0xe5;
     let fat = Fat::open(Arc::new(bytes.clone())).unwrap();
     assert_eq!(names(&fat, &bytes), ["FIRSTL~1", "SECOND~1"]);
-    for ino in [ino, Ino(0), Ino(2), Ino(3), Ino(u64::MAX), Ino(Ino::LIMIT - 1)] {
+    for ino in [ino, Ino(0), Ino(2), Ino(3), Ino(u64::MAX), Ino(Ino::SMALL_LIMIT - 1)] {
         assert_eq!(fat.attributes(ino).unwrap_err().kind(), ErrorKind::Corrupt, "{ino:?}");
     }
 }
@@ -495,7 +495,7 @@ fn survive(bytes: Vec<u8>) {
     while let Some(directory) = left.pop() {
         let mut found = Vec::new();
         let _ = fat.list(directory, 0, &mut |entry| {
-            assert!(!entry.name.is_empty() && !entry.name.contains(&b'/') && entry.ino.0 < Ino::LIMIT);
+            assert!(!entry.name.is_empty() && !entry.name.contains(&b'/') && entry.ino.0 < Ino::SMALL_LIMIT);
             found.push(entry);
             found.len() < 100
         });

@@ -13,7 +13,7 @@ use chainfs::browse::worker::WorkerProgram;
 use chainfs::browse::{Browser, DiskContents, PointInTime, walk};
 use chainfs::error::{ErrorKind, Result};
 use chainfs::fs::{Caller, GuestOptions, MountTree, NodeKind, Ownership};
-use chainfs::guest::{Ino, RunKind};
+use chainfs::guest::{Ino, RunKind, TreeId};
 use chainfs::store::{Store, StoreOptions};
 use support::Rng;
 
@@ -105,7 +105,7 @@ fn opening_a_set_that_the_worker_does_not_have_ends() {
     let no_such_set = answer(&[0]);
     let (_place, found) = inside(&layout("disk"), &format!("{no_such_set}{}", layout("disk")));
     let found = found.expect("there is nothing wrong with that");
-    let mounted = soon(move || found.mount(0));
+    let mounted = soon(move || found.mount(TreeId::main(0)));
     assert_eq!(mounted.expect_err("there is no set").kind(), ErrorKind::Io);
 }
 
@@ -246,16 +246,16 @@ fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
     let _ = chainfs::report::volumes::listed(inside);
     if let Ok(tree) = walk::GuestTree::open(inside, 0) {
         let entry = tree.root();
-        let mut content = OpenContent::new(&tree, &entry);
+        let content = OpenContent::new(&tree, &entry);
         for at in [0, entry.attributes.size / 2, entry.attributes.size.saturating_sub(1)] {
             let left = entry.attributes.size.saturating_sub(at).min(5000) as usize;
             let _ = content.read_at(at, &mut buf[..left]);
         }
     }
-    let Ok(opened) = inside.open_file(0, Ino(12)) else { return };
+    let Ok(opened) = inside.open_file(TreeId::main(0), Ino(12)) else { return };
     for run in opened.runs {
         if let RunKind::Stored(_) | RunKind::Hole = run.kind {
-            let _ = inside.read_run(0, Ino(12), 0, run.kind, &mut buf);
+            let _ = inside.read_run(TreeId::main(0), Ino(12), 0, run.kind, &mut buf);
         }
     }
 }

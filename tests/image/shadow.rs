@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use chainfs::error::ErrorKind;
 use chainfs::image::check::check;
-use chainfs::image::write::{BackingDisk, Writer, WriterOptions, Zeroing};
+use chainfs::image::write::{BackingDisk, UndoableWriter, Writer, WriterOptions, Zeroing};
 use chainfs::io::{Descriptors, Expect, LocalDirectory, LockSupport, StoreFile, WriterKind};
 use support::oracle::Scratch;
 use support::sim::crash::each_state;
@@ -28,7 +28,7 @@ const QEMU_ONE_IN: u64 = 25;
 /// An undoable disk, and its expected bytes.
 struct Shadow {
     disk: Arc<SimDisk>,
-    writer: Arc<Writer>,
+    writer: UndoableWriter,
     bytes: Vec<u8>,
     tag: u64,
 }
@@ -43,9 +43,9 @@ fn open(
     image: &StartImage,
     disk: &Arc<SimDisk>,
     options: WriterOptions,
-) -> chainfs::error::Result<Arc<Writer>> {
+) -> chainfs::error::Result<UndoableWriter> {
     let below = image.backing.as_ref().map(|backing| Arc::new(backing.clone()) as Arc<dyn BackingDisk>);
-    Writer::qcow2_undoable(IMAGE, Arc::clone(disk) as _, below, options)
+    UndoableWriter::open(IMAGE, Arc::clone(disk) as _, below, options)
 }
 
 impl Shadow {
@@ -463,12 +463,12 @@ fn copies_from_file_to_file_are_what_qemu_reads() {
         let lock = image.lock_for_writing(WriterKind::Guest, LockSupport::Required).unwrap();
         let file = image.open_for_writing().unwrap();
         let options = WriterOptions::default();
-        let writer = if undoable {
-            Writer::qcow2_undoable(IMAGE, file, None, options)
+        let (writer, undoable) = if undoable {
+            let undoable = UndoableWriter::open(IMAGE, file, None, options).unwrap();
+            (Arc::clone(undoable.writer()), Some(undoable))
         } else {
-            Writer::qcow2(IMAGE, file, None, None, options)
+            (Writer::qcow2(IMAGE, file, None, None, options).unwrap(), None)
         };
-        let writer = writer.unwrap();
         writer.reserve(size).unwrap();
         // Pieces that begin and end anywhere, over each other.
         let mut random = Random::new(mix(seed()));
@@ -478,11 +478,11 @@ fn copies_from_file_to_file_are_what_qemu_reads() {
             writer.copy_from(at, len, &*source, at).unwrap();
         }
         writer.copy_from(0, size, &*source, 0).unwrap();
-        if undoable {
-            writer.publish().unwrap();
+        if let Some(undoable) = &undoable {
+            undoable.publish().unwrap();
         }
         writer.close().unwrap();
-        drop((writer, lock));
+        drop((writer, undoable, lock));
         scratch.img(&format!("check -q {IMAGE}"));
         scratch.img(&format!("compare -q -f raw -F qcow2 source.raw {IMAGE}"));
     }

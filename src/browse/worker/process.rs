@@ -426,8 +426,9 @@ fn too_long() -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::browse::worker::protocol::VolumeId;
+    use crate::browse::worker::protocol::SetTree;
     use crate::guest::Ino;
+    use crate::guest::TreeId;
 
     /// Disks that have every requested byte.
     struct All;
@@ -448,7 +449,7 @@ mod tests {
         let (socket, end) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let worker = std::thread::spawn(move || work(end));
-        let request = Request::Attributes(VolumeId { set: 1, volume: 0 }, Ino(2));
+        let request = Request::Attributes(SetTree { set: 1, tree: TreeId::main(0) }, Ino(2));
         let limits = RequestLimits { spent: Duration::from_secs(1), waited: Duration::from_millis(300) };
         let start = Instant::now();
         let answer = exchange(&mut Channel::new(socket), &request, &All, limits, &|| Duration::ZERO);

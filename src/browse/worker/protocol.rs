@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, ErrorKind};
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::volumes::{PhysicalVolumeName, VolumeLayout};
-use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics};
+use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics, TreeId};
 
 /// Bytes that are fetched and cached as one.
 pub(in crate::browse) const CHUNK: u64 = 1 << 16;
@@ -35,13 +35,13 @@ impl ChunkKey {
     pub(in crate::browse) const ZERO: Self = Self(0, 0);
 }
 
-/// A file system of a set of disks.
+/// A tree of files of a set of disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub(in crate::browse) struct VolumeId {
+pub(in crate::browse) struct SetTree {
     /// The set's number, assigned by the daemon.
     pub(in crate::browse) set: u32,
-    /// Index in the set's layout.
-    pub(in crate::browse) volume: u32,
+    /// Its tree.
+    pub(in crate::browse) tree: TreeId,
 }
 
 /// A request of the daemon.
@@ -52,23 +52,23 @@ pub(in crate::browse) enum Request {
     /// The physical volumes on the one disk of a temporary set.
     PhysicalVolumes { size: u64 },
     /// The root, the statistics and the remarks of a file system.
-    Mount(VolumeId),
+    Mount(SetTree),
     /// The inode of a name in a directory.
-    Lookup(VolumeId, Ino, Vec<u8>),
+    Lookup(SetTree, Ino, Vec<u8>),
     /// Entries of a directory from a position on.
-    List(VolumeId, Ino, u64),
+    List(SetTree, Ino, u64),
     /// The stat(2) attributes of an inode.
-    Attributes(VolumeId, Ino),
+    Attributes(SetTree, Ino),
     /// The target of a symbolic link.
-    ReadLink(VolumeId, Ino),
+    ReadLink(SetTree, Ino),
     /// The size of a regular file and its first runs.
-    OpenFile(VolumeId, Ino),
+    OpenFile(SetTree, Ino),
     /// Runs of a file.
-    Runs(VolumeId, Ino, u64, u64),
+    Runs(SetTree, Ino, u64, u64),
     /// Bytes of a file.
-    Read(VolumeId, Ino, u64, u32),
+    Read(SetTree, Ino, u64, u32),
     /// All extended attributes.
-    ExtendedAttributes(VolumeId, Ino),
+    ExtendedAttributes(SetTree, Ino),
     /// The operating systems on a set.
     Inspect(u32),
 }

@@ -16,15 +16,15 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::{OpenedVolume, inspect};
-use crate::guest::volumes::{Volume, VolumeLayout, layout, physical_volumes, volume_source};
-use crate::guest::{FileKind, FileSystem, Ino, Source, open};
+use crate::guest::volumes::{Volume, VolumeLayout, layout, physical_volumes};
+use crate::guest::{FileKind, FileSystem, Ino, READERS, Source, Subvolume, TreeId, open};
 
 use super::channel::Channel;
 use super::confine;
 use super::process::channel_name;
 use super::protocol::{
     Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile,
-    READ_LEN, RUNS_LEN, RUNS_SPAN, Request, ToWorker, VolumeId,
+    READ_LEN, RUNS_LEN, RUNS_SPAN, Request, SetTree, ToWorker,
 };
 use super::remote::{ChunkCache, RemoteDisk, fail_on_transient, set_channel, with_channel};
 
@@ -35,8 +35,8 @@ const SETS: NonZero<usize> = NonZero::new(24).expect("not zero");
 struct DiskSet {
     disks: Vec<Arc<dyn Source>>,
     layout: VolumeLayout,
-    /// By volume. Held while a file system is opened, so that it is opened once.
-    open: Vec<Mutex<Option<Arc<dyn FileSystem>>>>,
+    /// The trees of each volume. Held while a file system is opened, so that it is opened once.
+    open: Vec<Mutex<Option<Arc<[Subvolume]>>>>,
 }
 
 /// The state of a worker.
@@ -201,31 +201,34 @@ impl WorkerState {
     }
 
     /// Calls `work` with a file system, which is opened on first use.
-    fn with(&self, volume: VolumeId, work: impl FnOnce(&dyn FileSystem) -> Result<Answer>) -> Result<Answer> {
-        let Some(set) = self.sets.lock().get(&volume.set).cloned() else { return Ok(Answer::NoSuchSet) };
-        work(&*set.file_system(volume.volume as usize)?)
+    fn with(&self, at: SetTree, work: impl FnOnce(&dyn FileSystem) -> Result<Answer>) -> Result<Answer> {
+        let Some(set) = self.sets.lock().get(&at.set).cloned() else { return Ok(Answer::NoSuchSet) };
+        work(&*set.file_system(at.tree)?)
     }
 
     fn inspect(&self, set: u32) -> Answer {
         let Some(set) = self.sets.lock().get(&set).cloned() else { return Answer::NoSuchSet };
         // A volume that cannot be opened contains no system that could be shown.
-        let open: Vec<_> = (0..set.open.len()).map(|index| set.file_system(index).ok()).collect();
+        let open: Vec<_> =
+            (0..set.open.len()).map(|index| set.file_system(TreeId::main(index)).ok()).collect();
         Answer::OperatingSystems(inspect(&opened(&set.layout, &open)))
     }
 }
 
 impl DiskSet {
-    /// The file system of a volume, which is opened on first use.
-    fn file_system(&self, index: usize) -> Result<Arc<dyn FileSystem>> {
-        let (Some(found), Some(slot)) = (self.layout.volumes.get(index), self.open.get(index)) else {
-            return Err(Error::new(ErrorKind::Stale, "there is no such volume"));
+    /// A tree of the file system on a volume, which is opened on first use.
+    fn file_system(&self, TreeId { volume, subvolume }: TreeId) -> Result<Arc<dyn FileSystem>> {
+        let unknown = |what| Error::new(ErrorKind::Stale, format!("there is no such {what}"));
+        let (Some(found), Some(slot)) = (self.layout.volumes.get(volume), self.open.get(volume)) else {
+            return Err(unknown("volume"));
         };
         let mut slot = slot.lock();
-        if let Some(fs) = &*slot {
-            return Ok(Arc::clone(fs));
+        if slot.is_none() {
+            *slot = Some(fail_on_transient(|| open(READERS, found, &self.layout, &self.disks))?.into());
         }
-        let fs = fail_on_transient(|| open(found.content, volume_source(found, &self.disks)))?;
-        Ok(Arc::clone(slot.insert(fs)))
+        let trees = slot.as_ref().expect("it was just put there");
+        let tree = trees.get(subvolume as usize).ok_or_else(|| unknown("subvolume"))?;
+        Ok(Arc::clone(&tree.files))
     }
 }
 

@@ -11,6 +11,7 @@ use crate::browse::walk::FinalSymlink;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, RunKind};
 use crate::report::files::kind;
+use crate::units::Run;
 
 /// Bytes read at a time.
 const STEP: usize = 1 << 20;
@@ -50,12 +51,12 @@ fn print(images: &mut OpenStores, word: &OsStr) -> std::result::Result<(), Stopp
         let fact = format!("not a regular file but a {}", kind(file.attributes.kind));
         return Err(Error::new(ErrorKind::Unsupported, fact).into());
     }
-    let mut content = OpenContent::new(&tree, &file);
+    let content = OpenContent::new(&tree, &file);
     let mut out = io::stdout().lock();
     let (mut buf, zeroes) = (vec![0; STEP], vec![0; STEP]);
     let mut at = 0;
     while at < file.attributes.size {
-        let (len, kind) = content.run(at)?;
+        let Run { value: kind, len } = content.run(at)?;
         let len = len.min(STEP as u64) as usize;
         let bytes = if kind == RunKind::Hole {
             &zeroes[..len]

@@ -21,6 +21,7 @@ use crate::guest::{ExtendedAttribute, FileKind, Ino, RunKind};
 use crate::report::files::kind;
 use crate::report::safe::terminal_bytes;
 use crate::store::ViewId;
+use crate::units::Run;
 
 /// Bytes copied at a time.
 const STEP: u64 = 1 << 20;
@@ -299,11 +300,11 @@ fn fill(file: &File, tree: &GuestTree, entry: &GuestEntry) -> Result<()> {
     let fail = |error| Error::io("writing the copy", error);
     let size = entry.attributes.size;
     file.set_len(size).map_err(fail)?;
-    let mut content = OpenContent::new(tree, entry);
+    let content = OpenContent::new(tree, entry);
     let mut buf = Vec::new();
     let mut at = 0;
     while at < size {
-        let (len, kind) = content.run(at)?;
+        let Run { value: kind, len } = content.run(at)?;
         if kind == RunKind::Hole {
             at += len;
             continue;

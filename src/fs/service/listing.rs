@@ -13,8 +13,8 @@ use crate::error::{Error, ErrorKind, Result};
 use super::super::access::Caller;
 use super::super::attributes::Attributes;
 use super::super::guest_file::GuestDirectory;
+use super::super::guest_numbers::GuestNode;
 use super::super::handles::Handle;
-use super::super::mounted_volumes::GuestNode;
 use super::super::node::{Node, NodeKind};
 use super::super::tree::{MountTree, NodeEntry, guest_node};
 use super::{DirectoryEntry, OpenFile};
@@ -139,7 +139,7 @@ fn add_entries(
         let attributes = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
         let shown = DirectoryEntry {
             name: OsStr::from_bytes(&entry.name),
-            inode: node.number(),
+            inode: tree.guest_number(node),
             kind: attributes.map_or_else(|| tree.shown_kind(kind_shown), |found| found.kind),
             next: entry.next + DOTS,
         };

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::store::{Catalog, ChainView, ImageIndex, STORE_DIRECTORY, ViewId, stale};
 
 use super::super::control::{CONTROL, ControlScope};
-use super::super::mounted_volumes::GuestNode;
+use super::super::guest_numbers::GuestNode;
 use super::super::node::{ChainDocument, Node, StoreDocument};
 use super::volumes::Volumes;
 use super::{MountTree, leaf};

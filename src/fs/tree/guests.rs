@@ -11,16 +11,17 @@ use std::time::SystemTime;
 
 use crate::browse::PointInTime;
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{self, FileKind, Ino, Time};
+use crate::guest::{self, FileKind, Ino, Time, TreeId};
 use crate::report::safe::terminal;
 use crate::report::{os, volumes};
 use crate::store::{Access, ViewId, stale};
 
 use super::super::attributes::{Attributes, modified, time};
 use super::super::guest_file::{GuestDirectory, GuestFile};
+use super::super::guest_numbers::{self, GuestNode};
 use super::super::handles::Handle;
 use super::super::links;
-use super::super::mounted_volumes::{GuestNode, MountedVolume};
+use super::super::mounted_volumes::MountedVolume;
 use super::super::node::{ChainDocument, Node, NodeKind, PartitionNode};
 use super::super::partition_range::PartitionRange;
 use super::{MountTree, leaf};
@@ -63,7 +64,7 @@ impl MountTree {
     /// a symbolic link encodes its depth, so it depends on the file type.
     pub(super) fn guest_entry(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Attributes>> {
         let slot = self.slots.get(parent.slot)?;
-        let found = slot.inside.lookup(slot.volume, parent.ino, name.as_bytes())?;
+        let found = slot.inside.lookup(slot.tree, parent.ino, name.as_bytes())?;
         Ok(found
             .map(|(ino, found)| self.shown_attributes(guest_node(&slot, parent, ino, found.kind), &found)))
     }
@@ -71,7 +72,7 @@ impl MountTree {
     /// The attributes of a guest's file.
     pub(super) fn guest_attributes(&self, node: GuestNode) -> Result<Attributes> {
         let slot = self.slots.get(node.slot)?;
-        let found = slot.inside.attributes(slot.volume, node.ino)?;
+        let found = slot.inside.attributes(slot.tree, node.ino)?;
         Ok(self.shown_attributes(node, &found))
     }
 
@@ -99,7 +100,7 @@ impl MountTree {
     ) -> Attributes {
         let (uid, gid, permissions) = self.ownership.of_guest(found);
         Attributes {
-            inode: node.number(),
+            inode: self.guest_number(node),
             kind: self.shown_kind(found.kind),
             size: found.size,
             blocks: found.blocks,
@@ -161,7 +162,8 @@ impl MountTree {
         let Some(index) = inside.volume(volume.as_bytes()) else {
             return Err(stale("the volume was removed"));
         };
-        let lines = inside.mount(index)?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
+        let lines =
+            inside.mount(TreeId::main(index))?.stale.into_iter().map(|sentence| terminal(&sentence) + "\n");
         Ok(lines.collect::<String>().into_bytes().into())
     }
 
@@ -195,7 +197,7 @@ impl MountTree {
             Node::RootLink(view) => self.root_target(&view),
             Node::Guest(node) => {
                 let slot = self.slots.get(node.slot)?;
-                let target = slot.inside.read_link(slot.volume, node.ino)?;
+                let target = slot.inside.read_link(slot.tree, node.ino)?;
                 if self.guest_options.verbatim { Ok(target) } else { links::confined(&slot, node, &target) }
             }
             _ => Err(Error::new(ErrorKind::Usage, "not a symbolic link")),
@@ -229,9 +231,9 @@ impl MountTree {
     pub(super) fn guest_attribute(&self, node: GuestNode, name: &[u8]) -> Result<Option<Vec<u8>>> {
         let slot = self.slots.get(node.slot)?;
         if TARGETS.contains(&name) {
-            let found = slot.inside.attributes(slot.volume, node.ino)?;
+            let found = slot.inside.attributes(slot.tree, node.ino)?;
             let is_link = found.kind == FileKind::Symlink;
-            return if is_link { slot.inside.read_link(slot.volume, node.ino).map(Some) } else { Ok(None) };
+            return if is_link { slot.inside.read_link(slot.tree, node.ino).map(Some) } else { Ok(None) };
         }
         let found = slot.extended_attributes(node.ino)?;
         Ok(found.iter().find(|attribute| attribute.name == name).map(|attribute| attribute.value.clone()))
@@ -269,19 +271,24 @@ impl MountTree {
 
     /// Whether an inode number is that of a guest's file.
     pub fn is_guest(inode: u64) -> bool {
-        GuestNode::from_number(inode).is_some()
+        guest_numbers::is_guest(inode)
+    }
+
+    /// The inode number of a guest's file.
+    pub(in crate::fs) fn guest_number(&self, node: GuestNode) -> u64 {
+        self.inodes.guests().number(node)
     }
 
     /// Adds a lookup of an inode.
     pub fn add_lookup(&self, inode: u64) {
-        if let Some(node) = GuestNode::from_number(inode) {
+        if let Some(node) = self.inodes.guests().add_lookup(inode) {
             self.slots.add_lookup(node.slot);
         }
     }
 
     /// FORGET: subtracts `times` lookups of an inode.
     pub fn forget(&self, inode: u64, times: u64) {
-        if let Some(node) = GuestNode::from_number(inode) {
+        if let Some(node) = self.inodes.guests().forget(inode, times) {
             self.slots.forget(node.slot, times);
         }
     }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use crate::browse::{DiskContents, PointInTime};
 use crate::error::Result;
+use crate::guest::TreeId;
 use crate::store::ViewId;
 
-use super::super::mounted_volumes::GuestNode;
+use super::super::guest_numbers::GuestNode;
 use super::super::node::Node;
 use super::MountTree;
 use super::directories::{Entries, NamedNode};
@@ -28,13 +29,13 @@ pub(super) struct Volumes<'a> {
 impl Volumes<'_> {
     /// The root of a volume; an error if it cannot be mounted.
     fn root(&self, inside: &Arc<DiskContents>, volume: usize) -> Result<Node> {
-        let (slot, found) = self.tree.slots.of(inside, volume)?;
+        let (slot, found) = self.tree.slots.of(inside, TreeId::main(volume))?;
         Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
     }
 
     /// The problem file of a volume; `None` if the volume is shown with its last writes.
     fn problem(&self, inside: &DiskContents, volume: usize) -> Option<Node> {
-        let is_stale = inside.mount(volume).is_ok_and(|mounted| !mounted.stale.is_empty());
+        let is_stale = inside.mount(TreeId::main(volume)).is_ok_and(|mounted| !mounted.stale.is_empty());
         let name = || inside.layout().volumes[volume].name.as_str().into();
         is_stale.then(|| Node::VolumeProblem(self.view.clone(), name()))
     }

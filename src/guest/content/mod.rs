@@ -12,7 +12,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::guest::Source;
+use crate::guest::{READERS, Reader, Source};
 
 /// All formats that are detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -104,8 +104,10 @@ impl VolumeContent {
 
     /// Why its files cannot be shown; `None` if it has a reader.
     pub fn problem(self) -> Option<String> {
+        if Reader::of(READERS, self).is_some() {
+            return None;
+        }
         let sentence = match self {
-            Self::Ext2 | Self::Ext3 | Self::Ext4 | Self::Fat12 | Self::Fat16 | Self::Fat32 => return None,
             Self::Empty => "it is empty".to_owned(),
             Self::Unknown => "its content is unknown".to_owned(),
             Self::ExtJournal => "it is an external journal of an ext file system".to_owned(),
@@ -118,7 +120,13 @@ impl VolumeContent {
             Self::MdRaid | Self::Bcache | Self::Vdo | Self::Zfs => {
                 format!("it is a member of a larger device ({self}), which is not assembled")
             }
-            Self::Exfat
+            Self::Ext2
+            | Self::Ext3
+            | Self::Ext4
+            | Self::Fat12
+            | Self::Fat16
+            | Self::Fat32
+            | Self::Exfat
             | Self::Ntfs
             | Self::Refs
             | Self::Xfs

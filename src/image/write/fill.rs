@@ -18,7 +18,7 @@ use crate::units::{BlockStatus, HostOffset, Run};
 
 use super::fill_plan::{ClusterFill, FillPlan, runs_of, unit_len};
 use super::qcow2::{MAX_TURN, Qcow2Writer};
-use super::{Writer, WriterBody, Zeroing, zero_bytes};
+use super::{Writer, Zeroing, zero_bytes};
 
 /// What to add to an image's own tables. Implemented by the caller, who knows its future backing file.
 pub trait Fill: Send + Sync {
@@ -46,11 +46,8 @@ impl Writer {
     /// Other readers of internal snapshots of this file must discard their cached tables afterwards: a table
     /// may have moved, or a cluster of which only a part was allocated.
     pub fn fill(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
-        match &self.body {
-            // A raw image is fully allocated.
-            WriterBody::Raw(_) => Ok(0),
-            WriterBody::Qcow2(qcow2) => qcow2.fill_from_below(at, len, fill),
-        }
+        // An image that cannot have a backing file is fully allocated.
+        self.format.as_overlay().map_or(Ok(0), |overlay| overlay.fill(at, len, fill))
     }
 }
 
@@ -69,7 +66,7 @@ struct FillSegment {
 }
 
 impl Qcow2Writer {
-    fn fill_from_below(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
+    pub(super) fn fill_from_below(&self, at: u64, len: u64, fill: &dyn Fill) -> Result<u64> {
         if self.tables.read().has_damaged_snapshots {
             let fact = "it has an internal snapshot whose entry is damaged, and what shows through that \
                 cannot be kept";

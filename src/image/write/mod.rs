@@ -29,7 +29,9 @@ mod snapshot_delete;
 mod tables;
 #[cfg(test)]
 mod testing;
+mod undoable;
 mod unfinished;
+mod writable;
 mod zero;
 
 use std::sync::Arc;
@@ -38,17 +40,19 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::{HeaderChange, Mapping};
 use crate::io::{Storage, WriteStorage};
-use crate::units::{BlockStatus, HostOffset, Run};
+use crate::units::{BlockStatus, Run};
 
 pub use fill::{FilePlace, Fill};
 pub(super) use open::refcounts_damaged;
 pub use ranges::{Held, Ranges};
 pub use snapshot::NewSnapshot;
+pub use undoable::UndoableWriter;
 
 pub use open::check_writable;
 
 use qcow2::Qcow2Writer;
 use raw::RawWriter;
+use writable::WritableFormat;
 
 /// What lies below the image that is written: where it is silent, these bytes show through.
 pub trait BackingDisk: Send + Sync {
@@ -117,12 +121,7 @@ const SEEK_LIMIT: Duration = Duration::from_millis(200);
 
 /// A disk that can be written.
 pub struct Writer {
-    body: WriterBody,
-}
-
-enum WriterBody {
-    Raw(RawWriter),
-    Qcow2(Box<Qcow2Writer>),
+    format: Arc<dyn WritableFormat>,
 }
 
 impl std::fmt::Debug for Writer {
@@ -134,7 +133,7 @@ impl std::fmt::Debug for Writer {
 impl Writer {
     /// The disk of a raw file.
     pub fn raw(name: &str, file: Arc<dyn WriteStorage>) -> Result<Arc<Self>> {
-        Ok(Arc::new(Self { body: WriterBody::Raw(RawWriter::new(name, file)?) }))
+        Ok(Arc::new(Self { format: Arc::new(RawWriter::new(name, file)?) }))
     }
 
     /// The active disk of a qcow2 image. Nothing is written before the first change.
@@ -150,64 +149,19 @@ impl Writer {
         options: WriterOptions,
     ) -> Result<Arc<Self>> {
         let writer = Qcow2Writer::open(name, file, data_file, backing, options)?;
-        Ok(Arc::new(Self { body: WriterBody::Qcow2(Box::new(writer)) }))
-    }
-
-    /// As [`Writer::qcow2`], but what is written can be undone: until [`Writer::publish`], nothing changes on
-    /// disk that the image or an internal snapshot shows, and no cluster that they use; a crash leaves leaks
-    /// at worst. The disk itself reads as it was written. `Unsupported` with an external data file.
-    pub fn qcow2_undoable(
-        name: &str,
-        file: Arc<dyn WriteStorage>,
-        backing: Option<Arc<dyn BackingDisk>>,
-        options: WriterOptions,
-    ) -> Result<Arc<Self>> {
-        let writer = Qcow2Writer::open_undoable(name, file, backing, options)?;
-        Ok(Arc::new(Self { body: WriterBody::Qcow2(Box::new(writer)) }))
-    }
-
-    /// Makes what was written the image's content, with one write to its header, after everything else is
-    /// durable; from then on this is an ordinary writer. If it fails without poisoning the disk, the image
-    /// is as it was, and can be published again or abandoned; otherwise it is one or the other as a whole.
-    ///
-    /// # Panics
-    /// If the writer is none from [`Writer::qcow2_undoable`], or was published already.
-    pub fn publish(&self) -> Result<()> {
-        self.undoable().publish()
-    }
-
-    /// Frees everything that was allocated since the opening: the image is as it was, without leaks. Nothing
-    /// can be done with the writer afterwards. If it fails, leaks are left.
-    ///
-    /// # Panics
-    /// As [`Writer::publish`].
-    pub fn abandon(&self) -> Result<()> {
-        self.undoable().abandon()
-    }
-
-    fn undoable(&self) -> &Qcow2Writer {
-        match &self.body {
-            WriterBody::Raw(_) => panic!("what is written to a raw image cannot be undone"),
-            WriterBody::Qcow2(qcow2) => qcow2,
-        }
+        Ok(Arc::new(Self { format: Arc::new(writer) }))
     }
 
     /// Takes space behind the end of the file, so that `bytes` more of it can be used without fear of a full
     /// file system. What is left of it is given back when the disk is closed, published or abandoned. Nothing
     /// happens where the file system cannot do that, nor to a raw image, which uses none there.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(_) => Ok(()),
-            WriterBody::Qcow2(qcow2) => qcow2.reserve(bytes),
-        }
+        self.format.reserve(bytes)
     }
 
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.size(),
-            WriterBody::Qcow2(qcow2) => qcow2.size(),
-        }
+        self.format.size()
     }
 
     fn assert_inside(&self, at: u64, len: u64) {
@@ -218,20 +172,14 @@ impl Writer {
     /// Fills `buf` with the bytes at `at`. The range must lie within the disk.
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.assert_inside(at, buf.len() as u64);
-        match &self.body {
-            WriterBody::Raw(raw) => raw.read_at(at, buf),
-            WriterBody::Qcow2(qcow2) => qcow2.read_at(at, buf),
-        }
+        self.format.read_at(at, buf)
     }
 
     /// Writes `bytes` at `at`, any position and length within the disk. Overlapping writes of
     /// several threads leave one or the other's bytes in each sector.
     pub fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         self.assert_inside(at, bytes.len() as u64);
-        match &self.body {
-            WriterBody::Raw(raw) => raw.write_at(at, bytes),
-            WriterBody::Qcow2(qcow2) => qcow2.write_at(at, bytes),
-        }
+        self.format.write_at(at, bytes)
     }
 
     /// Makes `[at, at + len)` hold the bytes of `source` at `from`, all of which it has to have. Whole
@@ -242,10 +190,7 @@ impl Writer {
         if len == 0 {
             return Ok(());
         }
-        match &self.body {
-            WriterBody::Raw(raw) => raw.copy_from(at, len, source, from),
-            WriterBody::Qcow2(qcow2) => qcow2.copy_from(at, len, source, from),
-        }
+        self.format.copy_from(at, len, source, from)
     }
 
     /// Makes a range read as zeroes, whatever lies below.
@@ -254,10 +199,7 @@ impl Writer {
         if len == 0 {
             return Ok(());
         }
-        match &self.body {
-            WriterBody::Raw(raw) => raw.zero(at, len, zeroing),
-            WriterBody::Qcow2(qcow2) => qcow2.zero(at, len, zeroing),
-        }
+        self.format.zero(at, len, zeroing)
     }
 
     /// Takes space for a range, so that writing there cannot fail for want of it.
@@ -266,49 +208,36 @@ impl Writer {
         if len == 0 {
             return Ok(());
         }
-        match &self.body {
-            WriterBody::Raw(raw) => raw.allocate(at, len),
-            WriterBody::Qcow2(qcow2) => qcow2.allocate(at, len),
-        }
+        self.format.allocate(at, len)
     }
 
     /// Makes the disk `size` bytes long, rounded up to sectors. What is new reads as zeroes.
     /// `Forbidden` if it is smaller than now.
     pub fn grow(&self, size: u64) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.grow(size),
-            WriterBody::Qcow2(qcow2) => qcow2.grow(size),
-        }
+        self.format.grow(size)
     }
 
     /// Returns when everything written before the call is durable. If it fails, the disk is
     /// poisoned: it takes no more writes, and goes on being read.
     pub fn flush(&self) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.flush(),
-            WriterBody::Qcow2(qcow2) => qcow2.flush(),
-        }
+        self.format.flush()
     }
 
     /// Flushes until what was freed is counted as free, so that the file is as a checker wants it. The
     /// disk can still be used.
     pub fn close(&self) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.close(),
-            WriterBody::Qcow2(qcow2) => qcow2.close(),
-        }
+        self.format.close()
     }
 
     /// Changes the header of a qcow2 image: cut off anywhere, it has the old one or the new one. The disk's
     /// content is not touched, and need not be flushed. `Unsupported` where there is no such header, or no
     /// room in it; nothing has been written then. Any other failure poisons the disk as a failed flush does.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => {
-                Err(Error::new(ErrorKind::Unsupported, format!("{}: a raw image has no header", raw.name())))
-            }
-            WriterBody::Qcow2(qcow2) => qcow2.change_header(change),
-        }
+        let Some(overlay) = self.format.as_overlay() else {
+            let sentence = format!("{}: a raw image has no header", self.format.name());
+            return Err(Error::new(ErrorKind::Unsupported, sentence));
+        };
+        overlay.change_header(change)
     }
 
     /// Puts another source below the image, which the caller promises shows the same bytes, while the disk is
@@ -317,43 +246,32 @@ impl Writer {
     /// # Panics
     /// If something is to lie below a raw image.
     pub fn set_backing(&self, backing: Option<Arc<dyn BackingDisk>>) {
-        match &self.body {
-            WriterBody::Raw(_) => assert!(backing.is_none(), "nothing shows through a raw image"),
-            WriterBody::Qcow2(qcow2) => qcow2.set_backing(backing),
+        if let Some(overlay) = self.format.as_overlay() {
+            overlay.set_backing(backing);
+        } else {
+            assert!(backing.is_none(), "nothing shows through a raw image");
         }
     }
 
     /// Where the image itself has what it shows at `at`, and for how many of `max` bytes that goes on. Holds
     /// for as long as nobody changes that range.
     pub fn map(&self, at: u64, max: u64) -> Result<Run<Mapping>> {
-        match &self.body {
-            WriterBody::Raw(_) => Ok(Run::new(Mapping::Data(HostOffset(at)), max)),
-            WriterBody::Qcow2(qcow2) => Ok(qcow2.lookup(at, max)?.map(|entry| entry.mapping)),
-        }
+        self.format.map(at, max)
     }
 
     /// The file that [`Mapping::Data`] speaks of.
     pub fn data_storage(&self) -> Arc<dyn Storage> {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.storage(),
-            WriterBody::Qcow2(qcow2) => Arc::clone(qcow2.image.data()) as Arc<dyn Storage>,
-        }
+        self.format.data_storage()
     }
 
     /// Whether anything has changed since the last flush.
     pub fn is_dirty(&self) -> bool {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.is_dirty(),
-            WriterBody::Qcow2(qcow2) => qcow2.is_dirty(),
-        }
+        self.format.is_dirty()
     }
 
     /// Why nothing is written any more, if so.
     pub fn poison(&self) -> Option<Error> {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.poison(),
-            WriterBody::Qcow2(qcow2) => qcow2.check_poison().err(),
-        }
+        self.format.poison()
     }
 
     /// The first byte at or after `at` whose status is `wanted`. `None` if there is none before the end of
@@ -361,14 +279,10 @@ impl Writer {
     ///
     /// Whoever has looked for long enough calls the rest data, which is always allowed.
     pub fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
-        let qcow2 = match &self.body {
-            WriterBody::Raw(raw) => return raw.seek(at, wanted),
-            WriterBody::Qcow2(qcow2) => qcow2,
-        };
         let start = Instant::now();
         let (mut at, size) = (at, self.size());
         while at < size {
-            let run = qcow2.seek_run(at, size - at)?;
+            let run = self.format.seek_run(at, size - at)?;
             if run.value == wanted {
                 return Ok(Some(at));
             }

@@ -9,10 +9,12 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::image::Mapping;
 use crate::io::{Storage, WriteStorage};
-use crate::units::{BlockStatus, round_up_to_sector};
+use crate::units::{BlockStatus, HostOffset, Run, round_up_to_sector};
 
 use super::shrink::smaller;
+use super::writable::WritableFormat;
 use super::{Zeroing, zero_bytes};
 
 /// A raw file that is written.
@@ -52,131 +54,6 @@ impl RawWriter {
         })
     }
 
-    pub(super) fn storage(&self) -> Arc<dyn crate::io::Storage> {
-        Arc::clone(&self.file) as _
-    }
-
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Why internal snapshots of it are refused.
-    pub(super) fn without_snapshots(&self) -> Error {
-        let sentence = "a raw image holds no internal snapshots; take an external one";
-        Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.name))
-    }
-
-    pub(super) fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
-    }
-
-    pub(super) fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
-        self.check(at, buf.len() as u64);
-        let len = self.file.read_at(at, buf)?;
-        // Only the padding of the last sector may be missing; any other missing byte was truncated.
-        if len < buf.len() && self.file.len()? <= self.size() - 512 {
-            let fact = format!("{}: the file ends at {:#x}; it was cut short", self.name, at + len as u64);
-            return Err(Error::new(ErrorKind::Io, fact));
-        }
-        buf[len..].fill(0);
-        Ok(())
-    }
-
-    pub(super) fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        let end = self.check(at, bytes.len() as u64);
-        self.change(end, || self.file.write_at(at, bytes))
-    }
-
-    pub(super) fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
-        let end = self.check(at, len);
-        self.change(end, || self.file.copy_from(at, source, from, len))
-    }
-
-    pub(super) fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
-        let end = self.check(at, len);
-        self.change(end, || zero_bytes(&*self.file, at, len, zeroing))
-    }
-
-    pub(super) fn allocate(&self, at: u64, len: u64) -> Result<()> {
-        let end = self.check(at, len);
-        self.change(end, || self.file.allocate(at, len))
-    }
-
-    pub(super) fn grow(&self, size: u64) -> Result<()> {
-        self.healthy()?;
-        let size =
-            size.checked_next_multiple_of(512).filter(|size| i64::try_from(*size).is_ok()).ok_or_else(
-                || Error::new(ErrorKind::TooLarge, format!("{}: no file can have {size} bytes", self.name)),
-            )?;
-        let _growing = self.growing.lock();
-        let now = self.size();
-        if size < now {
-            let fact = format!("{} has {now} bytes and would have {size}; shrink it with resize", self.name);
-            return Err(Error::new(ErrorKind::Forbidden, fact));
-        }
-        self.file.set_len(size)?;
-        self.whole.store(true, Ordering::Release);
-        self.size.store(size, Ordering::Release);
-        self.dirty.store(true, Ordering::Release);
-        Ok(())
-    }
-
-    /// Makes the file shorter, durably. One that ends within a sector stays as it is if its own size is
-    /// requested.
-    pub(super) fn shrink(&self, size: u64) -> Result<()> {
-        self.healthy()?;
-        let size = smaller(&self.name, size, self.size())?;
-        let _growing = self.growing.lock();
-        if size < self.size() {
-            self.flush()?;
-            self.file.set_len(size)?;
-            self.whole.store(true, Ordering::Release);
-            self.size.store(size, Ordering::Release);
-            self.dirty.store(true, Ordering::Release);
-        }
-        self.flush()
-    }
-
-    pub(super) fn flush(&self) -> Result<()> {
-        let _syncing = self.syncing.lock();
-        self.healthy()?;
-        // Cleared first: a later change is for the next flush. The very first flush also makes durable what
-        // an earlier writer has left unsynced: a program that has read it may rely on it.
-        if !self.dirty.swap(false, Ordering::AcqRel) && self.has_synced.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
-        self.has_synced.store(true, Ordering::Release);
-        self.file.sync().inspect_err(|error| {
-            self.dirty.store(true, Ordering::Release);
-            let fact = format!("{} takes no more writes until it is mounted again: {error}", self.name);
-            self.poison.get_or_init(|| Error::new(ErrorKind::Poisoned, fact));
-        })
-    }
-
-    pub(super) fn close(&self) -> Result<()> {
-        self.flush()
-    }
-
-    pub(super) fn is_dirty(&self) -> bool {
-        self.dirty.load(Ordering::Acquire)
-    }
-
-    pub(super) fn poison(&self) -> Option<Error> {
-        self.poison.get().cloned()
-    }
-
-    pub(super) fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
-        let (mut at, end) = (at, self.size());
-        while at < end {
-            let run = self.file.extent(at, end)?;
-            if run.value == wanted {
-                return Ok(Some(at));
-            }
-            at += run.len;
-        }
-        Ok(None)
-    }
-
     /// Makes a change that ends at `end`. First it completes the last sector of the file, if the change
     /// reaches there, so that the disk keeps its size.
     fn change(&self, end: u64, change: impl FnOnce() -> Result<()>) -> Result<()> {
@@ -202,6 +79,123 @@ impl RawWriter {
 
     fn healthy(&self) -> Result<()> {
         self.poison().map_or(Ok(()), Err)
+    }
+}
+
+impl WritableFormat for RawWriter {
+    fn data_storage(&self) -> Arc<dyn Storage> {
+        Arc::clone(&self.file) as _
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        self.check(at, buf.len() as u64);
+        let len = self.file.read_at(at, buf)?;
+        // Only the padding of the last sector may be missing; any other missing byte was truncated.
+        if len < buf.len() && self.file.len()? <= self.size() - 512 {
+            let fact = format!("{}: the file ends at {:#x}; it was cut short", self.name, at + len as u64);
+            return Err(Error::new(ErrorKind::Io, fact));
+        }
+        buf[len..].fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        let end = self.check(at, bytes.len() as u64);
+        self.change(end, || self.file.write_at(at, bytes))
+    }
+
+    fn copy_from(&self, at: u64, len: u64, source: &dyn Storage, from: u64) -> Result<()> {
+        let end = self.check(at, len);
+        self.change(end, || self.file.copy_from(at, source, from, len))
+    }
+
+    fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
+        let end = self.check(at, len);
+        self.change(end, || zero_bytes(&*self.file, at, len, zeroing))
+    }
+
+    fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        let end = self.check(at, len);
+        self.change(end, || self.file.allocate(at, len))
+    }
+
+    fn grow(&self, size: u64) -> Result<()> {
+        self.healthy()?;
+        let size =
+            size.checked_next_multiple_of(512).filter(|size| i64::try_from(*size).is_ok()).ok_or_else(
+                || Error::new(ErrorKind::TooLarge, format!("{}: no file can have {size} bytes", self.name)),
+            )?;
+        let _growing = self.growing.lock();
+        let now = self.size();
+        if size < now {
+            let fact = format!("{} has {now} bytes and would have {size}; shrink it with resize", self.name);
+            return Err(Error::new(ErrorKind::Forbidden, fact));
+        }
+        self.file.set_len(size)?;
+        self.whole.store(true, Ordering::Release);
+        self.size.store(size, Ordering::Release);
+        self.dirty.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the file shorter, durably. One that ends within a sector stays as it is if its own size is
+    /// requested.
+    fn shrink(&self, size: u64) -> Result<()> {
+        self.healthy()?;
+        let size = smaller(&self.name, size, self.size())?;
+        let _growing = self.growing.lock();
+        if size < self.size() {
+            self.flush()?;
+            self.file.set_len(size)?;
+            self.whole.store(true, Ordering::Release);
+            self.size.store(size, Ordering::Release);
+            self.dirty.store(true, Ordering::Release);
+        }
+        self.flush()
+    }
+
+    fn flush(&self) -> Result<()> {
+        let _syncing = self.syncing.lock();
+        self.healthy()?;
+        // Cleared first: a later change is for the next flush. The very first flush also makes durable what
+        // an earlier writer has left unsynced: a program that has read it may rely on it.
+        if !self.dirty.swap(false, Ordering::AcqRel) && self.has_synced.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.has_synced.store(true, Ordering::Release);
+        self.file.sync().inspect_err(|error| {
+            self.dirty.store(true, Ordering::Release);
+            let fact = format!("{} takes no more writes until it is mounted again: {error}", self.name);
+            self.poison.get_or_init(|| Error::new(ErrorKind::Poisoned, fact));
+        })
+    }
+
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Acquire)
+    }
+
+    fn poison(&self) -> Option<Error> {
+        self.poison.get().cloned()
+    }
+
+    fn map(&self, at: u64, max: u64) -> Result<Run<Mapping>> {
+        Ok(Run::new(Mapping::Data(HostOffset(at)), max))
+    }
+
+    fn seek_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>> {
+        self.file.extent(at, at + len)
     }
 }
 

@@ -14,7 +14,7 @@ use super::qcow2::Qcow2Writer;
 use super::reservation::ClusterRange;
 use super::slices::TableClass;
 use super::tables::{ImageFile, Tables, references};
-use super::{Writer, WriterBody, Zeroing, where_possible, zero_bytes};
+use super::{Writer, Zeroing, where_possible, zero_bytes};
 
 impl Writer {
     /// Sets the disk's size to `size` bytes, rounded up to sectors, and frees the clusters beyond. No other
@@ -29,10 +29,7 @@ impl Writer {
     /// # Panics
     /// In undoable mode.
     pub fn shrink(&self, size: u64) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => raw.shrink(size),
-            WriterBody::Qcow2(qcow2) => qcow2.shrink(size),
-        }
+        self.format.shrink(size)
     }
 }
 
@@ -49,7 +46,7 @@ pub(super) fn smaller(name: &str, size: u64, now: u64) -> Result<u64> {
 }
 
 impl Qcow2Writer {
-    fn shrink(&self, size: u64) -> Result<()> {
+    pub(super) fn shrink(&self, size: u64) -> Result<()> {
         assert!(!self.is_undoable(), "what is written can be undone");
         let _all = self.ranges.hold(0, u64::MAX);
         self.check_poison()?;

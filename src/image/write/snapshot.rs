@@ -13,12 +13,13 @@ use crate::format::{EntryFormat, L1Table, Snapshot};
 use crate::image::read_snapshots;
 use crate::units::HostOffset;
 
+use super::Writer;
 use super::open::read_header;
 use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
 use super::slices::TableClass;
 use super::tables::{ImageFile, SnapshotRoot};
-use super::{Writer, WriterBody};
+use super::writable::WritableSnapshots;
 
 /// A new internal snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,18 +38,19 @@ impl Writer {
     ///
     /// Refused: `Unsupported` (a raw image, an external data file, refcounts too narrow), `Limit`.
     pub fn take_snapshot(&self, snapshot: &NewSnapshot) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
-            WriterBody::Qcow2(qcow2) => qcow2.take_snapshot(snapshot),
-        }
+        self.with_snapshots()?.take(snapshot)
     }
 
     /// The internal snapshots that the image has now.
     pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        match &self.body {
-            WriterBody::Raw(_) => Ok(Vec::new()),
-            WriterBody::Qcow2(qcow2) => Ok(qcow2.snapshot_table()?.snapshots),
-        }
+        self.format.with_snapshots().map_or_else(|| Ok(Vec::new()), WritableSnapshots::list)
+    }
+
+    pub(super) fn with_snapshots(&self) -> Result<&dyn WritableSnapshots> {
+        self.format.with_snapshots().ok_or_else(|| {
+            let sentence = "a raw image holds no internal snapshots; take an external one";
+            Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.format.name()))
+        })
     }
 }
 
@@ -99,7 +101,7 @@ impl Qcow2Writer {
         Err(Error::new(ErrorKind::Unsupported, format!("{}: {sentence}", self.image.name)))
     }
 
-    fn take_snapshot(&self, new: &NewSnapshot) -> Result<()> {
+    pub(super) fn take_snapshot(&self, new: &NewSnapshot) -> Result<()> {
         self.refuse_data_file()?;
         self.prepare()?;
         // No mapping changes from here on; writes in place continue.

@@ -10,11 +10,11 @@ use crate::error::Result;
 use crate::format::{EntryFormat, L1Table, Snapshot};
 use crate::units::HostOffset;
 
+use super::Writer;
 use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
 use super::snapshot::{NewSnapshot, StoredSnapshots};
 use super::tables::{ImageFile, Tables};
-use super::{Writer, WriterBody};
 
 impl Writer {
     /// Resets the disk to an internal snapshot, one of [`Writer::snapshots`], including its size where it is
@@ -28,10 +28,7 @@ impl Writer {
     /// # Panics
     /// In undoable mode.
     pub fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
-            WriterBody::Qcow2(qcow2) => qcow2.apply_snapshot(snapshot, save),
-        }
+        self.with_snapshots()?.apply(snapshot, save)
     }
 }
 
@@ -44,7 +41,7 @@ struct SavedDisk {
 }
 
 impl Qcow2Writer {
-    fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
+    pub(super) fn apply_snapshot(&self, snapshot: &Snapshot, save: Option<&NewSnapshot>) -> Result<()> {
         let image = &self.image;
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;

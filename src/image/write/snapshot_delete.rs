@@ -12,11 +12,11 @@ use crate::format::snapshot::without;
 use crate::format::{L1Table, Snapshot};
 use crate::units::HostOffset;
 
+use super::Writer;
 use super::qcow2::Qcow2Writer;
 use super::reservation::{ClusterRange, Reservation};
 use super::snapshot::StoredSnapshots;
 use super::tables::Tables;
-use super::{Writer, WriterBody};
 
 impl Writer {
     /// Deletes an internal snapshot, one of [`Writer::snapshots`], during reads and writes of the disk, and
@@ -28,15 +28,12 @@ impl Writer {
     /// # Panics
     /// In undoable mode.
     pub fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
-        match &self.body {
-            WriterBody::Raw(raw) => Err(raw.without_snapshots()),
-            WriterBody::Qcow2(qcow2) => qcow2.delete_snapshot(snapshot),
-        }
+        self.with_snapshots()?.delete(snapshot)
     }
 }
 
 impl Qcow2Writer {
-    fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
+    pub(super) fn delete_snapshot(&self, snapshot: &Snapshot) -> Result<()> {
         let image = &self.image;
         assert!(!self.is_undoable(), "what is written can be undone");
         self.refuse_data_file()?;

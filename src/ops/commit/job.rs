@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use crate::chain::View;
 use crate::error::{Error, Result};
-use crate::image::write::Writer;
 use crate::image::{HeaderChange, Layer, Mapping};
 use crate::io::{FileLock, ObjectId};
 use crate::store::{
-    ActiveJob, CachePolicy, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror,
-    OpenView, OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
+    ActiveJob, CommitOperation, Digest, FileRef, Format, ImageIndex, Intent, JobImage, Mirror, OpenView,
+    OwnedIntent, SAMPLES, SectorSample, Store, ViewPart, shown,
 };
 use crate::units::{GuestOffset, HostOffset, Stability};
 
@@ -27,6 +26,7 @@ use super::super::removal;
 use super::super::scanned_store::ScannedStore;
 use super::super::words::Discards;
 use super::finish::{self, CommitStage};
+use super::writer::CommitWriter;
 use super::{CommitRange, CommitRequest, final_name, is_undoable, plan, refuse, segment};
 
 /// How many ranges of a layer without data are skipped, at most, in the search for a sample.
@@ -37,9 +37,8 @@ pub(in crate::ops) struct CommitJob {
     /// Dropped first, with its mirror: base is written only under its locks.
     active: Option<(ActiveJob, Arc<MergeMirror>)>,
     base: JobImage,
-    writer: Arc<Writer>,
+    writer: CommitWriter,
     intent: OwnedIntent<CommitOperation>,
-    is_undoable: bool,
     /// The segment to merge, and the files that keep it open.
     segment: CommitSegment,
     views: Vec<OpenView>,
@@ -178,7 +177,6 @@ fn prepare(
     intent: OwnedIntent<CommitOperation>,
 ) -> BegunCommit {
     let store = context.store();
-    let is_undoable = is_undoable(scan, layers);
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();
@@ -187,12 +185,11 @@ fn prepare(
         refusals::first(refusals)?;
         let mut views = Vec::new();
         let below = open_below(store, scan, &layers.below, &mut views)?;
-        let keeping = if is_undoable { CachePolicy::Everything } else { CachePolicy::Nothing };
-        let writer = base.open_writer(below, keeping)?;
+        let writer = CommitWriter::open(&mut base, below, is_undoable(scan, layers))?;
         let (live, active) = if layers.is_active {
             let job = store.take_active(&scan.catalog, &layers.chain)?;
             let live = job.writer()?;
-            let mirror = MergeMirror::new(&writer);
+            let mirror = MergeMirror::new(writer.writer());
             (Some(live), Some((job, mirror)))
         } else {
             (None, None)
@@ -204,17 +201,9 @@ fn prepare(
         Ok((writer, segment, views, children, active))
     })();
     match begun {
-        Ok((writer, segment, views, children, active)) => Ok(CommitJob {
-            active,
-            base,
-            writer,
-            intent,
-            is_undoable,
-            segment,
-            views,
-            children,
-            trash_copy: None,
-        }),
+        Ok((writer, segment, views, children, active)) => {
+            Ok(CommitJob { active, base, writer, intent, segment, views, children, trash_copy: None })
+        }
         Err(error) => Err(Box::new((error, intent))),
     }
 }
@@ -263,13 +252,13 @@ impl CommitJob {
         let size = || self.segment.size();
         match &self.active {
             Some((_, mirror)) => mirror.level(size)?,
-            None if size() > self.writer.size() => self.writer.grow(size())?,
+            None if size() > self.writer.writer().size() => self.writer.writer().grow(size())?,
             None => {}
         }
         if !refusals::shares_blocks(store) {
             match self.base.format() {
-                Format::Qcow2 => self.writer.reserve(total)?,
-                Format::Raw => self.segment.reserve_in(&self.writer)?,
+                Format::Qcow2 => self.writer.writer().reserve(total)?,
+                Format::Raw => self.segment.reserve_in(self.writer.writer())?,
             }
         }
         let mut at = 0;
@@ -278,10 +267,10 @@ impl CommitJob {
                 progress.check()?;
                 let len = PIECE.min(size() - at);
                 let moved = match &self.active {
-                    None => self.segment.merge(&self.writer, at, len)?,
+                    None => self.segment.merge(self.writer.writer(), at, len)?,
                     Some((_, mirror)) => {
                         mirror.check()?;
-                        mirror.copy(at, len, || self.segment.merge(&self.writer, at, len))?
+                        mirror.copy(at, len, || self.segment.merge(self.writer.writer(), at, len))?
                     }
                 };
                 progress.advance(moved);
@@ -290,7 +279,7 @@ impl CommitJob {
             // Beyond the end of a shorter top, no lower layer shows.
             match &self.active {
                 None => {
-                    zero_from(&self.writer, size())?;
+                    zero_from(self.writer.writer(), size())?;
                     break;
                 }
                 Some((_, mirror)) if mirror.complete(at, size)? => break,
@@ -299,7 +288,7 @@ impl CommitJob {
             }
         }
         // Most data is durable before other commands have to wait for the rest.
-        self.writer.flush()
+        self.writer.writer().flush()
     }
 
     /// Checks that no layer which is about to change for good has gained a user.
@@ -327,13 +316,14 @@ impl CommitJob {
 
     /// Ends the job before the switch: rolled back where that is possible, else left to be resumed.
     fn roll_back(self, store: &Arc<Store>, progress: &JobProgress, error: Error) -> Error {
-        let Self { base, writer, intent, is_undoable, active, trash_copy, .. } = self;
+        let Self { base, writer, intent, active, trash_copy, .. } = self;
         if let Some((job, _)) = &active {
             job.set_mirror(None);
         }
         drop(active);
         let name = base.name().to_owned();
-        let called_back = if is_undoable { writer.abandon() } else { writer.close() };
+        let is_undoable = writer.is_undoable();
+        let called_back = writer.call_back();
         drop(writer);
         let finished = called_back.and_then(|()| base.finish());
         if let Err(trouble) = &finished {
@@ -359,20 +349,18 @@ impl CommitJob {
 
     /// Makes base the backing file of all overlays of top. From its first step on it cannot be rolled back.
     fn switch(self, context: &Context, scan: &ScannedStore, lock: FileLock) -> Result<()> {
-        let Self { base, writer, intent, active, views, segment, children, is_undoable, trash_copy: _ } =
-            self;
-        let publish = || if is_undoable { writer.publish() } else { writer.close() };
+        let Self { base, writer, intent, active, views, segment, children, trash_copy: _ } = self;
         // No view of this process needs base as it was.
         drop((views, segment));
         let store = context.store();
         let CommitOperation { top, base: old_base, rename, .. } = intent.intent.operation.clone();
         let Some((job, mirror)) = active else {
             // The rename is durable and named by the header; then open disks are notified.
-            publish()?;
+            writer.publish()?;
             if rename.is_some()
                 && let Some(mark) = scan.image(scan.expect(&top)?).frozen.clone()
             {
-                writer.change_header(&HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
+                writer.writer().change_header(&HeaderChange { backing: None, frozen: Some(Some(mark)) })?;
             }
             drop(writer);
             base.finish()?;
@@ -382,7 +370,7 @@ impl CommitJob {
             return finish::commit(context, intent, lock, children);
         };
         let name = rename.expect("a base takes the active layer's name");
-        freeze::thaw(store, scan, &writer, base.format(), &old_base)?;
+        freeze::thaw(store, scan, writer.writer(), base.format(), &old_base)?;
         let names = store.guard_names();
         let before = store.catalog();
         let settled;
@@ -390,7 +378,7 @@ impl CommitJob {
             let mut sealed = job.seal();
             let prepared = (|| {
                 mirror.check()?;
-                publish()?;
+                writer.publish()?;
                 let prepared = sealed.prepare_fall(base)?;
                 finish::take_name(&*names, &old_base.path, &top.path, &name)?;
                 Ok(prepared)

@@ -11,6 +11,7 @@
 mod finish;
 mod job;
 mod refuse;
+mod writer;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

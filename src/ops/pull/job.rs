@@ -12,8 +12,8 @@ use crate::image::write::{BackingDisk, Writer};
 use crate::image::{HeaderChange, Mapping};
 use crate::io::FileLock;
 use crate::store::{
-    ActiveJob, CachePolicy, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent,
-    PullOperation, Store, ViewPart, shown,
+    ActiveJob, Catalog, FileRef, ImageIndex, Intent, JobImage, OpenView, OwnedIntent, PullOperation, Store,
+    ViewPart, shown,
 };
 use crate::units::{Run, Stability};
 
@@ -152,7 +152,7 @@ fn open(store: &Arc<Store>, scan: &ScannedStore, layers: &PullRange) -> Result<O
         } else {
             let mut image = store.take_image(&scan.catalog, *into)?;
             let lower = below.as_ref().map(|below| Arc::clone(&below.view));
-            let writer = image.open_writer(lower, CachePolicy::Nothing)?;
+            let writer = image.open_writer(lower)?;
             (PullTarget::Image(image), writer)
         };
         let mut part = FilledLayer { target, writer, named: scan.named(*into), longest_inner: 0 };
