@@ -26,14 +26,13 @@ use crate::store::{
 use crate::units::{BlockStatus, Run};
 
 use super::access::{Caller, Rights, Viewer};
-use super::attributes::{Attributes, Ownership, frozen, modified, taken};
+use super::attributes::{Attributes, Ownership, Statistics, frozen, modified, taken};
 use super::control::{ControlScope, Controls};
 use super::handles::Handles;
 use super::info_files::{Counters, InfoFiles, metrics};
 use super::mounted_volumes::MountedVolumes;
 use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
 use super::progress::PendingReads;
-use super::service::Statistics;
 
 use directories::Directory;
 pub use guests::GuestOptions;

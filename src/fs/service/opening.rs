@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use crate::io::LocalFile;
 
 use super::super::handles::Handle;
-use super::Features;
+use super::features::Features;
 
 /// An opened file.
 #[derive(Debug)]
