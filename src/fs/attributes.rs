@@ -71,6 +71,44 @@ impl Attributes {
     }
 }
 
+/// The sizes of a file system, for statfs(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are those of statvfs(3), written out")]
+pub struct Statistics {
+    pub blocks: u64,
+    pub free_blocks: u64,
+    pub available_blocks: u64,
+    pub inodes: u64,
+    pub free_inodes: u64,
+    pub block_size: u32,
+    pub fragment_size: u32,
+    pub name_len: u32,
+}
+
+impl From<guest::Statistics> for Statistics {
+    fn from(found: guest::Statistics) -> Self {
+        let guest::Statistics {
+            blocks,
+            free_blocks,
+            available_blocks,
+            inodes,
+            free_inodes,
+            block_size,
+            name_len,
+        } = found;
+        Self {
+            blocks,
+            free_blocks,
+            available_blocks,
+            inodes,
+            free_inodes,
+            block_size,
+            fragment_size: block_size,
+            name_len,
+        }
+    }
+}
+
 /// The options `uid=`, `gid=` and `umask=`.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ownership {

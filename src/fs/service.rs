@@ -12,6 +12,7 @@
 //! Each call is answered once: its [`Responder`] is consumed by [`Responder::finish`], also after a panic.
 
 mod busy_retries;
+mod calls;
 mod errno;
 mod features;
 mod listing;
@@ -28,23 +29,26 @@ use crate::image::write::Zeroing;
 use crate::store::Access;
 use crate::units::BlockStatus;
 
-use super::access::Caller;
+use super::attributes::Attributes;
 use super::change::Fallocate;
 use super::handles::Handle;
 use super::tree::MountTree;
 
+pub use super::attributes::Statistics;
+pub use calls::{AttributeChange, Call, OpenFile, Write};
 pub use errno::{Errno, errno};
 pub use features::{Capability, Features, MAX_BACKGROUND, MAX_REQUEST, MAX_STACK_DEPTH};
 pub use opening::{CacheMode, Opened, OpenedDirectory, ServedBy};
 pub use replies::{
     BytesResponder, DirectoryEntry, EntryResponder, NameResponder, OpenResponder, Responder, STAT_BLOCK_SIZE,
-    Statistics, TimedAttributes, XattrReply,
+    TimedAttributes, XattrReply,
 };
 
 use busy_retries::BusyRetries;
 use errno::{Failure, Refusal};
 use listing::ListedNode;
 use opening::Opens;
+use replies::ttl;
 use threads::Operation;
 
 /// The calls that a transport makes. `B`: the transport's registration of a file that the kernel reads
@@ -56,48 +60,6 @@ pub struct Service<B> {
     busy_retries: BusyRetries,
     /// Serving threads that may be waiting for a worker.
     waiting: AtomicUsize,
-}
-
-/// The node that a call is about, and who calls.
-#[derive(Clone, Copy, Debug)]
-pub struct Call {
-    /// The inode number; for names, that of the parent directory.
-    pub inode: u64,
-    /// The client process.
-    pub caller: Caller,
-}
-
-/// An open file or directory, by the node and the number of its handle.
-#[derive(Clone, Copy, Debug)]
-pub struct OpenFile {
-    /// The inode number.
-    pub inode: u64,
-    /// The number from [`Opened`] or [`OpenedDirectory`].
-    pub handle: u64,
-}
-
-/// A write(2).
-#[derive(Clone, Copy, Debug)]
-pub struct Write<'a> {
-    /// The file offset.
-    pub offset: u64,
-    /// The bytes, which stay the transport's.
-    pub bytes: &'a [u8],
-    /// The flags of the open file, as for open(2).
-    pub flags: i32,
-    /// Whether the kernel writes back a dirty page of a mapping.
-    pub is_write_back: bool,
-}
-
-/// A change of attributes: chmod(2), chown(2), truncate(2), utimes(2).
-#[derive(Clone, Copy, Debug, Default)]
-pub struct AttributeChange {
-    /// Whether mode, owner or group change.
-    pub changes_owner_or_mode: bool,
-    /// The new size.
-    pub size: Option<u64>,
-    /// The open file, for ftruncate(2).
-    pub handle: Option<u64>,
 }
 
 impl<B: Send + Sync + 'static> Service<B> {
@@ -206,6 +168,11 @@ impl<B: Send + Sync + 'static> Service<B> {
             let served_by = service.opens.served_by(call.inode, &open, |file| reply.register(file));
             Ok(Opened { handle, served_by })
         });
+    }
+
+    /// `found` with its TTL, in a reply about `by`, the parent directory or the node itself.
+    fn timed(&self, by: u64, found: Attributes) -> TimedAttributes {
+        TimedAttributes { attributes: found, ttl: ttl(&self.tree, by, &found) }
     }
 
     fn open_refused(&self, call: Call, error: Error) -> Failure {

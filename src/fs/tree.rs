@@ -26,14 +26,13 @@ use crate::store::{
 use crate::units::{BlockStatus, Run};
 
 use super::access::{Caller, Rights, Viewer};
-use super::attributes::{Attributes, Ownership, frozen, modified, taken};
+use super::attributes::{Attributes, Ownership, Statistics, frozen, modified, taken};
 use super::control::{ControlScope, Controls};
 use super::handles::Handles;
 use super::info_files::{Counters, InfoFiles, metrics};
 use super::mounted_volumes::MountedVolumes;
 use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
 use super::progress::PendingReads;
-use super::service::Statistics;
 
 use directories::Directory;
 pub use guests::GuestOptions;
@@ -311,15 +310,15 @@ impl MountTree {
 
     /// The sizes of the file system that holds the store.
     pub(super) fn store_statistics(&self) -> Result<Statistics> {
-        let found = self.store.roots()[0].statvfs()?;
+        let found = self.store.roots()[0].space()?;
         Ok(Statistics {
-            blocks: found.f_blocks,
-            free_blocks: found.f_bfree,
-            available_blocks: found.f_bavail,
-            inodes: found.f_files,
-            free_inodes: found.f_ffree,
-            block_size: found.f_bsize as u32,
-            fragment_size: found.f_frsize as u32,
+            blocks: found.blocks,
+            free_blocks: found.free,
+            available_blocks: found.available,
+            inodes: found.files,
+            free_inodes: found.files_free,
+            block_size: found.block_len,
+            fragment_size: found.unit_len,
             name_len: NAME_LEN,
         })
     }

@@ -42,17 +42,29 @@ mod tokenize;
 mod words;
 
 pub use asker::{AsUser, as_user};
-pub use clone::CloneRequest;
-pub use commit::CommitRequest;
-pub use delete::{DeleteMethod, DeleteRequest};
+pub use delete::DeleteMethod;
 pub use engine::Engine;
 pub use plan::{Plan, PlanLayer};
-pub use pull::PullRequest;
-pub use rebase::RebaseRequest;
-pub use request::{Request, Verb};
-pub use resize::{NewSize, ResizeRequest};
-pub use revert::RevertRequest;
-pub use snapshot::SnapshotRequest;
+pub use resize::NewSize;
 pub use status::{JobState, Status};
 pub use tokenize::{MAX_COMMAND_LEN, quote};
 pub use words::parse_chains;
+
+request::verbs! {
+    /// Freezes the active layer under a name.
+    Snapshot = snapshot::SnapshotRequest;
+    /// Merges layers of a chain down into one of them.
+    Commit = commit::CommitRequest;
+    /// Copies the data of the backing files into a layer.
+    Pull = pull::PullRequest;
+    /// Removes a snapshot, and no other view.
+    Delete = delete::DeleteRequest;
+    /// Sets the active disk to the content of a snapshot.
+    Revert = revert::RevertRequest;
+    /// Changes the backing file of a layer.
+    Rebase = rebase::RebaseRequest;
+    /// Creates a new chain on top of a snapshot.
+    Clone = clone::CloneRequest;
+    /// Grows or shrinks the active disk.
+    Resize = resize::ResizeRequest;
+}

@@ -1,26 +1,22 @@
-//! The requests of users, as values that are valid by themselves, and the table of all verbs.
+//! The requests of users, as values that are valid by themselves: reading, checking and writing them.
 //!
-//! A verb is a file of its own: its words, its plan and its job. The table here has a row for it. A verb's
-//! plan checks whether the store has the files that a request names.
+//! A verb is a file of its own: its words, its plan and its job. Its plan checks whether the store has the files
+//! that a request names.
 
 use crate::error::Result;
 
-use super::clone::{self, CloneRequest};
 use super::command::Command;
-use super::commit::{self, CommitRequest};
-use super::delete::{self, DeleteRequest};
-use super::pull::{self, PullRequest};
-use super::rebase::{self, RebaseRequest};
-use super::resize::{self, ResizeRequest};
-use super::revert::{self, RevertRequest};
-use super::snapshot::{self, SnapshotRequest};
 use super::tokenize::split;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
+use super::{Request, Verb};
 
-/// Declares the verbs: a row has the words of its documentation, its name, its request and its [`VerbSpec`].
+/// Declares the verbs. A row has the verb's documentation, its name, and its module and request; the module has
+/// the verb's [`VerbSpec`] as `SPEC`.
 /// `cancel` has no row: it acts on the command of another verb.
 macro_rules! verbs {
-    ($($(#[doc = $doc:literal])+ $verb:ident($request:ty), $spec:expr;)+) => {
+    ($($(#[doc = $doc:literal])+ $verb:ident = $module:ident::$request:ident;)+) => {
+        $(pub use $module::$request;)+
+
         /// The verbs; each has a control file.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Verb {
@@ -41,18 +37,18 @@ macro_rules! verbs {
             /// All of them.
             pub const ALL: [Verb; [$(stringify!($verb)),+].len() + 1] = [$(Verb::$verb,)+ Verb::Cancel];
 
-            fn spec(self) -> &'static VerbSpec {
+            fn spec(self) -> &'static words::VerbSpec {
                 match self {
-                    $(Verb::$verb => &$spec,)+
-                    Verb::Cancel => &CANCEL,
+                    $(Verb::$verb => &$module::SPEC,)+
+                    Verb::Cancel => &request::CANCEL,
                 }
             }
         }
 
         impl Request {
-            fn from_parsed(verb: Verb, words: &mut ParsedWords) -> Result<Self> {
+            fn from_parsed(verb: Verb, words: &mut words::ParsedWords) -> crate::error::Result<Self> {
                 Ok(match verb {
-                    $(Verb::$verb => Request::$verb(<$request>::parse(words)?),)+
+                    $(Verb::$verb => Request::$verb(<$request as command::Command>::parse(words)?),)+
                     Verb::Cancel => Request::Cancel,
                 })
             }
@@ -66,7 +62,7 @@ macro_rules! verbs {
             }
 
             /// The command to carry out; `None` for `cancel`, which acts on another command.
-            pub(super) fn command(&self) -> Option<&dyn Command> {
+            fn command(&self) -> Option<&dyn command::Command> {
                 match self {
                     $(Request::$verb(request) => Some(request),)+
                     Request::Cancel => None,
@@ -76,26 +72,10 @@ macro_rules! verbs {
     };
 }
 
-verbs! {
-    /// Freezes the active layer under a name.
-    Snapshot(SnapshotRequest), snapshot::SPEC;
-    /// Merges layers of a chain down into one of them.
-    Commit(CommitRequest), commit::SPEC;
-    /// Copies the data of the backing files into a layer.
-    Pull(PullRequest), pull::SPEC;
-    /// Removes a snapshot, and no other view.
-    Delete(DeleteRequest), delete::SPEC;
-    /// Sets the active disk to the content of a snapshot.
-    Revert(RevertRequest), revert::SPEC;
-    /// Changes the backing file of a layer.
-    Rebase(RebaseRequest), rebase::SPEC;
-    /// Creates a new chain on top of a snapshot.
-    Clone(CloneRequest), clone::SPEC;
-    /// Grows or shrinks the active disk.
-    Resize(ResizeRequest), resize::SPEC;
-}
+pub(super) use verbs;
 
-const CANCEL: VerbSpec = VerbSpec {
+/// The words of `cancel`: none.
+pub(super) const CANCEL: VerbSpec = VerbSpec {
     name: "cancel",
     usage: "cancel\n\nStops the running command at its next chunk. There are no words.\n",
     positional: None,

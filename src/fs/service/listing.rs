@@ -17,7 +17,8 @@ use super::super::guest_numbers::GuestNode;
 use super::super::handles::Handle;
 use super::super::node::{Node, NodeKind};
 use super::super::tree::{MountTree, NodeEntry, guest_node};
-use super::{DirectoryEntry, OpenFile};
+use super::calls::OpenFile;
+use super::replies::DirectoryEntry;
 
 /// The first offsets are those of `.` and `..`.
 const DOTS: u64 = 2;

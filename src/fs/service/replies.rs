@@ -2,16 +2,15 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use crate::guest;
+use crate::io::LocalFile;
 
 use super::super::attributes::Attributes;
 use super::super::node::NodeKind;
 use super::super::tree::MountTree;
 use super::errno::{Errno, Failure, Refusal};
-use super::{Opened, Service};
+use super::opening::Opened;
 
 /// TTL of names and attributes. Changes of the store become visible within a second; this TTL is the larger
 /// part of it.
@@ -37,7 +36,7 @@ pub trait BytesResponder: Responder<usize> {
 /// Takes the reply of an open.
 pub trait OpenResponder<B>: Responder<Opened<B>> {
     /// Registers a file that the kernel is to read itself, until the result is dropped.
-    fn register(&mut self, file: OwnedFd) -> io::Result<B>;
+    fn register(&mut self, file: LocalFile) -> io::Result<B>;
 }
 
 /// Takes names of a directory, then the reply.
@@ -81,16 +80,9 @@ impl TimedAttributes {
     }
 }
 
-impl<B> Service<B> {
-    /// `found` with its TTL, in a reply about `by`, the parent directory or the node itself.
-    pub(super) fn timed(&self, by: u64, found: Attributes) -> TimedAttributes {
-        TimedAttributes { attributes: found, ttl: ttl(&self.tree, by, &found) }
-    }
-}
-
-/// Writable files have no TTL, because commands change them: after a resize or revert, the client must see
-/// the new attributes.
-fn ttl(tree: &MountTree, by: u64, found: &Attributes) -> Duration {
+/// The TTL of `found` in a reply about `by`, the parent directory or the node itself. Writable files have
+/// none, because commands change them: after a resize or revert, the client must see the new attributes.
+pub(super) fn ttl(tree: &MountTree, by: u64, found: &Attributes) -> Duration {
     // A guest's inode never changes, nor do the entries of its directories. The entry of a volume's root can
     // change, and has the short TTL.
     if MountTree::is_guest(by) {
@@ -116,44 +108,6 @@ impl XattrReply {
             0 => Ok(Self::Size(bytes.len() as u32)),
             room if bytes.len() > room => Err(Refusal::ShortBuffer.into()),
             _ => Ok(Self::Bytes(bytes)),
-        }
-    }
-}
-
-/// The sizes of a file system, for statfs(2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names are those of statvfs(3), written out")]
-pub struct Statistics {
-    pub blocks: u64,
-    pub free_blocks: u64,
-    pub available_blocks: u64,
-    pub inodes: u64,
-    pub free_inodes: u64,
-    pub block_size: u32,
-    pub fragment_size: u32,
-    pub name_len: u32,
-}
-
-impl From<guest::Statistics> for Statistics {
-    fn from(found: guest::Statistics) -> Self {
-        let guest::Statistics {
-            blocks,
-            free_blocks,
-            available_blocks,
-            inodes,
-            free_inodes,
-            block_size,
-            name_len,
-        } = found;
-        Self {
-            blocks,
-            free_blocks,
-            available_blocks,
-            inodes,
-            free_inodes,
-            block_size,
-            fragment_size: block_size,
-            name_len,
         }
     }
 }

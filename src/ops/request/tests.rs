@@ -4,7 +4,10 @@ use super::*;
 use crate::error::ErrorKind;
 use crate::ops::MAX_COMMAND_LEN;
 use crate::ops::check::{MAX_DESCRIPTION_LEN, MAX_NAME_LEN};
-use crate::ops::{DeleteMethod, NewSize};
+use crate::ops::{
+    CloneRequest, CommitRequest, DeleteMethod, DeleteRequest, NewSize, PullRequest, RebaseRequest,
+    ResizeRequest, RevertRequest, SnapshotRequest,
+};
 
 fn refusal(command: &str) -> String {
     let error = Request::parse_command(command.as_bytes()).expect_err(command);
