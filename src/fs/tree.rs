@@ -310,15 +310,15 @@ impl MountTree {
 
     /// The sizes of the file system that holds the store.
     pub(super) fn store_statistics(&self) -> Result<Statistics> {
-        let found = self.store.roots()[0].statvfs()?;
+        let found = self.store.roots()[0].space()?;
         Ok(Statistics {
-            blocks: found.f_blocks,
-            free_blocks: found.f_bfree,
-            available_blocks: found.f_bavail,
-            inodes: found.f_files,
-            free_inodes: found.f_ffree,
-            block_size: found.f_bsize as u32,
-            fragment_size: found.f_frsize as u32,
+            blocks: found.blocks,
+            free_blocks: found.free,
+            available_blocks: found.available,
+            inodes: found.files,
+            free_inodes: found.files_free,
+            block_size: found.block_len,
+            fragment_size: found.unit_len,
             name_len: NAME_LEN,
         })
     }

@@ -4,7 +4,7 @@
 //! `openat2(RESOLVE_BENEATH)`: neither `..` nor a symbolic link leads out, even if the directory changes
 //! between a check and the open. Only regular files are ever opened.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -14,47 +14,17 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
+use super::backend::{DirEntry, EntryKind, MountPoints};
 use super::descriptors::with_descriptor;
 use super::mountinfo::{MountEntry, mounts};
 use super::object::{Identity, ObjectStat};
 
-/// What becomes of directories on which another file system is mounted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MountPoints {
-    /// They are entered.
-    Enter,
-    /// They are left alone.
-    Skip,
-}
-
 /// A directory beneath which files may be opened.
 #[derive(Debug)]
-pub struct Root {
+pub(super) struct Root {
     directory: OwnedFd,
     given: PathBuf,
     canonical: PathBuf,
-}
-
-/// The types of directory entries that a scan distinguishes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EntryKind {
-    /// A regular file.
-    File,
-    /// A directory.
-    Directory,
-    /// A symbolic link.
-    Symlink,
-    /// FIFO, socket or device: never opened.
-    Other,
-}
-
-/// One entry of a directory.
-#[derive(Clone, Debug)]
-pub struct DirEntry {
-    /// The name, one component.
-    pub name: OsString,
-    /// The type.
-    pub kind: EntryKind,
 }
 
 /// The type under which the kernel lists mounts of chainfs.
@@ -66,7 +36,7 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGIC
 
 impl Root {
     /// Opens the directory `path` and follows symbolic links, because the user named it.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub(super) fn open(path: &Path) -> Result<Self> {
         let fail = |error: std::io::Error| Error::io(format!("opening directory {}", path.display()), error);
         let canonical = path.canonicalize().map_err(fail)?;
         let given = std::path::absolute(path).map_err(fail)?;
@@ -77,32 +47,23 @@ impl Root {
     }
 
     /// The directory as the user gave it, made absolute.
-    pub fn given(&self) -> &Path {
+    pub(super) fn given(&self) -> &Path {
         &self.given
     }
 
     /// The directory without symbolic links.
-    pub fn canonical(&self) -> &Path {
+    pub(super) fn canonical(&self) -> &Path {
         &self.canonical
     }
 
-    /// Converts an absolute path to one relative to this root. The path is matched against the root as given
-    /// and as canonicalised. `None` if it is outside.
-    pub fn relative(&self, absolute: &Path) -> Option<PathBuf> {
-        [&self.given, &self.canonical]
-            .iter()
-            .find_map(|root| absolute.strip_prefix(root).ok())
-            .map(Path::to_path_buf)
-    }
-
     /// Opens a regular file for reading. Errors: `NotFound`, `Escape` and `Io`.
-    pub fn open_file(&self, path: &Path) -> Result<OwnedFd> {
+    pub(super) fn open_file(&self, path: &Path) -> Result<OwnedFd> {
         self.open_regular(path, OFlags::RDONLY)
     }
 
     /// Opens a regular file for reading and writing, without creating or truncating it. Additional errors:
     /// `Denied` and `ReadOnly`.
-    pub fn open_file_for_writing(&self, path: &Path) -> Result<OwnedFd> {
+    pub(super) fn open_file_for_writing(&self, path: &Path) -> Result<OwnedFd> {
         self.open_regular(path, OFlags::RDWR)
     }
 
@@ -117,7 +78,7 @@ impl Root {
     }
 
     /// Attributes of the file at `path`; symbolic links are followed within the root.
-    pub fn stat(&self, path: &Path) -> Result<ObjectStat> {
+    pub(super) fn stat(&self, path: &Path) -> Result<ObjectStat> {
         ObjectStat::of(&self.open_with(path, OFlags::PATH)?)
     }
 
@@ -127,7 +88,7 @@ impl Root {
     }
 
     /// The identity of the file at `path`; symbolic links are followed within the root.
-    pub fn identify(&self, path: &Path) -> Result<Identity> {
+    pub(super) fn identify(&self, path: &Path) -> Result<Identity> {
         Identity::of(&self.open_with(path, OFlags::PATH)?)
     }
 
@@ -191,20 +152,20 @@ impl Root {
     }
 
     /// Whether `path` is a directory, with no symbolic link in the path.
-    pub fn is_real_directory(&self, path: &Path) -> bool {
+    pub(super) fn is_real_directory(&self, path: &Path) -> bool {
         self.open_real(path, OFlags::DIRECTORY).is_ok()
     }
 
     /// The target of the symbolic link `path`; no other part of the path may be a link. `None` if it is no
     /// link.
-    pub fn link_target(&self, path: &Path) -> Option<PathBuf> {
+    pub(super) fn link_target(&self, path: &Path) -> Option<PathBuf> {
         let link = self.open_real(path, OFlags::NOFOLLOW).ok()?;
         let target = fs::readlinkat(&link, "", Vec::new()).ok()?;
         Some(PathBuf::from(OsStr::from_bytes(target.to_bytes())))
     }
 
     /// Attributes of `path` itself; a final symbolic link is not followed.
-    pub fn stat_itself(&self, path: &Path) -> Result<ObjectStat> {
+    pub(super) fn stat_itself(&self, path: &Path) -> Result<ObjectStat> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let file = self.open_real(path, OFlags::NOFOLLOW);
         ObjectStat::of(&file.map_err(|error| Error::io(format!("opening {}", path.display()), error))?)
@@ -225,23 +186,23 @@ impl Root {
 
     /// Opens a sub-directory for listing and watching. `None` if it is the root of another mount, which
     /// is not to be entered: no request goes to that mount, so it may be this daemon's own.
-    pub fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<OwnedFd>> {
+    pub(super) fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<OwnedFd>> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let resolve = match mounts {
             MountPoints::Enter => resolve,
-            MountPoints::Skip => resolve | ResolveFlags::NO_XDEV,
+            MountPoints::Skip | MountPoints::SkipOwn => resolve | ResolveFlags::NO_XDEV,
         };
         match with_descriptor(|| fs::openat2(&self.directory, path, flags, Mode::empty(), resolve)) {
             Ok(fd) => Ok(Some(fd)),
-            Err(Errno::XDEV) if mounts == MountPoints::Skip => Ok(None),
+            Err(Errno::XDEV) if mounts != MountPoints::Enter => Ok(None),
             Err(error) => Err(Error::io(format!("opening directory {}", path.display()), error)),
         }
     }
 
     /// Entries of a directory opened by [`Root::open_directory`], without `.` and `..`, sorted by name.
-    pub fn list(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
+    pub(super) fn list(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
         let fail = |error: Errno| Error::io("listing a directory", error);
         let mut entries = Vec::new();
         for entry in with_descriptor(|| Dir::read_from(directory)).map_err(fail)? {
@@ -267,7 +228,7 @@ impl Root {
 
     /// Opens the regular file `name` of `directory` without following a link. `None` if it is missing or no
     /// longer a regular file.
-    pub fn open_entry(directory: &OwnedFd, name: &OsStr) -> Result<Option<OwnedFd>> {
+    pub(super) fn open_entry(directory: &OwnedFd, name: &OsStr) -> Result<Option<OwnedFd>> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match with_descriptor(|| fs::openat(directory, name, flags, Mode::empty())) {
             Ok(file) => Ok(ObjectStat::of(&file)?.is_file().then_some(file)),
@@ -277,14 +238,14 @@ impl Root {
     }
 
     /// The magic number (statfs(2)) of the file system that holds this root.
-    pub fn file_system(&self) -> Result<u64> {
+    pub(super) fn file_system(&self) -> Result<u64> {
         let stat = fs::fstatfs(&self.directory)
             .map_err(|error| Error::io("reading the file system's type", error))?;
         Ok(stat.f_type.cast_unsigned() & 0xFFFF_FFFF)
     }
 
     /// The file system that holds this root, for `df`.
-    pub fn statvfs(&self) -> Result<fs::StatVfs> {
+    pub(super) fn statvfs(&self) -> Result<fs::StatVfs> {
         // By descriptor: this daemon's mount may cover the path.
         fs::fstatvfs(&self.directory).map_err(|error| Error::io("reading the free space", error))
     }

@@ -270,14 +270,14 @@ fn usable(most: usize, others: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Expect, ObjectStat, Root, Storage, StoreFile};
+    use super::super::{Expect, LocalDirectory, ObjectStat, Storage, StoreFile};
     use super::*;
     use std::path::Path;
 
     #[test]
     fn a_hundred_files_are_read_through_ten_descriptors() {
         let directory = tempfile::tempdir().unwrap();
-        let root = Arc::new(Root::open(directory.path()).unwrap());
+        let root = LocalDirectory::open(directory.path()).unwrap();
         let descriptors = Descriptors::with_limit(10);
         let files: Vec<_> = (0..100)
             .map(|n| {
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn dropped_files_free_their_descriptors() {
         let directory = tempfile::tempdir().unwrap();
-        let root = Arc::new(Root::open(directory.path()).unwrap());
+        let root = LocalDirectory::open(directory.path()).unwrap();
         let descriptors = Descriptors::with_limit(4);
         std::fs::write(directory.path().join("a"), "a").unwrap();
         let seen = root.stat(Path::new("a")).unwrap();
@@ -318,7 +318,7 @@ mod tests {
     #[test]
     fn a_file_replaced_while_closed_is_stale() {
         let directory = tempfile::tempdir().unwrap();
-        let root = Arc::new(Root::open(directory.path()).unwrap());
+        let root = LocalDirectory::open(directory.path()).unwrap();
         let place = directory.path().join("a");
         std::fs::write(&place, "old").unwrap();
         let seen = root.stat(Path::new("a")).unwrap();

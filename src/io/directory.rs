@@ -14,10 +14,12 @@ use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 
-use super::beneath::{MountPoints, Root};
+use super::backend::MountPoints;
+use super::beneath::Root;
 use super::descriptors::{Descriptors, with_descriptor};
+use super::local::LocalOpenFile;
 use super::object::ObjectStat;
-use super::{StoreFile, WritableFile, WriteStorage};
+use super::{WritableFile, WriteStorage};
 
 /// What becomes of a file that has the new name already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,28 +53,9 @@ pub trait Directory: Send + Sync {
     fn sync(&self, path: &Path) -> Result<()>;
 }
 
-/// All changes of a store go through this trait: files and names. Tests use other implementations to record
-/// changes, to interrupt them or to let them fail.
-pub trait Host: Send + Sync {
-    /// Opens a file of a store for writing.
-    fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>>;
-
-    /// The names beneath a root.
-    fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory>;
-}
-
-/// The real file system.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ThisHost;
-
-impl Host for ThisHost {
-    fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>> {
-        Ok(file.open_for_writing()?)
-    }
-
-    fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory> {
-        Arc::new(RootDirectory { root: Arc::clone(root), descriptors: Arc::clone(descriptors) })
-    }
+/// The names beneath a root of this machine.
+pub(super) fn names_beneath(root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory> {
+    Arc::new(RootDirectory { root: Arc::clone(root), descriptors: Arc::clone(descriptors) })
 }
 
 /// The names beneath a root of the real file system.
@@ -122,7 +105,7 @@ impl Directory for RootDirectory {
                 return Err(error);
             }
         }
-        Ok(WritableFile::new(file, path, room, &Arc::default()))
+        Ok(WritableFile::new(Arc::new(LocalOpenFile::new(file, path)), room, &Arc::default()))
     }
 
     fn create_directory(&self, path: &Path) -> Result<()> {
@@ -226,7 +209,7 @@ mod tests {
         std::fs::create_dir(place.path().join("sub")).unwrap();
         std::fs::write(place.path().join("sub/a"), "a").unwrap();
         let root = Arc::new(Root::open(place.path()).unwrap());
-        let directory = ThisHost.directory(&root, &Descriptors::with_limit(4));
+        let directory = names_beneath(&root, &Descriptors::with_limit(4));
         (place, directory)
     }
 

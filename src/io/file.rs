@@ -2,8 +2,10 @@
 //!
 //! A [`StoreFile`] promises that its bytes come from the file it was created for: if it is reopened and
 //! another file has its path, or the same one has changed, it is `Stale`. While a [`ReadLock`] exists, its
-//! descriptor carries QEMU's reader locks, and while a [`WriteLock`] exists, the writer's. This one
-//! descriptor carries all locks of the process on the file; writes go through another one ([`WritableFile`]).
+//! opening carries QEMU's reader locks, and while a [`WriteLock`] exists, the writer's. This one
+//! opening carries all locks of the process on the file; writes go through another one ([`WritableFile`]).
+//!
+//! These rules hold for every [`Backend`].
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -17,22 +19,21 @@ use rustix::io::Errno;
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockStatus, Run, Stability};
 
-use super::beneath::Root;
+use super::backend::{Backend, Expected, LockConflict, LockKind, LockOwners as Owners, OpenObject, stale};
 use super::descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
-use super::locks;
 use super::object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
-use super::{Conflict, Storage, WritableFile};
+use super::{LocalFile, Storage, WritableFile, WriteStorage};
 
 impl ObjectStat {
     /// What the kernel tells of an open file, in any open mode.
-    pub fn of(file: impl AsFd) -> Result<Self> {
+    pub(super) fn of(file: impl AsFd) -> Result<Self> {
         Ok(fs::fstat(file).map_err(|error| Error::io("reading a file's attributes", error))?.into())
     }
 }
 
 impl Identity {
     /// The identity of an open file, in any open mode. Not every file system has a birth time.
-    pub fn of(file: impl AsFd) -> Result<Self> {
+    pub(super) fn of(file: impl AsFd) -> Result<Self> {
         let mask = fs::StatxFlags::INO | fs::StatxFlags::BTIME;
         let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, mask)
             .map_err(|error| Error::io("reading the file's identity", error))?;
@@ -41,16 +42,6 @@ impl Identity {
         let birth = Timestamp { seconds: found.stx_btime.tv_sec, nanoseconds: found.stx_btime.tv_nsec };
         Ok(Self::new(ObjectId::new(device, found.stx_ino), has_birth.then_some(birth)))
     }
-}
-
-/// Birth time of an open file; zero if its file system does not report it.
-pub fn birth_of(file: impl AsFd) -> Timestamp {
-    let found = fs::statx(file, "", fs::AtFlags::EMPTY_PATH, fs::StatxFlags::BTIME);
-    let has_birth = |found: &fs::Statx| found.stx_mask & fs::StatxFlags::BTIME.bits() != 0;
-    found.ok().filter(has_birth).map_or(Timestamp::default(), |found| Timestamp {
-        seconds: found.stx_btime.tv_sec,
-        nanoseconds: found.stx_btime.tv_nsec,
-    })
 }
 
 impl From<fs::Stat> for ObjectStat {
@@ -72,23 +63,22 @@ impl From<fs::Stat> for ObjectStat {
     }
 }
 
-/// A file beneath a root. It uses a descriptor only while it is read or locked.
-#[derive(Debug)]
+/// A file of a store. It is open only while it is read or locked.
 pub struct StoreFile {
-    root: Arc<Root>,
+    backend: Arc<dyn Backend>,
     /// Its path; changed only by [`StoreFile::renamed`]. A leaf.
     path: RwLock<PathBuf>,
     id: ObjectId,
     /// The attributes at the time of the scan; `None` for files that may change while they are read (a disk
     /// that another process writes, read with `force_share`). A leaf.
     expected: Mutex<Option<ObjectStat>>,
-    descriptor: RwLock<Option<(Arc<OwnedFd>, DescriptorReservation)>>,
+    opened: RwLock<Option<(Arc<dyn OpenObject>, DescriptorReservation)>>,
     /// Set by every use, cleared by the search for a descriptor to close.
     used: AtomicBool,
     descriptors: Arc<Descriptors>,
     /// A reference to itself, for the registry of open descriptors.
     me: Weak<Self>,
-    /// The users of QEMU's locks on the descriptor. Taken before `descriptor`.
+    /// The users of QEMU's locks on the opening. Taken before `opened`.
     holders: Mutex<LockOwners>,
     /// Whether its descriptor must stay open because it carries a writer's locks. Changed under `holders`, as
     /// is `written`.
@@ -97,6 +87,12 @@ pub struct StoreFile {
     written: AtomicBool,
     /// See [`WritableFile`]. A leaf.
     tables: Arc<RwLock<()>>,
+}
+
+impl std::fmt::Debug for StoreFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoreFile").field("path", &self.path).field("id", &self.id).finish_non_exhaustive()
+    }
 }
 
 /// The users of the locks on the file's descriptor.
@@ -126,15 +122,6 @@ pub enum Expect {
     AnyVersion,
 }
 
-/// Which of QEMU's locks are meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LockKind {
-    /// A reader's.
-    Reader,
-    /// A writer's.
-    Writer,
-}
-
 /// What a writer needs of the file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockSupport {
@@ -157,17 +144,17 @@ impl StoreFile {
     /// A file that was found at `path` with these attributes.
     pub fn new(
         descriptors: &Arc<Descriptors>,
-        root: &Arc<Root>,
+        backend: &Arc<dyn Backend>,
         path: &Path,
         seen: &ObjectStat,
         expect: Expect,
     ) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
-            root: Arc::clone(root),
+            backend: Arc::clone(backend),
             path: RwLock::new(path.to_path_buf()),
             id: seen.id,
             expected: Mutex::new((expect == Expect::SameVersion).then_some(*seen)),
-            descriptor: RwLock::new(None),
+            opened: RwLock::new(None),
             used: AtomicBool::new(false),
             descriptors: Arc::clone(descriptors),
             me: Weak::clone(me),
@@ -195,19 +182,17 @@ impl StoreFile {
 
     /// Reads the present attributes.
     pub fn stat(&self) -> Result<ObjectStat> {
-        ObjectStat::of(&*self.descriptor()?)
+        self.opened()?.stat()
     }
 
     /// Free bytes of its file system.
     pub fn free_space(&self) -> Result<u64> {
-        let stat =
-            fs::fstatvfs(&*self.descriptor()?).map_err(|error| Error::io("reading the free space", error))?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        self.opened()?.free_space()
     }
 
-    /// A duplicate descriptor for passthrough, which the caller closes.
-    pub fn duplicate(&self) -> Result<OwnedFd> {
-        self.open()
+    /// The file of this machine that it is, opened anew, for passthrough. `None` if it is none.
+    pub fn open_local(&self) -> Result<Option<LocalFile>> {
+        Ok(self.open()?.local_file())
     }
 
     /// The expected version; `None` if the file may change.
@@ -273,9 +258,11 @@ impl StoreFile {
             return Err(Error::new(ErrorKind::Busy, format!("{} {fact}", self.path().display())));
         }
         if holders.readers == 0 && holders.writer.is_none() {
-            let descriptor = self.descriptor()?;
-            locks::take_reader_set(descriptor.as_fd())
-                .map_err(|conflict| self.refused(&conflict, LockKind::Reader))?;
+            let opened = self.opened()?;
+            opened
+                .locks()
+                .take(LockKind::Reader)
+                .map_err(|conflict| self.refused(&*opened, conflict, LockKind::Reader))?;
         }
         holders.readers += 1;
         holders.frozen += usize::from(stability == Stability::Frozen);
@@ -288,19 +275,15 @@ impl StoreFile {
         if self.holders.lock().writer.is_some() {
             return None;
         }
-        // Not under `holders`: opening the descriptor would take a reader's locks.
-        let descriptor = match self.descriptor() {
-            Ok(descriptor) => descriptor,
+        // Not under `holders`: opening it would take a reader's locks.
+        let opened = match self.opened() {
+            Ok(opened) => opened,
             Err(error) => return Some(error),
         };
-        match locks::conflict(descriptor.as_fd(), kind) {
+        match opened.locks().conflict(kind) {
             Ok(()) => None,
-            Err(Conflict::System(error))
-                if support == LockSupport::Optional && locks::is_unsupported(error) =>
-            {
-                None
-            }
-            Err(conflict) => Some(self.refused(&conflict, kind)),
+            Err(LockConflict::Unsupported(_)) if support == LockSupport::Optional => None,
+            Err(conflict) => Some(self.refused(&*opened, conflict, kind)),
         }
     }
 
@@ -332,44 +315,42 @@ impl StoreFile {
     }
 
     fn take_writer_set(&self, holders: &LockOwners, support: LockSupport) -> Result<()> {
-        let descriptor = self.descriptor()?;
+        let opened = self.opened()?;
+        let locks = opened.locks();
         if holders.readers == 0 {
-            locks::take_reader_set(descriptor.as_fd())
-                .map_err(|conflict| self.refused(&conflict, LockKind::Writer))?;
+            locks
+                .take(LockKind::Reader)
+                .map_err(|conflict| self.refused(&*opened, conflict, LockKind::Writer))?;
         }
-        match locks::add_writer_set(descriptor.as_fd()) {
-            Err(Conflict::System(error))
-                if support == LockSupport::Optional && locks::is_unsupported(error) =>
-            {
-                Ok(())
-            }
+        match locks.take(LockKind::Writer) {
+            Err(LockConflict::Unsupported(_)) if support == LockSupport::Optional => Ok(()),
             Err(conflict) => {
                 if holders.readers == 0 {
-                    locks::drop_all(descriptor.as_fd());
+                    locks.release(LockKind::Reader);
                 }
-                Err(self.refused(&conflict, LockKind::Writer))
+                Err(self.refused(&*opened, conflict, LockKind::Writer))
             }
             Ok(()) => Ok(()),
         }
     }
 
     /// Opens the file for writing; `Stale` if the path has another file now.
-    pub fn open_for_writing(&self) -> Result<Arc<WritableFile>> {
+    pub fn open_for_writing(&self) -> Result<Arc<dyn WriteStorage>> {
         let room = self.descriptors.reserve(1)?;
-        let file = self.root.open_file_for_writing(&self.path())?;
-        if ObjectStat::of(&file)?.id != self.id {
-            return Err(self.stale());
+        let file = self.backend.open_file_for_writing(&self.path())?;
+        if file.stat()?.id != self.id {
+            return Err(stale(&self.path()));
         }
-        Ok(WritableFile::new(file, &self.path(), room, &self.tables))
+        Ok(WritableFile::new(file, room, &self.tables))
     }
 
-    fn refused(&self, conflict: &Conflict, kind: LockKind) -> Error {
+    fn refused(&self, opened: &dyn OpenObject, conflict: LockConflict, kind: LockKind) -> Error {
         let path = self.path();
         let path = path.display();
         let for_reading = kind == LockKind::Reader;
         match conflict {
-            Conflict::Held { byte, fact } => {
-                let (holders, domain) = super::lock_holders::describe(self.id, *byte);
+            LockConflict::Held { fact, lock } => {
+                let Owners { text: holders, domain, .. } = opened.locks().holders(lock);
                 let remedy = match domain {
                     Some(domain) if for_reading => format!(
                         "take a snapshot with virsh snapshot-create-as {domain} --disk-only and read that, \
@@ -389,7 +370,7 @@ impl StoreFile {
                 };
                 Error::new(ErrorKind::Busy, format!("{path} {fact} ({holders}); {remedy}"))
             }
-            Conflict::System(error) if !for_reading && locks::is_unsupported(*error) => Error::new(
+            LockConflict::Unsupported(_) if !for_reading => Error::new(
                 ErrorKind::ReadOnly,
                 format!(
                     "{path} is on a file system without file locks, which cannot exclude a second writer; if \
@@ -397,7 +378,9 @@ impl StoreFile {
                      other process uses it, mount with -o nolock"
                 ),
             ),
-            Conflict::System(error) => Error::io(format!("locking {path}"), *error),
+            LockConflict::Unsupported(error) | LockConflict::System(error) => {
+                Error::io(format!("locking {path}"), error)
+            }
         }
     }
 
@@ -407,43 +390,41 @@ impl StoreFile {
         holders.frozen -= usize::from(stability == Stability::Frozen);
         if holders.readers == 0
             && holders.writer.is_none()
-            && let Some((descriptor, _)) = &*self.descriptor.read()
+            && let Some((opened, _)) = &*self.opened.read()
         {
-            locks::drop_all(descriptor.as_fd());
+            opened.locks().release(LockKind::Reader);
         }
     }
 
     fn unlock_writing(&self) {
         let mut holders = self.holders.lock();
         holders.writer = None;
-        if let Some((descriptor, _)) = &*self.descriptor.read() {
-            if holders.readers == 0 {
-                locks::drop_all(descriptor.as_fd());
-            } else {
-                locks::drop_writer_set(descriptor.as_fd());
-            }
+        if let Some((opened, _)) = &*self.opened.read() {
+            let kind = if holders.readers == 0 { LockKind::Reader } else { LockKind::Writer };
+            opened.locks().release(kind);
         }
         self.written.store(false, Ordering::Release);
         self.pinned.store(false, Ordering::Release);
     }
 
-    /// The descriptor, opened if necessary. Callers drop it soon, because it keeps the file open.
-    pub(crate) fn descriptor(&self) -> Result<Arc<OwnedFd>> {
-        if let Some((open, _)) = &*self.descriptor.read() {
+    /// The file, opened if necessary. Callers drop it soon, because it keeps the file open.
+    fn opened(&self) -> Result<Arc<dyn OpenObject>> {
+        if let Some((open, _)) = &*self.opened.read() {
             self.used.store(true, Ordering::Relaxed);
             return Ok(Arc::clone(open));
         }
-        let mut slot = self.descriptor.write();
+        let mut slot = self.opened.write();
         if let Some((open, _)) = &*slot {
             return Ok(Arc::clone(open));
         }
         let room = self.descriptors.reserve(1)?;
-        let open = Arc::new(self.open()?);
+        let open = self.open()?;
         // Closing the descriptor released the readers' locks. They are taken again on the new one; `open` has
         // checked that the file was not written in between.
         if self.holders.try_lock().is_none_or(|holders| holders.readers > 0) {
-            locks::take_reader_set(open.as_fd())
-                .map_err(|conflict| self.refused(&conflict, LockKind::Reader))?;
+            open.locks()
+                .take(LockKind::Reader)
+                .map_err(|conflict| self.refused(&*open, conflict, LockKind::Reader))?;
         }
         *slot = Some((Arc::clone(&open), room));
         drop(slot);
@@ -452,19 +433,10 @@ impl StoreFile {
         Ok(open)
     }
 
-    fn open(&self) -> Result<OwnedFd> {
-        let file = self.root.open_file(&self.path())?;
-        let stat = ObjectStat::of(&file)?;
+    fn open(&self) -> Result<Arc<dyn OpenObject>> {
         // R3: this file, unchanged, or no bytes.
-        if stat.id != self.id || self.expected().is_some_and(|expected| expected != stat.version) {
-            return Err(self.stale());
-        }
-        Ok(file)
-    }
-
-    fn stale(&self) -> Error {
-        let fact = "was changed or replaced since it was looked up; open it again";
-        Error::new(ErrorKind::Stale, format!("{} {fact}", self.path().display()))
+        let expected = Expected { id: self.id, version: self.expected() };
+        self.backend.open_expected(&self.path(), &expected)
     }
 }
 
@@ -482,7 +454,7 @@ impl Reclaimable for StoreFile {
         if self.pinned.load(Ordering::Acquire) || (which == Reclaim::Unlocked && is_locked()) {
             return false;
         }
-        let Some(mut slot) = self.descriptor.try_write() else { return false };
+        let Some(mut slot) = self.opened.try_write() else { return false };
         let is_used = slot.as_ref().is_some_and(|(open, _)| Arc::strong_count(open) > 1);
         // Checked again: a writer sets the flag before it takes the descriptor.
         if is_used || self.pinned.load(Ordering::Acquire) {
@@ -495,22 +467,9 @@ impl Reclaimable for StoreFile {
     }
 }
 
-/// A file that is open for a short time.
-impl Storage for OwnedFd {
-    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
-        read_full(self, at, buf).map_err(|error| Error::io(format!("reading at {at:#x}"), error))
-    }
-
-    fn len(&self) -> Result<u64> {
-        Ok(ObjectStat::of(self)?.size)
-    }
-}
-
 impl Storage for StoreFile {
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
-        let descriptor = self.descriptor()?;
-        read_full(&*descriptor, at, buf)
-            .map_err(|error| Error::io(format!("reading {} at {at:#x}", self.path().display()), error))
+        self.opened()?.read_at(at, buf)
     }
 
     fn len(&self) -> Result<u64> {
@@ -518,7 +477,7 @@ impl Storage for StoreFile {
     }
 
     fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
-        Ok(extent(&*self.descriptor()?, at, end))
+        self.opened()?.extent(at, end)
     }
 
     fn read_table_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
@@ -526,13 +485,14 @@ impl Storage for StoreFile {
         self.read_at(at, buf)
     }
 
-    fn open_file(&self) -> Option<Arc<OwnedFd>> {
-        self.descriptor().ok()
+    fn local_file(&self) -> Option<LocalFile> {
+        let opened = self.opened().ok()?;
+        Some(opened.local_file()?.used_by(opened))
     }
 }
 
 /// Reads from `at` until `buf` is full or the file ends; returns the number of bytes.
-pub fn read_full(file: impl AsFd, at: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {
+pub(super) fn read_full(file: impl AsFd, at: u64, buf: &mut [u8]) -> rustix::io::Result<usize> {
     let mut done = 0;
     while done < buf.len() {
         match rustix::io::pread(&file, &mut buf[done..], at + done as u64) {

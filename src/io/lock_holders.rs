@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::backend::LockOwners;
 use super::object::ObjectId;
 
 /// A process that holds a lock.
@@ -32,12 +33,7 @@ impl fmt::Display for LockHolder {
     }
 }
 
-/// The other processes that hold a lock on `byte` of the file `id`.
-pub fn lock_holders(id: ObjectId, byte: i64) -> Vec<LockHolder> {
-    LockSurvey::for_lock(id.number(), byte).holders(id.number(), byte)
-}
-
-/// Like [`lock_holders`], for many files at once: the holders of `byte` by file. Inode numbers of different
+/// The other processes that hold a lock on `byte`, for many files at once: by file. Inode numbers of different
 /// file systems are not told apart, so ask only about files that are known to be locked.
 pub fn all_lock_holders(ids: &[ObjectId], byte: i64) -> HashMap<ObjectId, Vec<LockHolder>> {
     let inodes: Vec<u64> = ids.iter().map(|id| id.number()).collect();
@@ -127,8 +123,8 @@ impl LockSurvey {
 
 const UNIDENTIFIED: &str = "which cannot be identified from here";
 
-/// The holders of `byte` as part of a message, and the virtual machine of one of them.
-pub(super) fn describe(id: ObjectId, byte: i64) -> (String, Option<String>) {
+/// The holders of `byte`.
+pub(super) fn owners(id: ObjectId, byte: i64) -> LockOwners {
     let survey = LockSurvey::for_lock(id.number(), byte);
     let holders = survey.holders(id.number(), byte);
     if holders.is_empty() {
@@ -136,10 +132,11 @@ pub(super) fn describe(id: ObjectId, byte: i64) -> (String, Option<String>) {
         let is_own = survey.all(id.number(), byte).next().is_some();
         let sentence =
             if is_own { "by this mount, for a disk opened before the file changed" } else { UNIDENTIFIED };
-        return (sentence.to_string(), None);
+        return LockOwners { text: sentence.to_string(), ..LockOwners::default() };
     }
     let domain = holders.iter().find_map(|holder| holder.domain.clone());
-    (holders.iter().map(LockHolder::to_string).collect::<Vec<_>>().join(", "), domain)
+    let text = holders.iter().map(LockHolder::to_string).collect::<Vec<_>>().join(", ");
+    LockOwners { text, domain, processes: holders }
 }
 
 pub(super) fn others(is_one: impl Fn(&Path) -> bool) -> Vec<LockHolder> {
@@ -212,6 +209,7 @@ fn lock(line: &str) -> Option<(u64, i64, i64)> {
 #[cfg(test)]
 mod tests {
     use super::super::FileLock;
+    use super::super::local::LocalOpenFile;
     use super::super::object::ObjectStat;
     use super::*;
     use std::os::fd::OwnedFd;
@@ -239,7 +237,8 @@ mod tests {
         let place = tempfile::NamedTempFile::new().unwrap();
         let file = std::fs::File::options().read(true).write(true).open(place.path()).unwrap();
         let id = ObjectStat::of(&file).unwrap().id;
-        let claim = FileLock::take(OwnedFd::from(file), place.path(), Duration::ZERO).unwrap();
+        let file = Arc::new(LocalOpenFile::new(OwnedFd::from(file), place.path()));
+        let claim = FileLock::take(file, place.path(), Duration::ZERO).unwrap();
         let own = |survey: &LockSurvey| survey.all(id.number(), 0).next().is_some();
         // Another test's survey may have begun before the lock was taken.
         let found = (0..1000)

@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::file::LockKind;
+use super::backend::LockKind;
 
 /// The permission bits of QEMU that images use.
 const CONSISTENT_READ: i64 = 0;
@@ -45,7 +45,7 @@ pub const WRITER_BYTE: i64 = USED + WRITE;
 
 /// Why a lock was refused.
 #[derive(Debug)]
-pub enum Conflict {
+pub(super) enum Conflict {
     /// Another open file description holds `byte`.
     Held {
         /// The byte.
@@ -81,11 +81,33 @@ pub(super) fn add_writer_set(file: BorrowedFd<'_>) -> Result<(), Conflict> {
     test(file, &WRITER_CONFLICTS).inspect_err(|_| drop_writer_set(file))
 }
 
-/// The conflict that would exclude a reader or a writer now. Takes no lock.
+/// Locks the whole file, as files of chainfs itself are.
+pub(super) fn take_whole(file: BorrowedFd<'_>) -> Result<(), Conflict> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole(libc::F_WRLCK))) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(Conflict::Held { byte: 0, fact: "is locked" }),
+        Err(error) => Err(Conflict::System(error)),
+    }
+}
+
+/// Releases the lock on the whole file.
+pub(super) fn drop_whole(file: BorrowedFd<'_>) {
+    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&whole(libc::F_UNLCK)));
+}
+
+fn test_whole(file: BorrowedFd<'_>) -> Result<(), Conflict> {
+    let mut question = whole(libc::F_WRLCK);
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut question)).map_err(Conflict::System)?;
+    let is_free = i32::from(question.l_type) == libc::F_UNLCK;
+    if is_free { Ok(()) } else { Err(Conflict::Held { byte: 0, fact: "is locked" }) }
+}
+
+/// The conflict that would exclude a holder of that lock now. Takes no lock.
 pub(super) fn conflict(file: BorrowedFd<'_>, kind: LockKind) -> Result<(), Conflict> {
     let conflicts: &[(i64, &str)] = match kind {
         LockKind::Reader => &READER_CONFLICTS,
         LockKind::Writer => &WRITER_CONFLICTS,
+        LockKind::Exclusive => return test_whole(file),
     };
     match test(file, conflicts) {
         Err(Conflict::System(error)) if kind == LockKind::Reader && is_unsupported(error) => Ok(()),
@@ -124,7 +146,7 @@ pub(super) fn drop_all(file: BorrowedFd<'_>) {
 }
 
 /// Whether another process writes the open file `file` now. Takes no lock.
-pub fn probe_writer(file: BorrowedFd<'_>) -> bool {
+pub(super) fn probe_writer(file: BorrowedFd<'_>) -> bool {
     held_by_others(file, USED + WRITE).unwrap_or(false)
 }
 
@@ -132,6 +154,10 @@ fn held_by_others(file: BorrowedFd<'_>, byte: i64) -> Result<bool, Errno> {
     let mut question = range(libc::F_WRLCK, byte);
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut question))?;
     Ok(i32::from(question.l_type) != libc::F_UNLCK)
+}
+
+fn whole(kind: i32) -> libc::flock {
+    libc::flock { l_len: 0, ..range(kind, 0) }
 }
 
 fn range(kind: i32, byte: i64) -> libc::flock {

@@ -3,38 +3,44 @@
 //! Higher layers use the [`Storage`] trait, which a file beneath a store implements, or a vector in a test.
 //! This layer handles files, confinement and QEMU's locks, and knows nothing of qcow2.
 
+mod backend;
 mod beneath;
+mod changes;
 mod descriptors;
 mod directory;
 mod file;
 mod file_lock;
 mod groups;
+mod local;
 mod lock_holders;
 mod locks;
+mod memory;
 mod mount_users;
 mod mountinfo;
 mod object;
 mod permissions;
 mod writable_file;
 
-pub use beneath::{DirEntry, EntryKind, MountPoints, OWN_KIND, Root};
-pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
-pub use directory::{Directory, Existing, Host, ThisHost, directory_of};
-pub use file::{
-    Expect, LockKind, LockSupport, ReadLock, StoreFile, WriteLock, WriterKind, birth_of, read_full,
+pub use backend::{
+    Backend, DirEntry, EntryKind, Expected, LockConflict, LockKind, LockOwners, MountPoints, NoLocks,
+    NoNames, ObjectLocks, OpenDirectory, OpenObject, Space, WriteObject,
 };
+pub use beneath::OWN_KIND;
+pub use changes::{Change, ChangeKind, Changes, Interrupt, WatchId};
+pub use descriptors::{DescriptorReservation, Descriptors, Pin, Reclaim, Reclaimable};
+pub use directory::{Directory, Existing, directory_of};
+pub use file::{Expect, LockSupport, ReadLock, StoreFile, WriteLock, WriterKind};
 pub use file_lock::FileLock;
 pub use groups::groups_of_process;
-pub use lock_holders::{LockHolder, OwnProcess, all_lock_holders, lock_holders};
-pub use locks::{Conflict, WRITER_BYTE, probe_writer};
+pub use local::{LocalDirectory, LocalFile};
+pub use lock_holders::{LockHolder, OwnProcess, all_lock_holders};
+pub use locks::WRITER_BYTE;
+pub use memory::MemoryDirectory;
 pub use mount_users::{namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts};
 pub use object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 pub use permissions::{AccessEntry, Permissions, Who};
 pub use writable_file::WritableFile;
-
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::units::{BlockStatus, Run};
@@ -61,8 +67,9 @@ pub trait Storage: Send + Sync {
         self.read_at(at, buf)
     }
 
-    /// The open file, for copies by the kernel; `None` if this storage is no file.
-    fn open_file(&self) -> Option<Arc<OwnedFd>> {
+    /// The file of this machine behind it, for what only the kernel can do with one: copy, share blocks, pass
+    /// reads through. `None` if there is none; whoever asks does without then.
+    fn local_file(&self) -> Option<LocalFile> {
         None
     }
 }
@@ -104,8 +111,37 @@ pub trait WriteStorage: Storage {
         copy_by_hand(self, at, source, from, len)
     }
 
+    /// Makes all of it a copy of `source` that shares its blocks with it; whether that could be done.
+    fn share_all_of(&self, _source: &dyn Storage) -> bool {
+        false
+    }
+
     /// Makes all writes durable, the file's length included.
     fn sync(&self) -> Result<()>;
+}
+
+/// All bytes of a small file, at most `limit` of them.
+pub fn read_all(file: &dyn Storage, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut room = file.len()?.saturating_add(1).min(limit) as usize;
+    while room > 0 {
+        let start = bytes.len();
+        bytes.resize(start + room, 0);
+        let len = file.read_at(start as u64, &mut bytes[start..])?;
+        bytes.truncate(start + len);
+        if len < room {
+            break;
+        }
+        // It has grown meanwhile.
+        room = (limit - bytes.len() as u64).min(COPY_STEP) as usize;
+    }
+    Ok(bytes)
+}
+
+/// The text of a small file, at most `limit` bytes of it.
+pub fn read_text(file: &dyn Storage, limit: u64) -> Result<String> {
+    String::from_utf8(read_all(file, limit)?)
+        .map_err(|_| Error::new(ErrorKind::Io, "stream did not contain valid UTF-8"))
 }
 
 /// Bytes copied at a time if the kernel cannot copy.

@@ -137,11 +137,17 @@ pub struct ObjectVersion(Kind);
 enum Kind {
     /// A file: its size in bytes, and when it was modified and changed.
     File { size: u64, modified: Timestamp, changed: Timestamp },
+    /// A number that the backend gives to each version that it meets of an object, and to no other one.
+    Tag(u64),
 }
 
 impl ObjectVersion {
     pub(super) fn of_file(size: u64, modified: Timestamp, changed: Timestamp) -> Self {
         Self(Kind::File { size, modified, changed })
+    }
+
+    pub(super) fn of_tag(tag: u64) -> Self {
+        Self(Kind::Tag(tag))
     }
 }
 

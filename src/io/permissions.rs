@@ -103,14 +103,14 @@ fn parse_list(bytes: &[u8]) -> Option<Vec<AccessEntry>> {
 
 impl Root {
     /// The permissions of the file at `path`; symbolic links are followed beneath the root.
-    pub fn permissions(&self, path: &Path) -> Result<Permissions> {
+    pub(super) fn permissions(&self, path: &Path) -> Result<Permissions> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         Permissions::of(&self.open_with(path, OFlags::PATH)?)
     }
 
     /// The permissions of the root and of all directories above it. They are read through the root's
     /// descriptor, because this daemon's mount may cover its path.
-    pub fn permissions_above(&self) -> Result<Vec<Permissions>> {
+    pub(super) fn permissions_above(&self) -> Result<Vec<Permissions>> {
         let fail =
             |error: Errno| Error::io("reading the permissions of the directories above the store", error);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -129,7 +129,7 @@ impl Root {
 
     /// The paths of the directories beneath the root that are searched to resolve `path`, and the resolved
     /// path without symbolic links.
-    pub fn steps(&self, path: &Path) -> Result<(Vec<PathBuf>, PathBuf)> {
+    pub(super) fn steps(&self, path: &Path) -> Result<(Vec<PathBuf>, PathBuf)> {
         let mut searched = Vec::new();
         let mut rest: Vec<PathBuf> = components(path);
         let mut plain = PathBuf::new();

@@ -241,7 +241,7 @@ fn fill(
 pub(super) fn resume(context: &Context, intent: OwnedIntent<CopyOperation>, lock: FileLock) -> Result<()> {
     let store = context.store();
     let CopyOperation { draft, .. } = &intent.intent.operation;
-    if is_draft(&draft.path) && draft.is_at(&store.guard().root, &draft.path) {
+    if is_draft(&draft.path) && draft.is_at(&*store.guard().root, &draft.path) {
         store.guard_names().unlink(&draft.path)?;
     }
     ending::end_intent(store, intent, lock)

@@ -103,8 +103,8 @@ pub(super) fn plan(
     let refusals = &mut plan.refusals;
     overlay::refuse_name(scan, &name, (Format::Qcow2, false), None, refusals);
     refusals.extend(scan.begun(&chain.views.layers));
-    if scan.store.options().read_only {
-        refusals.push(Error::new(ErrorKind::ReadOnly, "the store is mounted read-only"));
+    if let Some(fact) = scan.store.read_only() {
+        refusals.push(Error::new(ErrorKind::ReadOnly, format!("the store {fact}")));
     }
     source.plan(context, scan, (chain.views.layers[0], &name), &mut plan);
     let file = PlanLayer { name: ACTIVE.to_vec(), path: name.clone(), active: true, note: "new".into() };

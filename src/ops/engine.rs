@@ -266,9 +266,8 @@ impl Engine {
         if *stopping {
             return Err(Error::new(ErrorKind::Busy, "the store is being unmounted; mount it again first"));
         }
-        if self.store().options().read_only {
-            let fact = "the store is mounted read-only; mount it without -o ro";
-            return Err(Error::new(ErrorKind::ReadOnly, fact));
+        if let Some(fact) = self.store().read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, format!("the store {fact}")));
         }
         // An interrupted command continues when it is given again.
         let is_same = |found: &&FoundIntent| {

@@ -45,7 +45,7 @@ impl DraftImage {
             .and_then(|()| names.sync(&directory_of(&path)));
         drop(file);
         let made = made.and_then(|()| {
-            let seen = FileRef::witness(&scan.store.roots()[0], &path, Format::Qcow2, false)?;
+            let seen = FileRef::witness(&*scan.store.roots()[0], &path, Format::Qcow2, false)?;
             Ok(FileRef { path: scan.guarded(&path), ..seen })
         });
         match made {
@@ -81,7 +81,7 @@ impl DraftImage {
 
     /// Whether the file of its name is still this draft.
     pub(super) fn is_there(&self, store: &Arc<Store>) -> bool {
-        self.named.is_at(&store.roots()[0], &self.path)
+        self.named.is_at(&*store.roots()[0], &self.path)
     }
 }
 

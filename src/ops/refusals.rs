@@ -144,11 +144,8 @@ pub(super) fn count(scan: &ScannedStore, target: ImageIndex, counted: Result<u64
 
 /// Whether copies within the store may share blocks: then no free space is required beforehand.
 pub(super) fn shares_blocks(store: &Store) -> bool {
-    store.roots()[0].file_system().is_ok_and(|kind| SHARING.contains(&kind))
+    store.roots()[0].shares_blocks()
 }
-
-/// Magic numbers of file systems on which copies may share their blocks: XFS, btrfs, bcachefs.
-const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
 
 /// Why a disk cannot be replaced: other images use it, or some cannot be read.
 pub(super) fn used_by_others(scan: &ScannedStore, leaf: ImageIndex) -> Option<Error> {

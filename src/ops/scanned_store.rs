@@ -129,7 +129,7 @@ impl ScannedStore {
     /// The same for an intent: with evidence of its content. `fixed`: only the command changes it.
     pub(super) fn witness(&self, index: ImageIndex, fixed: bool) -> Result<FileRef> {
         let image = self.image(index);
-        let root = &self.store.roots()[image.place.root];
+        let root = &*self.store.roots()[image.place.root];
         let format = image.format.unwrap_or(Format::Raw);
         let named = FileRef::witness(root, &image.place.path, format, fixed)?;
         if named.file.id() != image.stat.id {
@@ -139,7 +139,7 @@ impl ScannedStore {
             ));
         }
         let data = image.data_file.as_ref().map(|(place, _)| {
-            DataFileRef::witness(&self.store.roots()[place.root], &place.path, self.name_of(place), fixed)
+            DataFileRef::witness(&*self.store.roots()[place.root], &place.path, self.name_of(place), fixed)
                 .map(Box::new)
         });
         Ok(FileRef { path: self.name_of(&image.place), data: data.transpose()?, ..named })
@@ -304,11 +304,8 @@ impl ScannedStore {
     pub(super) fn untouchable(&self, index: ImageIndex) -> Option<Error> {
         let image = self.image(index);
         let refuse = |kind, fact: &str| Some(Error::new(kind, format!("{} {fact}", image.shown())));
-        if self.store.options().read_only {
-            return refuse(
-                ErrorKind::ReadOnly,
-                "is in a store that is mounted read-only; mount it without -o ro",
-            );
+        if let Some(fact) = self.store.read_only() {
+            return refuse(ErrorKind::ReadOnly, &format!("is in a store that {fact}"));
         }
         if image.place.root != 0 {
             return refuse(ErrorKind::ReadOnly, "lies outside of the store, in a read-only directory");

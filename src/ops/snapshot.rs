@@ -14,7 +14,7 @@ use crate::format::Frozen;
 use crate::image::change_header;
 use crate::image::create::NewBacking;
 use crate::image::write::NewSnapshot;
-use crate::io::{Directory, Existing, FileLock, Root, directory_of};
+use crate::io::{Backend, Directory, Existing, FileLock, directory_of};
 use crate::store::{
     ActiveJob, FileRef, Format, FormerTop, ImageEntry, ImageIndex, Intent, JobImage, NewTop, NewTopFile,
     OwnedIntent, SnapshotOperation, Store, encode, is_draft, shown,
@@ -479,7 +479,7 @@ fn switch_disks(
     tops: &[NewTop],
 ) -> std::result::Result<Vec<FormerTop>, (Error, bool)> {
     let names = store.guard_names();
-    let root = &store.guard().root;
+    let root = &*store.guard().root;
     // Most data is durable before any request has to wait.
     let ready = jobs
         .iter()
@@ -512,7 +512,7 @@ fn switch_disks(
 }
 
 /// Whether that file has that name.
-fn is_at(root: &Root, path: &Path, named: &FileRef) -> bool {
+fn is_at(root: &dyn Backend, path: &Path, named: &FileRef) -> bool {
     named.is_at(root, path)
 }
 
@@ -527,7 +527,7 @@ fn add_name(names: &dyn Directory, top: &NewTop) -> Result<()> {
 
 /// Removes overlays that are not visible yet, and second names, once all disks have their first ones,
 /// durably. By identity: files that another process has put there stay.
-fn roll_back_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+fn roll_back_names(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops {
         if !is_at(root, &top.old.path, &top.old) {
             let path = &top.old.path;
@@ -547,7 +547,7 @@ fn roll_back_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Resul
 }
 
 /// Removes overlays that are not visible yet, durably.
-fn remove_overlays(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+fn remove_overlays(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     for top in tops.iter().filter(|top| is_at(root, &top.overlay.path, &top.overlay)) {
         names.unlink(&top.overlay.path)?;
         names.sync(&directory_of(&top.overlay.path))?;
@@ -556,7 +556,7 @@ fn remove_overlays(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Resul
 }
 
 /// Renames the overlays to the disks' names, durably. A failure rolls back the renames.
-fn switch_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
+fn switch_names(root: &dyn Backend, names: &dyn Directory, tops: &[NewTop]) -> Result<()> {
     let mut directories: Vec<PathBuf> = tops.iter().map(|top| directory_of(&top.name)).collect();
     directories.dedup();
     let switched = tops
@@ -573,7 +573,7 @@ fn switch_names(root: &Root, names: &dyn Directory, tops: &[NewTop]) -> Result<(
     })
 }
 
-fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
+fn switch_name(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Result<()> {
     // A file that another process has put there meanwhile stays.
     expect_at(root, &top.overlay.path, &top.overlay)?;
     expect_at(root, &top.old.path, &top.old)?;
@@ -588,7 +588,7 @@ fn switch_name(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
     Ok(())
 }
 
-fn expect_at(root: &Root, path: &Path, named: &FileRef) -> Result<()> {
+fn expect_at(root: &dyn Backend, path: &Path, named: &FileRef) -> Result<()> {
     if is_at(root, path, named) {
         return Ok(());
     }
@@ -597,7 +597,7 @@ fn expect_at(root: &Root, path: &Path, named: &FileRef) -> Result<()> {
 }
 
 /// Rolls [`switch_name`] back from wherever it failed.
-fn switch_back(root: &Root, names: &dyn Directory, top: &NewTop) -> Result<()> {
+fn switch_back(root: &dyn Backend, names: &dyn Directory, top: &NewTop) -> Result<()> {
     if !is_at(root, &top.name, &top.overlay) {
         return Ok(());
     }
@@ -623,7 +623,7 @@ fn freeze_former(store: &Arc<Store>, old: FormerTop, path: &Path, frozen: &Froze
 /// again. Changes nothing.
 pub(super) fn examine(scan: &ScannedStore, intent: &Intent<SnapshotOperation>) -> Result<bool> {
     let SnapshotOperation { disks, .. } = &intent.operation;
-    let root = &scan.store.guard().root;
+    let root = &*scan.store.guard().root;
     // Before the first overlay has its name, nothing is frozen; the disk's present content is of a later
     // moment than the user asked for.
     let is_taken = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
@@ -638,7 +638,7 @@ pub(super) fn examine(scan: &ScannedStore, intent: &Intent<SnapshotOperation>) -
 
 /// Why the remaining steps on a disk of a snapshot cannot be done or undone.
 fn refuse_rest(scan: &ScannedStore, top: &NewTop, completes: bool, refusals: &mut Vec<Error>) {
-    let root = &scan.store.guard().root;
+    let root = &*scan.store.guard().root;
     let find = |path: &PathBuf| scan.find(&FileRef::known(path.clone(), top.old.file));
     let Some(old) = find(&top.old.path).or_else(|| find(&top.frozen)) else { return };
     let has_come = is_at(root, &top.name, &top.overlay);
@@ -711,7 +711,7 @@ pub(super) fn finish_or_roll_back(
     let store = context.store();
     let names = store.guard_names();
     let SnapshotOperation { disks, .. } = &intent.intent.operation;
-    let root = &store.guard().root;
+    let root = &*store.guard().root;
     let went = if completes { finish(store, &intent.intent, held) } else { Ok(()) };
     let has_come = disks.iter().any(|top| is_at(root, &top.name, &top.overlay));
     if has_come && went.is_err() {
@@ -730,7 +730,7 @@ pub(super) fn finish_or_roll_back(
 
 fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobImage>) -> Result<()> {
     let SnapshotOperation { seconds, nanoseconds, description, disks } = &intent.operation;
-    let (root, names) = (&store.guard().root, store.guard_names());
+    let (root, names) = (&*store.guard().root, store.guard_names());
     for top in disks {
         if top.frozen != top.old.path && !is_at(root, &top.frozen, &top.old) {
             add_name(&*names, top)?;
@@ -805,7 +805,7 @@ fn finish(store: &Arc<Store>, intent: &Intent<SnapshotOperation>, held: Vec<JobI
 
 /// Whether all files that a disk of a snapshot needs exist, and no file of another process is in the way. If
 /// an overlay is gone, nothing was begun that a guest could have seen.
-fn can_finish(root: &Root, top: &NewTop) -> bool {
+fn can_finish(root: &dyn Backend, top: &NewTop) -> bool {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let is_old = |path: &Path| is_at(root, path, &top.old);
     let has_come = is_at(root, &top.name, &top.overlay);

@@ -316,8 +316,8 @@ impl Store {
         let refuse = |image: &ImageEntry, fact: &str| {
             Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", image.shown())))
         };
-        if self.options.read_only {
-            return refuse(leaf, "is in a store that is mounted read-only; mount it without -o ro");
+        if let Some(fact) = self.read_only() {
+            return refuse(leaf, &format!("is in a store that {fact}"));
         }
         if leaf.is_frozen() {
             return refuse(leaf, "is frozen or read-only; make a clone and write to that");
@@ -592,18 +592,17 @@ pub(super) fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
     }
     let (Some(qcow2), Some(known)) = (leaf.qcow2(), top.image.header()) else { return Ok(()) };
     // Times of files are coarse.
-    let descriptor = top.file.descriptor()?;
-    if header_digest(&descriptor, leaf.stat.size)? == qcow2.digest {
+    if header_digest(&*top.file, leaf.stat.size)? == qcow2.digest {
         return Ok(());
     }
-    match describe(&descriptor, top.file.stat()?.size)? {
+    match describe(&*top.file, top.file.stat()?.size)? {
         DetectedContent::Qcow2(now) if now.header == *known => Ok(()),
         _ => Err(changed(&top.file)),
     }
 }
 
 fn new_writer(store: &Store, top: &OpenImage, view: &View) -> Result<Arc<Writer>> {
-    let open = |file: &Arc<StoreFile>| store.host.writable(file);
+    let open = |file: &Arc<StoreFile>| file.open_for_writing();
     let (name, file) = (top.image.name(), open(&top.file)?);
     match top.format {
         Format::Raw => Writer::raw(name, file),

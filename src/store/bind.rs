@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::ErrorKind;
-use crate::io::{Identity, Root};
+use crate::io::{Backend, Identity};
 
 use super::catalog::shown;
 use super::evidence::{AllowedChange, FileRef};
@@ -38,7 +38,12 @@ impl FileBinding {
 
 /// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also
 /// where identity could be enough.
-pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly: bool) -> Vec<FileBinding> {
+pub(super) fn bind(
+    root: &dyn Backend,
+    intent: &mut Intent,
+    is_copied: bool,
+    thoroughly: bool,
+) -> Vec<FileBinding> {
     let mut wanted = expected(root, intent);
     if is_copied {
         return bind_copies(root, &mut wanted);
@@ -62,7 +67,7 @@ pub(super) fn bind(root: &Root, intent: &mut Intent, is_copied: bool, thoroughly
 }
 
 /// Why the file at `name` is not proven to be the one that is meant, if so.
-fn against(root: &Root, name: &Path, named: &FileRef, allowed: AllowedChange) -> Option<String> {
+fn against(root: &dyn Backend, name: &Path, named: &FileRef, allowed: AllowedChange) -> Option<String> {
     let Some(evidence) = &named.evidence else { return Some(format!("nothing is known of {}", shown(name))) };
     match evidence.against(root, name, allowed, named.data.is_some()) {
         Ok(None) => named.data.as_ref().and_then(|data| data.against(root, allowed)),
@@ -71,7 +76,7 @@ fn against(root: &Root, name: &Path, named: &FileRef, allowed: AllowedChange) ->
     }
 }
 
-fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding> {
+fn bind_copies(root: &dyn Backend, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding> {
     // Each file that is there, by its name, and what speaks against it.
     let candidates: Vec<Vec<(PathBuf, Identity, Option<String>)>> = wanted
         .iter()
@@ -133,7 +138,7 @@ fn bind_copies(root: &Root, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding>
 
 /// The files of an intent that may have been changed or copied: what lies outside of the store is never
 /// changed, nor copied with it.
-fn expected<'a>(root: &Root, intent: &'a mut Intent) -> Vec<ExpectedFile<'a>> {
+fn expected<'a>(root: &dyn Backend, intent: &'a mut Intent) -> Vec<ExpectedFile<'a>> {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let mut expected = intent.operation.expected(&is_free);
     expected.retain(|expected| !expected.file.path.is_absolute());

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::format::foreign::ForeignFormat;
-use crate::io::{ObjectId, Root};
+use crate::io::{Backend, ObjectId};
 
 use super::catalog::{
     self, BackingLink, Catalog, FileReference, ImageEntry, ImageIndex, IsFile, UnlinkedImage, qcow2_problem,
@@ -29,7 +29,7 @@ use super::scan::{
 
 /// Files of a scan, and those that headers name besides, on their way to a catalog.
 pub(super) struct CatalogBuilder<'a> {
-    pub(super) roots: &'a [Arc<Root>],
+    pub(super) roots: &'a [Arc<dyn Backend>],
     pub(super) options: &'a StoreOptions,
     ways: &'a ScanContext<'a>,
     pub(super) files: Vec<ScannedFile>,
@@ -53,7 +53,7 @@ pub(super) struct CatalogBuilder<'a> {
 /// Builds the catalog, and says what the next scan need not read again, and in which directories
 /// besides those of the scan the files lie that headers name.
 pub(super) fn build(
-    roots: &[Arc<Root>],
+    roots: &[Arc<dyn Backend>],
     guard: &ControlDir,
     options: &StoreOptions,
     mut scan: Scan,
@@ -189,7 +189,7 @@ pub(super) fn build(
 }
 
 /// Whether the file at a place is the one that an intent names. One of which that cannot be asked may be it.
-fn is_file(roots: &[Arc<Root>], place: &StorePath, id: ObjectId, named: &FileRef) -> bool {
+fn is_file(roots: &[Arc<dyn Backend>], place: &StorePath, id: ObjectId, named: &FileRef) -> bool {
     let is_born = || roots[place.root].identify(&place.path).map_or(true, |found| found.is(&named.file));
     id == named.file.id() && (named.file.birth().is_none() || is_born())
 }
@@ -334,7 +334,7 @@ impl CatalogBuilder<'_> {
         if self.by_place.contains_key(&place) {
             return;
         }
-        let Ok(file) = describe_place(&self.roots[place.root], &place, self.ways) else { return };
+        let Ok(file) = describe_place(&*self.roots[place.root], &place, self.ways) else { return };
         if let Some(index) = self.by_id.get(&file.stat.id) {
             self.by_place.insert(place, *index);
         } else {
@@ -581,8 +581,8 @@ impl CatalogBuilder<'_> {
             .iter()
             .any(|directory| !self.is_real(directory))
         {
-            let sentence = "goes up (..) from a place that is a symbolic link, or is not in the store, so that \
-                            it means one file as text and may mean another to QEMU; write it without ..";
+            let sentence = "goes up (..) from a place that is a symbolic link, or is not in the store, so \
+                            that it means one file as text and may mean another to QEMU; write it without ..";
             return Err(UnresolvedName::not_followed(sentence));
         }
         if place.root != 0 || self.is_single {
@@ -592,13 +592,13 @@ impl CatalogBuilder<'_> {
         if let Some(index) = self.by_place.get(&place) {
             return Ok(*index);
         }
-        let file = match describe_place(&self.roots[place.root], &place, self.ways) {
+        let file = match describe_place(&*self.roots[place.root], &place, self.ways) {
             Ok(file) => file,
             Err(error) => {
                 if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Escape) {
                     self.unopened(&place, &error);
                 }
-                return Err(not_there(&self.roots[place.root], &place.path, &error));
+                return Err(not_there(&*self.roots[place.root], &place.path, &error));
             }
         };
         Ok(self.met(place, file))
@@ -615,7 +615,7 @@ impl CatalogBuilder<'_> {
 
     /// Looks at a file by its place.
     pub(super) fn look_at(&self, place: &StorePath) -> Result<ScannedFile> {
-        describe_place(&self.roots[place.root], place, self.ways)
+        describe_place(&*self.roots[place.root], place, self.ways)
     }
 
     /// Whether a directory that a name goes up from is a real one: a root, a directory above one, or a
@@ -717,7 +717,7 @@ impl CatalogBuilder<'_> {
 }
 
 /// Why a file that a header names is not there, as the rest of a sentence.
-fn not_there(root: &Root, path: &Path, error: &Error) -> UnresolvedName {
+fn not_there(root: &dyn Backend, path: &Path, error: &Error) -> UnresolvedName {
     let path = root.canonical().join(path);
     match error.kind() {
         ErrorKind::NotFound => {

@@ -3,15 +3,14 @@
 //! Reads the header cluster and the snapshot table, nothing else; the descriptor is closed again
 //! at once. What is found stays valid while the file's version does.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::foreign::{self, ForeignFormat, Parents};
 use crate::format::snapshot::Snapshot;
 use crate::format::{Header, Malformed, header};
 use crate::image::read_readable_snapshots;
-use crate::io::read_full;
+use crate::io::Storage;
 
 /// A file's own word.
 #[derive(Clone, Debug)]
@@ -73,7 +72,7 @@ pub struct Qcow2Description {
 }
 
 /// Reads what `file`, of `len` bytes, says of itself. `Err` only if it cannot be read.
-pub(super) fn describe(file: &OwnedFd, len: u64) -> Result<DetectedContent> {
+pub(super) fn describe(file: &dyn Storage, len: u64) -> Result<DetectedContent> {
     let mut bytes = vec![0; foreign::PROBE_LEN];
     let got = read(file, 0, &mut bytes)?;
     if let Some(kind) = foreign::probe(&bytes[..got]) {
@@ -150,7 +149,7 @@ fn damaged_snapshots(snapshots: &[Snapshot]) -> Option<String> {
 
 /// What a file stands on that ought to begin with qcow2's magic and does not: as far as its header says it
 /// all the same.
-pub(super) fn parents_without_magic(file: &OwnedFd, len: u64) -> Result<Parents> {
+pub(super) fn parents_without_magic(file: &dyn Storage, len: u64) -> Result<Parents> {
     let mut head = vec![0; header::PROBE_LEN];
     let got = read(file, 0, &mut head)?;
     if foreign::is_qcow2_but_for_magic(&head[..got]) {
@@ -175,7 +174,7 @@ fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
 }
 
 /// The digest of a file's header now, to be compared with [`Qcow2Description::digest`].
-pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
+pub(super) fn header_digest(file: &dyn Storage, len: u64) -> Result<u64> {
     let mut bytes = vec![0; header::PROBE_LEN];
     read(file, 0, &mut bytes)?;
     if !header::has_magic(&bytes) {
@@ -187,8 +186,8 @@ pub(super) fn header_digest(file: &OwnedFd, len: u64) -> Result<u64> {
     Ok(digest(&bytes))
 }
 
-fn read(file: &OwnedFd, at: u64, buf: &mut [u8]) -> Result<usize> {
-    read_full(file, at, buf).map_err(|error| Error::io("reading its header", error))
+fn read(file: &dyn Storage, at: u64, buf: &mut [u8]) -> Result<usize> {
+    file.read_at(at, buf).map_err(|error| error.within("reading its header"))
 }
 
 fn digest(bytes: &[u8]) -> u64 {

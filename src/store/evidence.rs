@@ -6,19 +6,17 @@
 //! image and what it stands on, the tables and a few sectors of a layer that nobody writes, a few of what is
 //! written with what the command makes of them.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{SeekFrom, seek};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::chain::{FlatCache, View};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{Header, Version};
 use crate::image::{Caches, Image, Layer};
-use crate::io::{Expect, Identity, ObjectStat, Root, Timestamp, read_full};
-use crate::units::Stability;
+use crate::io::{Backend, Expect, Identity, OpenObject, Timestamp};
+use crate::units::{BlockStatus, Stability};
 
 use super::describe::{DetectedContent, describe};
 use super::intents::encoded;
@@ -67,17 +65,17 @@ pub struct DataFileRef {
 
 impl DataFileRef {
     /// The file at `path` beneath `root`, which a note calls `name`.
-    pub(crate) fn witness(root: &Root, path: &Path, name: PathBuf, fixed: bool) -> Result<Self> {
+    pub(crate) fn witness(root: &dyn Backend, path: &Path, name: PathBuf, fixed: bool) -> Result<Self> {
         let file = root.open_file(path)?;
-        let stat = ObjectStat::of(&file)?;
-        let samples = if fixed { samples(&file, stat.size)? } else { Vec::new() };
+        let stat = file.stat()?;
+        let samples = if fixed { samples(&*file, stat.size)? } else { Vec::new() };
         let written = fixed.then_some(FileTime::of(stat.modified));
-        Ok(Self { path: name, file: Identity::of(&file)?, size: stat.size, samples, written })
+        Ok(Self { path: name, file: file.identity()?, size: stat.size, samples, written })
     }
 
     /// What speaks against the file of its name being it, as a sentence. Of a copy the name and the content
     /// have to do.
-    pub(super) fn against(&self, root: &Root, allowed: AllowedChange) -> Option<String> {
+    pub(super) fn against(&self, root: &dyn Backend, allowed: AllowedChange) -> Option<String> {
         if self.path.is_absolute() {
             return None;
         }
@@ -88,25 +86,25 @@ impl DataFileRef {
         Some(format!("{}, an external data file, {fact}", super::catalog::shown(&self.path)))
     }
 
-    fn differs(&self, root: &Root, allowed: AllowedChange) -> Result<Option<&'static str>> {
+    fn differs(&self, root: &dyn Backend, allowed: AllowedChange) -> Result<Option<&'static str>> {
         let file = root.open_file(&self.path)?;
-        if !allowed.is_copy && !self.file.is_met_as(&Identity::of(&file)?) {
+        if !allowed.is_copy && !self.file.is_met_as(&file.identity()?) {
             return Ok(Some("is another file than it was"));
         }
         let samples = if self.written.is_some() { &self.samples } else { allowed.of_copy(&self.samples) };
-        other_bytes(&file, allowed, self.size, samples, self.written)
+        other_bytes(&*file, allowed, self.size, samples, self.written)
     }
 }
 
 /// What speaks against a file without a header holding what it did.
 fn other_bytes(
-    file: &OwnedFd,
+    file: &dyn OpenObject,
     allowed: AllowedChange,
     size: u64,
     samples: &[SectorSample],
     written: Option<FileTime>,
 ) -> Result<Option<&'static str>> {
-    let stat = ObjectStat::of(file)?;
+    let stat = file.stat()?;
     Ok(if !allowed.is_size(size, stat.size) {
         Some("has another size than it had")
     } else if !allowed.any_bytes && has_others(file, samples)? {
@@ -268,15 +266,10 @@ impl FileRef {
 
     /// The file at `path` beneath `root`, with evidence. `fixed`: nobody writes it until the command is done,
     /// which itself writes at most its header.
-    pub fn witness(root: &Root, path: &Path, format: Format, fixed: bool) -> Result<Self> {
+    pub fn witness(root: &dyn Backend, path: &Path, format: Format, fixed: bool) -> Result<Self> {
         let file = root.open_file(path)?;
-        let evidence = evidence(&file, path, format, fixed)?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            file: Identity::of(&file)?,
-            evidence: Some(evidence),
-            data: None,
-        })
+        let evidence = evidence(&*file, path, format, fixed)?;
+        Ok(Self { path: path.to_path_buf(), file: file.identity()?, evidence: Some(evidence), data: None })
     }
 
     /// Whether both are one file under one name.
@@ -285,7 +278,7 @@ impl FileRef {
     }
 
     /// Whether the file at `path` beneath `root` is this one, by its identity.
-    pub(crate) fn is_at(&self, root: &Root, path: &Path) -> bool {
+    pub(crate) fn is_at(&self, root: &dyn Backend, path: &Path) -> bool {
         root.identify(path).is_ok_and(|found| found.is(&self.file))
     }
 
@@ -339,8 +332,8 @@ impl SectorSample {
     }
 }
 
-fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<Evidence> {
-    let stat = ObjectStat::of(file)?;
+fn evidence(file: &dyn OpenObject, path: &Path, format: Format, fixed: bool) -> Result<Evidence> {
+    let stat = file.stat()?;
     let (len, written) = (stat.size, fixed.then_some(FileTime::of(stat.modified)));
     if format == Format::Raw {
         let samples = if fixed { samples(file, len)? } else { Vec::new() };
@@ -357,7 +350,7 @@ fn evidence(file: &OwnedFd, path: &Path, format: Format, fixed: bool) -> Result<
     Ok(Evidence::Qcow2 { size, shape, backing, tables, samples, disk, head, written })
 }
 
-fn header(file: &OwnedFd, len: u64) -> Result<Option<std::sync::Arc<Header>>> {
+fn header(file: &dyn OpenObject, len: u64) -> Result<Option<std::sync::Arc<Header>>> {
     Ok(match describe(file, len)? {
         DetectedContent::Qcow2(qcow2) => Some(std::sync::Arc::clone(&qcow2.header)),
         DetectedContent::Plain
@@ -388,26 +381,26 @@ fn backing(header: &Header) -> Digest {
 }
 
 /// All that a change of the header may touch.
-fn head(file: &OwnedFd, header: &Header) -> Result<Digest> {
+fn head(file: &dyn OpenObject, header: &Header) -> Result<Digest> {
     let mut bytes = vec![0; header.cluster.size().min(PIECE) as usize];
-    let read = read_full(file, 0, &mut bytes).map_err(|error| Error::io("reading its header", error))?;
+    let read = file.read_at(0, &mut bytes).map_err(|error| error.within("reading its header"))?;
     Ok(Digest::of(&bytes[..read]))
 }
 
-fn tables(file: &OwnedFd, header: &Header) -> Result<Digest> {
+fn tables(file: &dyn OpenObject, header: &Header) -> Result<Digest> {
     let (mut digest, len) = (Digest::EMPTY, header.l1.len_bytes());
     let mut at = 0;
     while at < len {
         let mut bytes = vec![0; PIECE.min(len - at) as usize];
-        let read = read_full(file, header.l1.offset.0 + at, &mut bytes);
-        let read = read.map_err(|error| Error::io("reading its L1 table", error))?;
+        let read = file.read_at(header.l1.offset.0 + at, &mut bytes);
+        let read = read.map_err(|error| error.within("reading its L1 table"))?;
         digest = digest.and(&bytes[..read]);
         at += bytes.len() as u64;
     }
     Ok(digest)
 }
 
-fn samples(file: &OwnedFd, len: u64) -> Result<Vec<SectorSample>> {
+fn samples(file: &dyn OpenObject, len: u64) -> Result<Vec<SectorSample>> {
     let sectors = len.div_ceil(SECTOR as u64);
     let mut places: Vec<u64> =
         (0..SAMPLES.min(sectors)).map(|n| sectors * n / SAMPLES.min(sectors)).collect();
@@ -416,7 +409,8 @@ fn samples(file: &OwnedFd, len: u64) -> Result<Vec<SectorSample>> {
     for place in places {
         let place = place * SECTOR as u64;
         // Where there is data it tells more than a hole does.
-        let data = seek(file, SeekFrom::Data(place)).ok().filter(|data| *data < len);
+        let first = file.extent(place, len.max(place + 1))?;
+        let data = (first.value == BlockStatus::Zero).then(|| place + first.len).filter(|data| *data < len);
         let at = data.map_or(place, |data| data / SECTOR as u64 * SECTOR as u64);
         if found.iter().all(|sample| sample.at != at) {
             found.push(SectorSample { at, was: sector(file, at)?, becomes: None });
@@ -426,9 +420,9 @@ fn samples(file: &OwnedFd, len: u64) -> Result<Vec<SectorSample>> {
 }
 
 /// The digest of a sector; behind the end of the file are zeroes.
-fn sector(file: &OwnedFd, at: u64) -> Result<Digest> {
+fn sector(file: &dyn OpenObject, at: u64) -> Result<Digest> {
     let mut bytes = [0; SECTOR];
-    read_full(file, at, &mut bytes).map_err(|error| Error::io("reading a sector of it", error))?;
+    file.read_at(at, &mut bytes).map_err(|error| error.within("reading a sector of it"))?;
     Ok(Digest::of(&bytes))
 }
 
@@ -437,15 +431,15 @@ impl Evidence {
     /// none.
     pub(super) fn against(
         &self,
-        root: &Root,
+        root: &dyn Backend,
         path: &Path,
         allowed: AllowedChange,
         has_data: bool,
     ) -> Result<Option<&'static str>> {
         let file = root.open_file(path)?;
-        let stat = ObjectStat::of(&file)?;
+        let stat = file.stat()?;
         let verdict = match self {
-            Self::Raw { size, samples, written } => other_bytes(&file, allowed, *size, samples, *written)?,
+            Self::Raw { size, samples, written } => other_bytes(&*file, allowed, *size, samples, *written)?,
             Self::Qcow2 {
                 size,
                 shape: old_shape,
@@ -456,7 +450,7 @@ impl Evidence {
                 head: old_head,
                 written,
             } => {
-                let Some(header) = header(&file, stat.size)? else {
+                let Some(header) = header(&*file, stat.size)? else {
                     return Ok(Some("is no qcow2 image any more"));
                 };
                 if shape(&header) != *old_shape {
@@ -468,14 +462,14 @@ impl Evidence {
                 } else if !allowed.backing && backing(&header) != *old_backing {
                     Some("names another backing file than it did")
                 } else if let Some(old) = old_tables
-                    && tables(&file, &header)? != *old
+                    && tables(&*file, &header)? != *old
                 {
                     Some("has other tables than it had")
-                } else if has_others(&file, samples)?
+                } else if has_others(&*file, samples)?
                     || is_other_disk(root, path, &header, allowed.of_copy(disk))?
                 {
                     Some("holds other bytes than it did")
-                } else if !allowed.is_time(*written, stat.modified) && head(&file, &header)? == *old_head {
+                } else if !allowed.is_time(*written, stat.modified) && head(&*file, &header)? == *old_head {
                     // Steps of the command itself write its header, and it alone. One that was cut off midway
                     // may have changed nothing yet that the header says.
                     Some("has been written since")
@@ -490,24 +484,23 @@ impl Evidence {
 
 /// Whether too many of the sectors hold neither what they did nor what they were to hold: a guest that wrote
 /// meanwhile changes a few of those that become something, and none of the others.
-fn has_others(file: &OwnedFd, samples: &[SectorSample]) -> Result<bool> {
+fn has_others(file: &dyn OpenObject, samples: &[SectorSample]) -> Result<bool> {
     are_others(samples, |at| sector(file, at))
 }
 
 /// The same of places in the disk of a qcow2 image, as far as the image itself says what is there.
-fn is_other_disk(root: &Root, path: &Path, header: &Arc<Header>, samples: &[SectorSample]) -> Result<bool> {
+fn is_other_disk(
+    root: &dyn Backend,
+    path: &Path,
+    header: &Arc<Header>,
+    samples: &[SectorSample],
+) -> Result<bool> {
     if samples.is_empty() || header.data_file.is_some() {
         return Ok(false);
     }
     let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
-    let image = Image::qcow2(
-        &name,
-        Arc::new(root.open_file(path)?),
-        None,
-        Arc::clone(header),
-        Expect::AnyVersion,
-        &caches,
-    )?;
+    let image =
+        Image::qcow2(&name, root.open_file(path)?, None, Arc::clone(header), Expect::AnyVersion, &caches)?;
     let view = View::new(vec![Layer::active(&image)?], Stability::Frozen, &Arc::new(FlatCache::new(0)));
     are_others(samples, |at| SectorSample::read(&view, at).map(|bytes| Digest::of(&bytes)))
 }
@@ -527,17 +520,24 @@ fn are_others(samples: &[SectorSample], read: impl Fn(u64) -> Result<Digest>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::LocalDirectory;
 
     #[test]
     fn other_bytes_and_sizes_speak_against_a_raw_file() {
         let place = tempfile::tempdir().unwrap();
-        let root = Root::open(place.path()).unwrap();
+        let root = LocalDirectory::open(place.path()).unwrap();
         let mut bytes: Vec<u8> = (0..196 * 512_u32).map(|n| (n / 512) as u8).collect();
         std::fs::write(place.path().join("a"), &bytes).unwrap();
-        let mut named = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let mut named = FileRef::witness(&*root, Path::new("a"), Format::Raw, true).unwrap();
         named.will_be_written();
         let against = |named: &FileRef, allowed| {
-            named.evidence.as_ref().unwrap().against(&root, Path::new("a"), allowed, false).unwrap().is_some()
+            named
+                .evidence
+                .as_ref()
+                .unwrap()
+                .against(&*root, Path::new("a"), allowed, false)
+                .unwrap()
+                .is_some()
         };
         assert!(!against(&named, AllowedChange::default()));
         bytes.push(1);

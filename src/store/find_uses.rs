@@ -259,7 +259,7 @@ impl CatalogBuilder<'_> {
             return;
         }
         let found =
-            self.roots[place.root].open_file(&place.path).and_then(|file| parents_without_magic(&file, len));
+            self.roots[place.root].open_file(&place.path).and_then(|file| parents_without_magic(&*file, len));
         let reaches = match found {
             Ok(Parents::None) => return,
             Ok(Parents::Named(names)) => {

@@ -3,14 +3,13 @@
 //! `.chainfs/frozen.toml` in the store's directory, which also marks the directory as a store.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
-use crate::io::{Directory, Existing, directory_of};
+use crate::io::{Directory, Existing, directory_of, read_text};
 
 use super::intents::{ControlDir, encoded};
 use super::resolve::StorePath;
@@ -85,11 +84,9 @@ impl FreezeList {
             }
             opened => opened?,
         };
-        let mut text = String::new();
-        let read = std::fs::File::from(file).take(MAX_LEN).read_to_string(&mut text);
-        let parsed = read
-            .map_err(|error| error.to_string())
-            .and_then(|_| toml::from_str::<FreezeFile>(&text).map_err(|error| error.message().to_string()));
+        let parsed = read_text(&*file, MAX_LEN).map_err(|error| error.to_string()).and_then(|text| {
+            toml::from_str::<FreezeFile>(&text).map_err(|error| error.message().to_string())
+        });
         let FreezeFile { count, frozen } = parsed.map_err(unusable)?;
         let is_whole = |notes: &Vec<FreezeRecord>| count.is_none_or(|count| count == notes.len());
         let notes = frozen.filter(is_whole).ok_or_else(|| unusable("it is cut short".to_owned()))?;

@@ -7,8 +7,6 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::io::Read;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,22 +14,21 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{
-    Directory, EntryKind, Existing, FileLock, Identity, MountPoints, ObjectStat, Root, directory_of,
-    read_full,
+    Backend, Directory, EntryKind, Existing, FileLock, Identity, MountPoints, OpenDirectory, OpenObject,
+    WriteObject, directory_of, read_text,
 };
 
+use super::OpenBackend;
 use super::bind::{FileBinding, bind};
 pub use super::evidence::FileRef;
 use super::evidence::identity;
 use super::freeze_list;
 use super::leftovers::{DRAFT, is_intents_draft};
 use super::operation::{Effects, Operation};
-use super::scan::by_descriptor;
 
 use super::trust;
 
@@ -266,16 +263,16 @@ struct SeenIntent {
     intent: Intent,
     is_copied: bool,
     /// Its file, which tells what has become of it also when it has no name any more.
-    file: OwnedFd,
+    file: Arc<dyn OpenObject>,
 }
 
 impl SeenIntent {
     /// Whether another process has removed its file, and its owner has not.
     fn is_lost(&self) -> bool {
         // One that has a name was given another, which says that nobody wants it any more.
-        let has_name = rustix::fs::fstat(&self.file).is_ok_and(|stat| stat.st_nlink > 0);
+        let has_name = self.file.stat().is_ok_and(|stat| stat.link_count > 0);
         let mut start = [0; ENDED.len()];
-        let is_read = read_full(&self.file, 0, &mut start).is_ok_and(|len| len == start.len());
+        let is_read = self.file.read_at(0, &mut start).is_ok_and(|len| len == start.len());
         !(has_name || is_read && start == ENDED.as_bytes())
     }
 }
@@ -298,13 +295,13 @@ impl LiveIntent {
         self.intent = intent;
         self.former.push(std::mem::replace(&mut self.claim, claim));
         if self.former.len() > MOST_FORMER {
-            say_ended(self.former.remove(0).file());
+            say_ended(&**self.former.remove(0).file());
         }
     }
 
     /// Says to those who have one of its files open that it goes in order.
     fn say_ended(&self) {
-        self.former.iter().chain([&self.claim]).for_each(|claim| say_ended(claim.file()));
+        self.former.iter().chain([&self.claim]).for_each(|claim| say_ended(&**claim.file()));
     }
 }
 
@@ -313,7 +310,7 @@ impl LiveIntent {
 #[derive(Clone, Debug)]
 pub struct ControlDir {
     /// The directory.
-    pub root: Arc<Root>,
+    pub root: Arc<dyn Backend>,
     /// The path from there to the store's own directory.
     pub prefix: PathBuf,
     /// Whether all users of the store's images are known to be beneath it.
@@ -329,7 +326,7 @@ pub struct ControlDir {
 }
 
 impl ControlDir {
-    fn at(root: Arc<Root>, prefix: PathBuf, is_marked: bool) -> Self {
+    fn at(root: Arc<dyn Backend>, prefix: PathBuf, is_marked: bool) -> Self {
         Self {
             root,
             prefix,
@@ -350,20 +347,28 @@ impl ControlDir {
 
     /// The guard of a store that is a directory: its own, unless it is not marked and lies in a store that
     /// is.
-    pub(super) fn of_directory(root: &Arc<Root>) -> Result<Self> {
+    pub(super) fn of_directory(root: &Arc<dyn Backend>, open: &OpenBackend<'_>) -> Result<Self> {
         let own = root.canonical();
         let (root, prefix) = match marked(own).next() {
-            Some(marked) if marked != own => (
-                Arc::new(Root::open(marked)?),
-                own.strip_prefix(marked).unwrap_or(Path::new("")).to_path_buf(),
-            ),
+            Some(marked) if marked != own => {
+                (open(marked)?, own.strip_prefix(marked).unwrap_or(Path::new("")).to_path_buf())
+            }
             _ => (Arc::clone(root), PathBuf::new()),
         };
         Ok(Self::at(root, prefix, true))
     }
 
+    /// The guard of a store that is the whole of a tree.
+    pub(super) fn of_tree(root: &Arc<dyn Backend>) -> Self {
+        Self::at(Arc::clone(root), PathBuf::new(), true)
+    }
+
     /// The guard of a single image in the directory `root`; `stated`: the store as the user says.
-    pub(super) fn of_image(root: &Arc<Root>, stated: Option<&Path>) -> Result<Self> {
+    pub(super) fn of_image(
+        root: &Arc<dyn Backend>,
+        stated: Option<&Path>,
+        open: &OpenBackend<'_>,
+    ) -> Result<Self> {
         let own = root.canonical();
         let marked = match stated {
             Some(stated) => Some(
@@ -380,7 +385,7 @@ impl ControlDir {
             let fact = "does not hold the image; name the directory of its store";
             Error::new(ErrorKind::Usage, format!("{} {fact}", marked.display()))
         })?;
-        Ok(Self::at(Arc::new(Root::open(&marked)?), prefix.to_path_buf(), true))
+        Ok(Self::at(open(&marked)?, prefix.to_path_buf(), true))
     }
 
     /// Whether it is a directory that has, or may have, a store's marker.
@@ -394,7 +399,7 @@ impl ControlDir {
     }
 
     /// The directories of our own that there are.
-    pub(super) fn own_directories(&self) -> Vec<OwnedFd> {
+    pub(super) fn own_directories(&self) -> Vec<Box<dyn OpenDirectory>> {
         let paths = [Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
         paths
             .iter()
@@ -405,7 +410,7 @@ impl ControlDir {
     /// Fails if another user may have written these files.
     pub(super) fn check_trust(&self) -> Result<()> {
         let own = Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS });
-        trust::check(&self.root, own).and_then(|()| trust::check(&self.root, self.intents()))
+        trust::check(&*self.root, own).and_then(|()| trust::check(&*self.root, self.intents()))
     }
 
     /// Creates the directories for intents and notes, and the freeze list, if missing.
@@ -429,15 +434,15 @@ impl ControlDir {
             [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
         let mut is_needed = true;
         for path in own.iter().rev() {
-            let mounts = if path.as_os_str().is_empty() { MountPoints::Enter } else { MountPoints::Skip };
-            let Some(directory) = self.root.open_directory(path, mounts).ok().flatten() else { continue };
+            let crossing = if path.as_os_str().is_empty() { MountPoints::Enter } else { MountPoints::Skip };
+            let Some(directory) = self.root.open_directory(path, crossing).ok().flatten() else { continue };
             // Above what is there nothing has to be made.
-            let access = Access::WRITE_OK | Access::EXEC_OK;
             if std::mem::take(&mut is_needed) || *path == Path::new(MARKER) {
-                accessat(CWD, by_descriptor(&directory), access, AtFlags::EACCESS).map_err(|error| {
+                directory.check_writable().map_err(|error| {
                     let shown = self.root.canonical().join(path).display().to_string();
                     let fact = "is where commands are noted, and cannot be written; make it writable first";
-                    Error::new(Error::io("", error).kind(), format!("{shown} {fact} ({error})"))
+                    let text = error.to_string();
+                    Error::new(Error::io("", error).kind(), format!("{shown} {fact} ({text})"))
                 })?;
             }
         }
@@ -500,7 +505,7 @@ impl ControlDir {
                 }
                 found => found?,
             };
-            let opened = Identity::of(&file)?;
+            let opened = file.identity()?;
             let claim = FileLock::take_while(file, path, patience, &go_on)?;
             // One that was removed while it was waited for keeps nobody away who comes later.
             match self.root.identify(path) {
@@ -610,7 +615,7 @@ impl ControlDir {
                 .open_directory(directory, MountPoints::Skip)
                 .ok()
                 .flatten()
-                .map(|fd| Root::list(&fd));
+                .map(|found| found.list());
             let entries = listed.and_then(Result::ok).unwrap_or_default().into_iter();
             let paths =
                 entries.filter(|entry| entry.kind == EntryKind::File).map(|entry| directory.join(entry.name));
@@ -625,7 +630,7 @@ impl ControlDir {
         let path = self.intents().join(&found.name);
         let former = self.write_lost(names, &found.name)?;
         let file = self.root.open_file_for_writing(&path)?;
-        let seen = Identity::of(&file)?;
+        let seen = file.identity()?;
         let claim = FileLock::take(file, &path, Duration::ZERO)?;
         // He may have finished it in between.
         if self.root.identify(&path)? != seen {
@@ -653,9 +658,7 @@ impl ControlDir {
         if self.root.stat(&path).is_ok() {
             return Ok(None);
         }
-        let opened =
-            rustix::fs::open(by_descriptor(&entry.file), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
-        let file = opened.map_err(|error| Error::io(format!("opening {} again", path.display()), error))?;
+        let file = entry.file.reopen_for_writing()?;
         let claim = FileLock::take(file, &path, Duration::ZERO)?;
         tracing::warn!("{} was removed before its command was done, and is written again", shown_name(name));
         self.prepare(names)?;
@@ -670,7 +673,7 @@ impl ControlDir {
         let (mut intent, is_copied, _) = self.read_one(&path).map_err(|reason| {
             Error::new(ErrorKind::Corrupt, format!("{} cannot be understood: {reason}", path.display()))
         })?;
-        let findings = bind(&self.root, &mut intent, is_copied, true);
+        let findings = bind(&*self.root, &mut intent, is_copied, true);
         Ok((intent, is_copied, findings))
     }
 
@@ -679,12 +682,12 @@ impl ControlDir {
     pub fn is_owned(&self, found: &FoundIntent) -> bool {
         let path = self.intents().join(&found.name);
         let held = match self.root.open_file(&path) {
-            Ok(file) => FileLock::is_held(file, &path),
+            Ok(file) => FileLock::is_held(&*file, &path),
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let is_ours = self.live.lock().contains_key(&found.name);
                 match self.seen.lock().get(&found.name) {
                     _ if is_ours => Ok(true),
-                    Some(entry) => FileLock::is_held(&entry.file, &path),
+                    Some(entry) => FileLock::is_held(&*entry.file, &path),
                     None => Ok(false),
                 }
             }
@@ -749,7 +752,7 @@ impl ControlDir {
             .extend(trust.err().map(|error| (self.intents().to_path_buf(), format!("{UNTRUSTED}: {error}"))));
         let listed = match self.root.open_directory(self.intents(), MountPoints::Enter) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-            Ok(Some(directory)) => Root::list(&directory),
+            Ok(Some(directory)) => directory.list(),
             Ok(None) => Ok(Vec::new()),
             Err(error) => Err(error),
         };
@@ -768,11 +771,11 @@ impl ControlDir {
                 Ok((mut intent, is_copied, file)) => {
                     if is_trusted {
                         self.has_seen(&entry.name, &intent, is_copied, file);
-                    } else if !self.is_owners(&file, &intent) {
+                    } else if !self.is_owners(&*file, &intent) {
                         // Nobody's images are hidden by what another says of them.
                         continue;
                     }
-                    bind(&self.root, &mut intent, is_copied, false);
+                    bind(&*self.root, &mut intent, is_copied, false);
                     found.push(FoundIntent { name: entry.name, intent, is_copied, is_trusted });
                 }
                 Err(_) if !is_trusted => {}
@@ -803,7 +806,7 @@ impl ControlDir {
         for (name, SeenIntent { intent, is_copied, .. }) in &*seen {
             if !is_here(&found, name) && problems.iter().all(|(path, _)| path.file_name() != Some(name)) {
                 let mut intent = intent.clone();
-                bind(&self.root, &mut intent, *is_copied, false);
+                bind(&*self.root, &mut intent, *is_copied, false);
                 found.push(FoundIntent {
                     name: name.clone(),
                     intent,
@@ -815,7 +818,7 @@ impl ControlDir {
         (found, problems)
     }
 
-    fn has_seen(&self, name: &OsStr, intent: &Intent, is_copied: bool, file: OwnedFd) {
+    fn has_seen(&self, name: &OsStr, intent: &Intent, is_copied: bool, file: Arc<dyn OpenObject>) {
         let mut seen = self.seen.lock();
         if seen.len() < MOST_SEEN || seen.contains_key(name) {
             seen.insert(name.to_owned(), SeenIntent { intent: intent.clone(), is_copied, file });
@@ -824,21 +827,18 @@ impl ControlDir {
 
     /// Whether a note is of somebody who could have carried it out: of whom the directory of notes would be
     /// trusted, or of the owner of all files that it names.
-    fn is_owners(&self, note: &OwnedFd, intent: &Intent) -> bool {
-        let Ok(note) = ObjectStat::of(note) else { return false };
+    fn is_owners(&self, note: &dyn OpenObject, intent: &Intent) -> bool {
+        let Ok(note) = note.stat() else { return false };
         let is_own = |named: &&FileRef| self.root.stat(&named.path).map_or(true, |stat| stat.uid == note.uid);
-        trust::is_known(&self.root, note.uid) || intent.files().iter().all(is_own)
+        trust::is_known(&*self.root, note.uid) || intent.files().iter().all(is_own)
     }
 
     /// An intent, and whether the store was copied since it was written: then the file is not the one that it
     /// says.
-    fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool, OwnedFd), String> {
+    fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool, Arc<dyn OpenObject>), String> {
         let file = self.root.open_file(path).map_err(|error| error.to_string())?;
-        let now = Identity::of(&file).map_err(|error| error.to_string())?;
-        let mut text = String::new();
-        let mut file = std::fs::File::from(file);
-        let read = (&mut file).take(MAX_LEN).read_to_string(&mut text);
-        read.map_err(|error| error.to_string())?;
+        let now = file.identity().map_err(|error| error.to_string())?;
+        let text = read_text(&*file, MAX_LEN).map_err(|error| error.to_string())?;
         let mut intent = Intent::parse(&text)?;
         let was = intent.own.unwrap_or(now);
         let is_copied = now.is_copy_of(&was);
@@ -849,14 +849,14 @@ impl ControlDir {
             }
             intent.own = Some(now);
         }
-        Ok((intent, is_copied, file.into()))
+        Ok((intent, is_copied, file))
     }
 }
 
 /// Says to those who have the file of an intent open that it goes in order. If that cannot be said, they look
 /// after it once more.
-fn say_ended(file: &OwnedFd) {
-    let _ = rustix::io::pwrite(file, ENDED.as_bytes(), 0);
+fn say_ended(file: &dyn WriteObject) {
+    let _ = file.write_at(0, ENDED.as_bytes());
 }
 
 fn shown_name(name: &OsStr) -> String {
@@ -923,7 +923,7 @@ impl<O> OwnedIntent<O> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{Descriptors, Host, ThisHost};
+    use crate::io::LocalDirectory;
     use crate::store::{
         CommitOperation, CopyOperation, Digest, Evidence, Format, NewTop, PullOperation, SectorSample,
         ShrinkOperation, SnapshotOperation,
@@ -1018,11 +1018,12 @@ mod tests {
     #[test]
     fn an_intent_that_is_removed_each_time_it_is_written_is_known_to_who_saw_the_first() {
         let place = tempfile::tempdir().unwrap();
-        let root = Arc::new(Root::open(place.path()).unwrap());
-        let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        let [first, other, third] = [(); 3].map(|()| ControlDir::of_directory(&root).unwrap());
+        let root = LocalDirectory::open(place.path()).unwrap();
+        let names = root.names().unwrap();
+        let [first, other, third] =
+            [(); 3].map(|()| ControlDir::of_directory(&root, &LocalDirectory::open).unwrap());
         std::fs::write(place.path().join("a"), "a").unwrap();
-        let image = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let image = FileRef::witness(&*root, Path::new("a"), Format::Raw, true).unwrap();
         let intent = Intent::new("x", Path::new(""), Operation::Shrink(ShrinkOperation { image, size: 1 }));
         let remove = || std::fs::remove_dir_all(place.path().join(".chainfs")).unwrap();
         let known = |guard: &ControlDir, is_owned: bool, at: &str| {
@@ -1067,12 +1068,12 @@ mod tests {
     #[test]
     fn an_intent_is_its_owners_until_he_goes() {
         let place = tempfile::tempdir().unwrap();
-        let root = Arc::new(Root::open(place.path()).unwrap());
-        let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        let guard = ControlDir::of_directory(&root).unwrap();
+        let root = LocalDirectory::open(place.path()).unwrap();
+        let names = root.names().unwrap();
+        let guard = ControlDir::of_directory(&root, &LocalDirectory::open).unwrap();
         guard.prepare(&*names).unwrap();
         std::fs::write(place.path().join("a"), "a").unwrap();
-        let image = FileRef::witness(&root, Path::new("a"), Format::Raw, true).unwrap();
+        let image = FileRef::witness(&*root, Path::new("a"), Format::Raw, true).unwrap();
         let intent = Intent::new("x", Path::new(""), Operation::Shrink(ShrinkOperation { image, size: 1 }));
         let owned = guard.begin(&*names, "1", &intent).unwrap();
         let (found, problems) = guard.read();

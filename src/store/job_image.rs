@@ -64,7 +64,7 @@ impl JobImage {
 
     /// Its file, for changing its header where nothing else of it is changed.
     pub fn file(&self) -> Result<Arc<dyn WriteStorage>> {
-        self.store.host.writable(&self.image.file)
+        self.image.file.open_for_writing()
     }
 
     /// Follows it to the name that it has by now, at `path` beneath the store.
@@ -85,7 +85,7 @@ impl JobImage {
             Format::Raw => Writer::raw(name, file)?,
             Format::Qcow2 => {
                 let data_file =
-                    self.image.data_file.as_ref().map(|file| self.store.host.writable(file)).transpose()?;
+                    self.image.data_file.as_ref().map(|file| file.open_for_writing()).transpose()?;
                 let below = below.map(|view| view as Arc<dyn BackingDisk>);
                 Writer::qcow2(name, file, data_file, below, writer_options(&self.store))?
             }

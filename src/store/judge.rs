@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::io::{Permissions, Root};
+use crate::io::{Backend, Permissions};
 
 use super::catalog::{Catalog, ImageEntry, ImageIndex};
 use super::resolve::StorePath;
@@ -30,7 +30,7 @@ struct PathPermissions {
 /// Reads permissions once and caches them: for one query, or for a moment.
 #[derive(Debug)]
 pub struct AccessJudge {
-    roots: Vec<Arc<Root>>,
+    roots: Vec<Arc<dyn Backend>>,
     above: Vec<Option<Vec<Arc<Permissions>>>>,
     kept: Mutex<HashMap<StorePath, Option<Arc<Permissions>>>>,
     ways: Mutex<HashMap<StorePath, PathRights>>,
@@ -38,8 +38,8 @@ pub struct AccessJudge {
 
 impl AccessJudge {
     /// Judges of files beneath these.
-    pub(super) fn new(roots: &[Arc<Root>]) -> Self {
-        let above = |root: &Arc<Root>| {
+    pub(super) fn new(roots: &[Arc<dyn Backend>]) -> Self {
+        let above = |root: &Arc<dyn Backend>| {
             let found = root.permissions_above().inspect_err(|error| tracing::warn!("{error}")).ok()?;
             Some(found.into_iter().map(Arc::new).collect())
         };

@@ -12,13 +12,14 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::header::MAGIC;
-use crate::io::{ObjectStat, Root, Timestamp, birth_of, directory_of, read_full};
+use crate::io::{Backend, Timestamp, directory_of};
 
 use super::Store;
 use super::catalog::shown;
 use super::operation::Effects;
+use super::plain::birth_of;
 
 /// How the names of drafts end.
 pub(super) const DRAFT: &str = "new";
@@ -71,21 +72,20 @@ pub(super) fn is_intents_draft(path: &Path) -> bool {
 }
 
 /// Why the file of a draft's name is not proven to be one, if so.
-fn doubt(root: &Root, path: &Path) -> Result<Option<&'static str>> {
+fn doubt(root: &dyn Backend, path: &Path) -> Result<Option<&'static str>> {
     let file = root.open_file(path)?;
-    let stat = ObjectStat::of(&file)?;
+    let stat = file.stat()?;
     if stat.link_count != 1 {
         return Ok(Some("has another name"));
     }
-    let Timestamp { seconds, nanoseconds } = birth_of(&file);
+    let Timestamp { seconds, nanoseconds } = birth_of(&*file);
     let birth = u64::try_from(seconds).map(|seconds| Duration::new(seconds, nanoseconds)).unwrap_or_default();
     let is_of_then = |when: Duration| birth + LAG >= when && birth <= when + LATEST;
     if birth != Duration::ZERO && !when_drafted(path).is_some_and(is_of_then) {
         return Ok(Some("was made at another time than its name says"));
     }
     let mut head = [0; 512];
-    let len = read_full(&file, 0, &mut head)
-        .map_err(|error| Error::io(format!("reading {}", shown(path)), error))?;
+    let len = file.read_at(0, &mut head)?;
     // Of what was written right before a power failure there may be zeroes.
     let is_image = head[..len].starts_with(&MAGIC.to_be_bytes()) || head[..len].iter().all(|byte| *byte == 0);
     Ok((!is_image).then_some("holds other data than a new image"))
@@ -113,7 +113,7 @@ impl Store {
             images.into_iter().filter(|path| senseless.is_empty() && !spoken_of.contains(path.as_path()));
         let (root, mut ours) = (&self.guard.root, self.guard.drafts());
         for path in images {
-            match doubt(root, &path) {
+            match doubt(&**root, &path) {
                 Ok(None) => ours.push(path),
                 Ok(Some(fact)) => tracing::info!("{} {fact}: it is left alone", shown(&path)),
                 Err(error) => tracing::info!("{}: {error}: not removed", shown(&path)),

@@ -41,7 +41,6 @@ mod watch;
 
 use std::collections::HashMap;
 use std::num::NonZero;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -55,8 +54,8 @@ use crate::error::{Error, Result};
 use crate::format::Frozen;
 use crate::image::Caches;
 use crate::io::{
-    Descriptors, Directory as Names, Expect, Host, MountPoints, ObjectId, ObjectStat, Root, StoreFile,
-    ThisHost,
+    Backend, Descriptors, Directory as Names, Expect, LocalDirectory, MountPoints, NoNames, ObjectId,
+    ObjectStat, OpenDirectory, StoreFile,
 };
 use crate::units::Stability;
 
@@ -110,15 +109,19 @@ const VIEWS_KEPT: usize = 256;
 /// How many files that commands have named are remembered.
 const INTRODUCED: usize = 16;
 
+/// Opens a directory that a store consists of, by a path of this machine.
+pub type OpenBackend<'a> = dyn Fn(&Path) -> Result<Arc<dyn Backend>> + 'a;
+
 /// A store that is being looked at.
 pub struct Store {
     given: PathBuf,
-    roots: Vec<Arc<Root>>,
+    roots: Vec<Arc<dyn Backend>>,
     options: StoreOptions,
+    /// Whether its names can be changed.
+    can_change: bool,
     /// For a store that is one image: where that is by now. A leaf.
     single: RwLock<Option<StorePath>>,
     guard: ControlDir,
-    host: Arc<dyn Host>,
     catalog: RwLock<Arc<Catalog>>,
     /// What the last scan knew. Held during a scan: one at a time.
     known: Mutex<Arc<KnownFiles>>,
@@ -152,11 +155,11 @@ impl std::fmt::Debug for Store {
 impl Store {
     /// Opens and scans the store at `path`: a directory, or one image file.
     pub fn open(path: &Path, options: StoreOptions) -> Result<Arc<Self>> {
-        Self::open_on(path, options, Arc::new(ThisHost))
+        Self::open_on(path, options, &LocalDirectory::open)
     }
 
-    /// The same, changed through the hands of `host`.
-    pub fn open_on(path: &Path, options: StoreOptions, host: Arc<dyn Host>) -> Result<Arc<Self>> {
+    /// The same; `open` opens the directories that the store consists of.
+    pub fn open_on(path: &Path, options: StoreOptions, open: &OpenBackend<'_>) -> Result<Arc<Self>> {
         let metadata = std::fs::metadata(path)
             .map_err(|error| Error::io(format!("opening {}", path.display()), error))?;
         let (directory, single) = if metadata.is_dir() {
@@ -168,32 +171,52 @@ impl Store {
             let directory = absolute.parent().unwrap_or(Path::new("/")).to_path_buf();
             (directory, Some(StorePath { root: 0, path: name }))
         };
-        let mut roots = vec![Arc::new(Root::open(&directory)?)];
+        let mut roots = vec![open(&directory)?];
         let link = if single.is_some() { link_of(path, &directory)? } else { None };
         let guard = match &single {
-            None => ControlDir::of_directory(&roots[0])?,
-            Some(_) => ControlDir::of_image(&roots[0], options.whole_store.as_deref())?,
+            None => ControlDir::of_directory(&roots[0], open)?,
+            Some(_) => ControlDir::of_image(&roots[0], options.whole_store.as_deref(), open)?,
         };
         for directory in &options.backing_dirs {
-            roots.push(Arc::new(Root::open(directory).map_err(|error| error.within("backing_dir"))?));
+            roots.push(open(directory).map_err(|error| error.within("backing_dir"))?);
         }
         let by_link = match link {
             Some((directory, path)) => {
-                roots.push(Arc::new(Root::open(&directory)?));
+                roots.push(open(&directory)?);
                 Some(StorePath { root: roots.len() - 1, path })
             }
             None => None,
         };
+        let given = std::path::absolute(path).map_err(|error| Error::io("finding the store", error))?;
+        Self::new(given, roots, guard, (single, by_link), options)
+    }
+
+    /// Opens and scans the store that is all of `tree`.
+    pub fn open_tree(tree: Arc<dyn Backend>, options: StoreOptions) -> Result<Arc<Self>> {
+        let (given, guard) = (tree.given().to_path_buf(), ControlDir::of_tree(&tree));
+        Self::new(given, vec![tree], guard, (None, None), options)
+    }
+
+    fn new(
+        given: PathBuf,
+        roots: Vec<Arc<dyn Backend>>,
+        guard: ControlDir,
+        (single, by_link): (Option<StorePath>, Option<StorePath>),
+        mut options: StoreOptions,
+    ) -> Result<Arc<Self>> {
+        // Commands rest on names: without them nothing is begun, and disks are not written either.
+        let can_change = roots[0].names().is_some() && guard.root.names().is_some();
+        options.read_only |= !can_change;
         // Half for the flattened maps, a quarter each for tables and for decompressed clusters.
         let quarter = (options.cache / 4) as usize;
         let store = Arc::new(Self {
-            given: std::path::absolute(path).map_err(|error| Error::io("finding the store", error))?,
-            watches: if options.notify { watch::Watches::new() } else { None },
+            given,
+            watches: if options.notify { watch::Watches::new(&*roots[0]) } else { None },
             roots,
             options,
+            can_change,
             single: RwLock::new(single),
             guard,
-            host,
             catalog: RwLock::default(),
             known: Mutex::default(),
             plain: Mutex::default(),
@@ -219,7 +242,7 @@ impl Store {
     }
 
     /// The directories beneath which files are opened; the first is the store's own.
-    pub fn roots(&self) -> &[Arc<Root>] {
+    pub fn roots(&self) -> &[Arc<dyn Backend>] {
         &self.roots
     }
 
@@ -233,24 +256,27 @@ impl Store {
         Arc::clone(&self.descriptors)
     }
 
-    /// With what it is changed.
-    pub fn host(&self) -> &Arc<dyn Host> {
-        &self.host
-    }
-
     /// The names beneath the store's own directory.
     pub fn names(&self) -> Arc<dyn Names> {
-        self.host.directory(&self.roots[0], &self.descriptors)
+        names_of(&*self.roots[0])
     }
 
     /// The names beneath the directory of the guard.
     pub fn guard_names(&self) -> Arc<dyn Names> {
-        self.host.directory(&self.guard.root, &self.descriptors)
+        names_of(&*self.guard.root)
     }
 
     /// Its options.
     pub fn options(&self) -> &StoreOptions {
         &self.options
+    }
+
+    /// Why nothing of it is changed, if so: a sentence's end that follows the store's name.
+    pub fn read_only(&self) -> Option<&'static str> {
+        if !self.can_change {
+            return Some("lies where nothing can be made or renamed; copy it to a directory first");
+        }
+        self.options.read_only.then_some("is mounted read-only; mount it without -o ro")
     }
 
     /// The store as of the last scan.
@@ -264,7 +290,7 @@ impl Store {
         let mut known = self.known.lock();
         let single = self.single.read().clone();
         self.plain.lock().refresh(&self.guard);
-        let visit = |path: &Path, fd: &OwnedFd| {
+        let visit = |path: &Path, fd: &dyn OpenDirectory| {
             if let Some(watches) = &self.watches {
                 watches.add(StorePath { root: 0, path: path.to_path_buf() }, fd);
             }
@@ -272,20 +298,20 @@ impl Store {
         let ways =
             ScanContext { known: &known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
         let mut scan = match &single {
-            None => scan::scan(&self.roots[0], &ways)?,
+            None => scan::scan(&*self.roots[0], &ways)?,
             Some(place) => {
                 let directory = StorePath { root: 0, path: PathBuf::new() };
                 if let (Some(watches), Some(fd)) =
                     (&self.watches, self.roots[0].open_directory(Path::new(""), MountPoints::Enter)?)
                 {
-                    watches.add(directory, &fd);
+                    watches.add(directory, &*fd);
                 }
-                Scan { files: vec![scan::describe_place(&self.roots[0], place, &ways)?], ..Scan::default() }
+                Scan { files: vec![scan::describe_place(&*self.roots[0], place, &ways)?], ..Scan::default() }
             }
         };
         self.restore_intents();
         if let Some(watches) = &self.watches {
-            self.guard.own_directories().iter().for_each(|directory| watches.add_own(directory));
+            self.guard.own_directories().iter().for_each(|directory| watches.add_own(&**directory));
         }
         let previous = self.catalog();
         scan.introduced = self.introduced.lock().iter().map(|(place, ())| place.clone()).collect();
@@ -302,7 +328,7 @@ impl Store {
             if let (Some(watches), Ok(Some(fd))) =
                 (&self.watches, self.roots[place.root].open_directory(&place.path, MountPoints::Skip))
             {
-                watches.add(place, &fd);
+                watches.add(place, &*fd);
             }
         }
         let catalog = Arc::new(catalog);
@@ -491,6 +517,11 @@ impl Store {
         let (tables, clusters) = self.caches.weights();
         (tables, clusters, self.flat.weight(), self.descriptors.open_count())
     }
+}
+
+/// The names of a tree; every change of them is refused where they cannot be changed.
+fn names_of(tree: &dyn Backend) -> Arc<dyn Names> {
+    tree.names().unwrap_or_else(|| Arc::new(NoNames))
 }
 
 /// The directory and name of the link by which the user names an image that lies in another directory: names

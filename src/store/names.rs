@@ -131,8 +131,8 @@ fn layer_forms(view: &ViewForm<'_>) -> Vec<Vec<u8>> {
     forms.into_iter().map(|name| fit(name, MAX_NAME - DISK_SUFFIX_LEN)).collect()
 }
 
-/// Gives each item its first form; those that clash, with each other or with `taken`, move to their next, until
-/// none does. Forms are made when needed: there may be very many, and long ones.
+/// Gives each item its first form; those that clash, with each other or with `taken`, move to their next,
+/// until none does. Forms are made when needed: there may be very many, and long ones.
 fn settle(
     count: usize,
     form: &dyn Fn(usize, usize) -> Option<Vec<u8>>,

@@ -410,8 +410,7 @@ impl Store {
         let image = match format {
             Format::Raw => Image::raw(old.name(), storage, Expect::SameVersion, &self.caches)?,
             Format::Qcow2 => {
-                let descriptor = file.descriptor()?;
-                let DetectedContent::Qcow2(qcow2) = describe(&descriptor, file.len()?)? else {
+                let DetectedContent::Qcow2(qcow2) = describe(&**file, file.len()?)? else {
                     let fact = format!("{} is no qcow2 image any more", old.name());
                     return Err(Error::new(ErrorKind::Corrupt, fact));
                 };

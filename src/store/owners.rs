@@ -7,7 +7,7 @@
 use std::cell::OnceCell;
 use std::sync::Arc;
 
-use crate::io::Root;
+use crate::io::Backend;
 
 use super::judge::AccessJudge;
 use super::options::StoreOptions;
@@ -17,7 +17,7 @@ use super::users::groups_of;
 
 /// The rule, as of one scan.
 pub(super) struct Owners<'a> {
-    roots: &'a [Arc<Root>],
+    roots: &'a [Arc<dyn Backend>],
     /// Whether it holds: where whoever looks may read more than each owner.
     holds: bool,
     /// Made when a file is found that is not root's.
@@ -25,7 +25,7 @@ pub(super) struct Owners<'a> {
 }
 
 impl<'a> Owners<'a> {
-    pub(super) fn new(roots: &'a [Arc<Root>], options: &StoreOptions) -> Self {
+    pub(super) fn new(roots: &'a [Arc<dyn Backend>], options: &StoreOptions) -> Self {
         Self { roots, holds: options.owners_count, judge: OnceCell::new() }
     }
 

@@ -9,15 +9,11 @@
 
 use std::collections::HashSet;
 use std::fmt::Write as _;
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
-
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Directory, Timestamp, birth_of};
+use crate::io::{Directory, OpenObject, Timestamp, read_all};
 
 use super::intents::ControlDir;
 
@@ -69,28 +65,26 @@ impl PlainList {
     }
 
     fn try_refresh(&mut self, guard: &ControlDir) -> Result<()> {
-        let mut file = match guard.root.open_file(Path::new(PLAIN)) {
+        let file = match guard.root.open_file(Path::new(PLAIN)) {
             // What was known stays known.
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 self.read_len = 0;
                 return Ok(());
             }
-            opened => std::fs::File::from(opened?),
+            opened => opened?,
         };
-        let fail = |error| Error::io(format!("reading {PLAIN}"), error);
-        let len = file.metadata().map_err(fail)?.len();
+        let len = file.len()?;
         if len == self.read_len && self.damage.is_none() {
             return Ok(());
         }
-        let mut bytes = Vec::new();
-        (&mut file).take(MAX_LEN).read_to_end(&mut bytes).map_err(fail)?;
+        let bytes = read_all(&*file, MAX_LEN)?;
         self.damage = None;
         let mut lines = bytes.split_inclusive(|byte| *byte == b'\n').enumerate().peekable();
         while let Some((number, line)) = lines.next() {
             let is_cut = line.last() != Some(&b'\n');
             match parsed(line) {
                 Some(found) if number == 0 => {
-                    self.is_copied = !is_of(&found, &OwnedFd::from(file.try_clone().map_err(fail)?));
+                    self.is_copied = !is_of(&found, &*file);
                 }
                 Some(found) => {
                     self.files.insert((found.number, found.birth));
@@ -141,7 +135,6 @@ impl PlainList {
         }
         guard.prepare(names)?;
         let path = Path::new(PLAIN);
-        let fail = |error: std::io::Error| Error::io(format!("writing {PLAIN}"), error);
         let is_new = guard.root.stat(path).is_err();
         if is_new {
             match names.create(path, None) {
@@ -151,15 +144,10 @@ impl PlainList {
         }
         let file = guard.root.open_file_for_writing(path)?;
         // Whoever comes second adds behind what the first has written.
-        flock(&file, FlockOperation::LockExclusive).map_err(|error| fail(error.into()))?;
-        let own = PlainFile {
-            number: crate::io::ObjectStat::of(&file)?.id.number(),
-            birth: birth_of(&file),
-            path: "".into(),
-        };
-        let mut file = std::fs::File::from(file);
-        let mut bytes = Vec::new();
-        (&mut file).take(MAX_LEN).read_to_end(&mut bytes).map_err(fail)?;
+        file.locks().wait_for_turn().map_err(|error| Error::io(format!("writing {PLAIN}"), error))?;
+        let (number, birth) = (file.stat()?.id.number(), birth_of(&*file));
+        let own = PlainFile { number, birth, path: "".into() };
+        let bytes = read_all(&*file, MAX_LEN)?;
         // Replaced by others since it was read, it is not ours to cut.
         let mut lines = bytes.split_inclusive(|byte| *byte == b'\n');
         let is_whole = |line: &[u8]| parsed(line).is_some() || line.last() != Some(&b'\n');
@@ -174,19 +162,24 @@ impl PlainList {
         }
         // What a crash has cut off is not followed by anything.
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) as u64;
-        file.set_len(whole).map_err(fail)?;
-        file.seek(SeekFrom::Start(whole)).map_err(fail)?;
+        file.set_len(whole)?;
         let title = if whole == 0 { line(&own, TITLE) } else { String::new() };
         let lines: String = self.new.iter().map(|trace| line(trace, "")).collect();
-        file.write_all((title + &lines).as_bytes()).and_then(|()| file.sync_data()).map_err(fail)?;
+        file.write_at(whole, (title + &lines).as_bytes())?;
+        file.sync()?;
         self.new.clear();
         Ok(())
     }
 }
 
+/// When a file was made; zero where its file system does not say.
+pub(super) fn birth_of(file: &dyn OpenObject) -> Timestamp {
+    file.identity().ok().and_then(|found| found.birth()).unwrap_or_default()
+}
+
 /// Whether that file's list is the one it was begun as.
-fn is_of(found: &PlainFile, file: &OwnedFd) -> bool {
-    let number = crate::io::ObjectStat::of(file).map(|stat| stat.id.number());
+fn is_of(found: &PlainFile, file: &dyn OpenObject) -> bool {
+    let number = file.stat().map(|stat| stat.id.number());
     number.is_ok_and(|number| number == found.number) && birth_of(file) == found.birth
 }
 
@@ -232,7 +225,7 @@ fn sum(bytes: &[u8]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::{Descriptors, Host, Root, ThisHost};
+    use crate::io::LocalDirectory;
     use std::sync::Arc;
 
     fn trace(number: u64, path: &str) -> PlainFile {
@@ -241,9 +234,9 @@ mod tests {
 
     fn lab() -> (tempfile::TempDir, ControlDir, Arc<dyn Directory>) {
         let place = tempfile::tempdir().unwrap();
-        let root = Arc::new(Root::open(place.path()).unwrap());
-        let names = ThisHost.directory(&root, &Descriptors::with_limit(4));
-        (place, ControlDir::of_directory(&root).unwrap(), names)
+        let root = LocalDirectory::open(place.path()).unwrap();
+        let names = root.names().unwrap();
+        (place, ControlDir::of_directory(&root, &LocalDirectory::open).unwrap(), names)
     }
 
     fn read(guard: &ControlDir) -> PlainList {

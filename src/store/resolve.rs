@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use crate::io::Root;
+use crate::io::Backend;
 
 /// A file's place: which root, and the path beneath it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,7 +63,7 @@ impl std::fmt::Display for UnresolvedName {
 
 /// Resolves `name`, found in the header of the image at `from`.
 pub(super) fn resolve(
-    roots: &[Arc<Root>],
+    roots: &[Arc<dyn Backend>],
     maps: &[(PathBuf, PathBuf)],
     from: &StorePath,
     name: &[u8],
@@ -101,15 +101,15 @@ pub(super) fn resolve(
         );
         return Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence));
     }
-    let sentence = "leads out of the store, and is never followed; move the file into the store, or mount with \
-                    -o backing_dir= or map=";
+    let sentence = "leads out of the store, and is never followed; move the file into the store, or mount \
+                    with -o backing_dir= or map=";
     Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence))
 }
 
 /// The directories from which `name` goes up again, as absolute paths: what `..` means there is
 /// only plain where none of them is a symbolic link.
 pub(super) fn climbed(
-    roots: &[Arc<Root>],
+    roots: &[Arc<dyn Backend>],
     maps: &[(PathBuf, PathBuf)],
     from: &StorePath,
     name: &[u8],
@@ -136,7 +136,7 @@ const MAX_LINKS: usize = 40;
 /// that is beneath a root. Nothing is opened, and outside of the roots nothing is asked: `None` also where it
 /// cannot be told.
 pub(super) fn traced(
-    roots: &[Arc<Root>],
+    roots: &[Arc<dyn Backend>],
     maps: &[(PathBuf, PathBuf)],
     from: &StorePath,
     name: &[u8],
@@ -187,20 +187,20 @@ fn mapped(maps: &[(PathBuf, PathBuf)], name: &[u8]) -> PathBuf {
 }
 
 /// `name` as an absolute path, with all its `..`.
-fn absolute(roots: &[Arc<Root>], from: &StorePath, name: &Path) -> PathBuf {
+fn absolute(roots: &[Arc<dyn Backend>], from: &StorePath, name: &Path) -> PathBuf {
     roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new(""))).join(name)
 }
 
 /// Where an absolute path lies beneath the roots.
-fn beneath(roots: &[Arc<Root>], absolute: &Path) -> Option<StorePath> {
-    let inside = |(root, directory): (usize, &Arc<Root>)| {
+fn beneath(roots: &[Arc<dyn Backend>], absolute: &Path) -> Option<StorePath> {
+    let inside = |(root, directory): (usize, &Arc<dyn Backend>)| {
         Some(StorePath { root, path: directory.relative(absolute)? })
     };
     roots.iter().enumerate().find_map(inside)
 }
 
 /// The root that an absolute path names, without links.
-fn root_at<'a>(roots: &'a [Arc<Root>], absolute: &Path) -> Option<&'a Path> {
+fn root_at<'a>(roots: &'a [Arc<dyn Backend>], absolute: &Path) -> Option<&'a Path> {
     roots.iter().find(|root| root.given() == absolute).map(|root| root.canonical())
 }
 
@@ -263,6 +263,7 @@ fn lexical(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::LocalDirectory;
 
     fn place(path: &str) -> StorePath {
         StorePath { root: 0, path: path.into() }
@@ -275,8 +276,8 @@ mod tests {
         std::fs::create_dir_all(top.join("store/sub")).unwrap();
         std::fs::create_dir(top.join("golden")).unwrap();
         let roots = [
-            Arc::new(Root::open(&top.join("store")).unwrap()),
-            Arc::new(Root::open(&top.join("golden")).unwrap()),
+            LocalDirectory::open(&top.join("store")).unwrap(),
+            LocalDirectory::open(&top.join("golden")).unwrap(),
         ];
         let maps = [(PathBuf::from("/old"), top.join("store"))];
         let from = place("sub/web.qcow2");
@@ -306,7 +307,7 @@ mod tests {
         link("sub/deep", "jump");
         link("../store/absolute", "around");
         link("loop", "loop");
-        let roots = [Arc::new(Root::open(&top.join("store")).unwrap())];
+        let roots = [LocalDirectory::open(&top.join("store")).unwrap()];
         let traced =
             |name: &str| traced(&roots, &[], &place("web.qcow2"), name.as_bytes()).map(|place| place.path);
         for name in

@@ -5,24 +5,21 @@
 //! told of: it may stand on anything. Other mounts are entered, except those of chainfs.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
 use parking_lot::{Condvar, Mutex};
-use rustix::fs::{AtFlags, statat};
-use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, Root, birth_of};
+use crate::io::{Backend, DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, OpenDirectory, OpenObject};
 
 use super::describe::{DetectedContent, MIN_HEADER_LEN, describe};
 use super::intents::is_own_name;
 use super::leftovers::is_draft;
 use super::names::OWN_PREFIX;
-use super::plain::{PlainFile, PlainList};
+use super::plain::{PlainFile, PlainList, birth_of};
 use super::resolve::StorePath;
 
 /// A file that may be an image.
@@ -95,7 +92,7 @@ pub(super) struct ScanContext<'a> {
     /// The path from the guarded directory to the store's own.
     pub prefix: &'a Path,
     /// Told of every directory before it is listed, so that no change falls between.
-    pub visit: &'a (dyn Fn(&Path, &OwnedFd) + Sync),
+    pub visit: &'a (dyn Fn(&Path, &dyn OpenDirectory) + Sync),
 }
 
 /// The suffix of files that a commit has left and that are invalid.
@@ -109,7 +106,7 @@ const MAX_NESTING: usize = 64;
 const MAX_THREADS: usize = 8;
 
 struct ScanWork<'a> {
-    root: &'a Root,
+    root: &'a dyn Backend,
     ways: &'a ScanContext<'a>,
     /// Directories to be listed, and how many are being listed now.
     queue: Mutex<(Vec<PathBuf>, usize)>,
@@ -121,7 +118,7 @@ struct ScanWork<'a> {
 
 /// Walks the whole store. `Exhausted` if the system has run out of something: what could not be looked at for
 /// that is no fact about the store.
-pub(super) fn scan(root: &Root, ways: &ScanContext<'_>) -> Result<Scan> {
+pub(super) fn scan(root: &dyn Backend, ways: &ScanContext<'_>) -> Result<Scan> {
     let work = ScanWork {
         root,
         ways,
@@ -192,14 +189,15 @@ impl ScanWork<'_> {
     }
 
     fn list(&self, path: &Path) {
-        let fd = match self.open(path) {
-            Ok(Some(fd)) => fd,
+        // A mount of chainfs may be our own, which cannot answer before the scan is done.
+        let directory = match self.root.open_directory(path, MountPoints::SkipOwn) {
+            Ok(Some(directory)) => directory,
             Ok(None) => return,
             Err(error) if self.is_exhausted(&error) => return,
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed ({error})")),
         };
-        (self.ways.visit)(path, &fd);
-        let entries = match list_still(&fd) {
+        (self.ways.visit)(path, &*directory);
+        let entries = match list_still(&*directory) {
             Ok(entries) => entries,
             Err(error) if self.is_exhausted(&error) => return,
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed ({error})")),
@@ -228,7 +226,7 @@ impl ScanWork<'_> {
                     );
                 }
                 EntryKind::Directory => self.push(place),
-                EntryKind::File => self.file(&fd, &name, &place, &mut files),
+                EntryKind::File => self.file(&*directory, &name, &place, &mut files),
                 EntryKind::Symlink => self.found.lock().links.push(place),
                 EntryKind::Other if looks_like_image(&place) => {
                     self.problem(
@@ -239,7 +237,7 @@ impl ScanWork<'_> {
                 EntryKind::Other => {}
             }
         }
-        drop_former_names(&fd, &mut files);
+        drop_former_names(&*directory, &mut files);
         self.found.lock().files.append(&mut files);
     }
 
@@ -248,25 +246,18 @@ impl ScanWork<'_> {
         self.changed.notify_one();
     }
 
-    /// Opens a directory, also one on another file system, but never one of a chainfs mount: that
-    /// may be our own, which cannot answer before the scan is done.
-    fn open(&self, path: &Path) -> Result<Option<OwnedFd>> {
-        match self.root.open_directory(path, MountPoints::Skip)? {
-            Some(fd) => Ok(Some(fd)),
-            None if is_chainfs_mount(&self.root.canonical().join(path)) => Ok(None),
-            None => self.root.open_directory(path, MountPoints::Enter),
-        }
-    }
-
-    fn file(&self, directory: &OwnedFd, name: &std::ffi::OsStr, path: &Path, files: &mut Vec<ScannedFile>) {
+    fn file(
+        &self,
+        directory: &dyn OpenDirectory,
+        name: &std::ffi::OsStr,
+        path: &Path,
+        files: &mut Vec<ScannedFile>,
+    ) {
         // The attributes are asked for without opening, for most files have been seen before.
-        let stat = match statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => ObjectStat::from(stat),
-            Err(Errno::NOENT) => return,
-            Err(error) => {
-                let error = Error::io("asking for its attributes", error);
-                return self.unread(path.to_path_buf(), format!("cannot be read ({error})"));
-            }
+        let stat = match directory.stat_entry(name) {
+            Ok(Some(stat)) => stat,
+            Ok(None) => return,
+            Err(error) => return self.unread(path.to_path_buf(), format!("cannot be read ({error})")),
         };
         let is_hidden = is_hidden(path);
         let file = |stat, (content, is_plain)| {
@@ -296,14 +287,14 @@ impl ScanWork<'_> {
 
     fn look(
         &self,
-        directory: &OwnedFd,
+        directory: &dyn OpenDirectory,
         name: &std::ffi::OsStr,
         path: &Path,
     ) -> Result<Option<(ObjectStat, (DetectedContent, bool))>> {
-        let Some(file) = Root::open_entry(directory, name)? else { return Ok(None) };
-        let stat = ObjectStat::of(&file)?;
-        let content = describe(&file, stat.size)?;
-        let is_plain = recall(self.ways, &file, path, &stat, &content);
+        let Some(file) = directory.open_entry(name)? else { return Ok(None) };
+        let stat = file.stat()?;
+        let content = describe(&*file, stat.size)?;
+        let is_plain = recall(self.ways, &*file, path, &stat, &content);
         Ok(Some((stat, (content, is_plain))))
     }
 }
@@ -319,7 +310,7 @@ fn seen(known: &KnownFiles, stat: &ObjectStat) -> Option<(DetectedContent, bool)
 /// undecided yet, and the name of a qcow2 image decides its format.
 fn recall(
     ways: &ScanContext<'_>,
-    file: &OwnedFd,
+    file: &dyn OpenObject,
     path: &Path,
     stat: &ObjectStat,
     content: &DetectedContent,
@@ -344,16 +335,16 @@ fn is_hidden(path: &Path) -> bool {
 /// The entries of a directory. What is renamed while it is listed may be met under neither name, and its
 /// chain would be gone until the next scan: one that does not keep still is listed again, and every name
 /// counts that was met.
-fn list_still(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
-    let mut before = ObjectStat::of(directory)?.version;
-    let mut entries = Root::list(directory)?;
+fn list_still(directory: &dyn OpenDirectory) -> Result<Vec<DirEntry>> {
+    let mut before = directory.version()?;
+    let mut entries = directory.list()?;
     for _ in 1..LISTINGS {
-        let after = ObjectStat::of(directory)?.version;
+        let after = directory.version()?;
         if after == before {
             break;
         }
         before = after;
-        entries.append(&mut Root::list(directory)?);
+        entries.append(&mut directory.list()?);
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         entries.dedup_by(|a, b| a.name == b.name);
     }
@@ -362,27 +353,31 @@ fn list_still(directory: &OwnedFd) -> Result<Vec<DirEntry>> {
 
 /// Of files that were met under two names, those that have lost one of them since: a file that is renamed
 /// while its directory is looked at is not two.
-fn drop_former_names(directory: &OwnedFd, files: &mut Vec<ScannedFile>) {
+fn drop_former_names(directory: &dyn OpenDirectory, files: &mut Vec<ScannedFile>) {
     let mut names: HashMap<ObjectId, usize> = HashMap::new();
     for file in files.iter() {
         *names.entry(file.stat.id).or_default() += 1;
     }
     files.retain(|file| {
         let name = file.place.path.file_name().unwrap_or_default();
-        names[&file.stat.id] == 1 || statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        names[&file.stat.id] == 1 || directory.stat_entry(name).is_ok_and(|found| found.is_some())
     });
 }
 
 /// Describes one file that a header or the user has named. `None` for a file that is no image.
-pub(super) fn describe_place(root: &Root, place: &StorePath, ways: &ScanContext<'_>) -> Result<ScannedFile> {
+pub(super) fn describe_place(
+    root: &dyn Backend,
+    place: &StorePath,
+    ways: &ScanContext<'_>,
+) -> Result<ScannedFile> {
     let file = root.open_file(&place.path)?;
-    let stat = ObjectStat::of(&file)?;
+    let stat = file.stat()?;
     let (content, is_plain) = if let Some(seen) = seen(ways.known, &stat) {
         seen
     } else {
-        let content = describe(&file, stat.size)?;
+        let content = describe(&*file, stat.size)?;
         // What lies outside of the store is not remembered there.
-        let is_plain = place.root == 0 && recall(ways, &file, &place.path, &stat, &content);
+        let is_plain = place.root == 0 && recall(ways, &*file, &place.path, &stat, &content);
         (content, is_plain)
     };
     Ok(ScannedFile { place: place.clone(), stat, content, is_plain, is_hidden: false })
@@ -396,21 +391,6 @@ pub(super) fn has_extension(path: &Path, extension: &str) -> bool {
 /// Whether the name indicates a disk image.
 pub(super) fn looks_like_image(path: &Path) -> bool {
     ["qcow2", "raw", "img"].iter().any(|extension| has_extension(path, extension))
-}
-
-/// Whether a mount of chainfs is what one sees at `path`.
-fn is_chainfs_mount(path: &Path) -> bool {
-    crate::io::mounts().is_ok_and(|mounts| {
-        mounts
-            .iter()
-            .rfind(|mount| mount.directory == path)
-            .is_some_and(|mount| mount.kind == crate::io::OWN_KIND)
-    })
-}
-
-/// A path by which inotify finds an open directory, wherever it has been moved.
-pub(super) fn by_descriptor(fd: &OwnedFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 /// Shared by those who follow [`KnownFiles`].

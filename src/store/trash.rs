@@ -8,7 +8,6 @@
 //! trash is not removed.
 
 use std::ffi::OsStr;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::image::{HeaderChange, change_header};
 use crate::io::{
-    EntryKind, Existing, Identity, MountPoints, ObjectId, ObjectStat, Root, Timestamp, directory_of,
+    EntryKind, Existing, Identity, MountPoints, ObjectId, ObjectStat, Timestamp, directory_of, read_text,
 };
 
 use super::Store;
@@ -129,12 +128,8 @@ impl Store {
 
     /// Whether a copy of an image that shares its blocks can be kept, as far as its file system tells.
     pub(crate) fn can_keep_copy(&self, image: &ImageEntry) -> bool {
-        // Magic numbers of XFS, btrfs and bcachefs: an XFS may have been made without it, which shows when it
-        // is tried.
-        const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
-        let kind = self.guard.root.file_system();
         let is_near = self.keeps_trash(image.stat.id) && image.place.root == 0 && image.data_file.is_none();
-        is_near && kind.is_ok_and(|kind| SHARING.contains(&kind))
+        is_near && self.guard.root.shares_blocks()
     }
 
     /// The items of the trash, oldest first. Notes without a file are ignored; a file without a readable note
@@ -148,7 +143,7 @@ impl Store {
         };
         let Some(directory) = directory else { return Ok(Vec::new()) };
         let mut items = Vec::new();
-        for entry in Root::list(&directory)?.into_iter().take(MAX_ITEMS) {
+        for entry in directory.list()?.into_iter().take(MAX_ITEMS) {
             let path = Path::new(TRASH).join(&entry.name);
             if entry.kind != EntryKind::File || path.extension().is_some() {
                 continue;
@@ -192,10 +187,9 @@ impl Store {
     }
 
     fn note(&self, path: &Path) -> Result<TrashRecord> {
-        let mut text = String::new();
-        let file = std::fs::File::from(self.guard.root.open_file(path)?);
-        let read = file.take(MAX_LEN).read_to_string(&mut text);
-        read.map_err(|error| Error::io(format!("reading {}", shown(path)), error))?;
+        let file = self.guard.root.open_file(path)?;
+        let text =
+            read_text(&*file, MAX_LEN).map_err(|error| error.within(format!("reading {}", shown(path))))?;
         toml::from_str(&text).map_err(|error| Error::new(ErrorKind::Corrupt, error.message().to_owned()))
     }
 
@@ -324,10 +318,10 @@ impl Store {
         let copied = (|| {
             names.create(&item, Some(&path))?;
             let (from, to) = (root.open_file(&path)?, root.open_file_for_writing(&item)?);
-            if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
+            if !to.share_all_of(&*from) {
                 return Ok(false);
             }
-            rustix::fs::fsync(&to).map_err(|error| Error::io("syncing a copy", error))?;
+            to.sync()?;
             names.sync(Path::new(TRASH)).map(|()| true)
         })();
         if !matches!(copied, Ok(true)) {

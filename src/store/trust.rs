@@ -8,14 +8,14 @@
 use std::path::Path;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{ObjectStat, Root};
+use crate::io::{Backend, ObjectStat};
 
 /// The bit of a directory in which only owners may remove and rename.
 const STICKY: u32 = 0o1000;
 
 /// Fails with `Denied` if the directory `path` beneath the store, which is ours if it is there, may be
 /// another's.
-pub(super) fn check(root: &Root, path: &Path) -> Result<()> {
+pub(super) fn check(root: &dyn Backend, path: &Path) -> Result<()> {
     let kept = match root.stat(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
         found => found?,
@@ -36,7 +36,7 @@ pub(super) fn check(root: &Root, path: &Path) -> Result<()> {
 }
 
 /// Whether that user is one of those who are trusted.
-pub(super) fn is_known(root: &Root, uid: u32) -> bool {
+pub(super) fn is_known(root: &dyn Backend, uid: u32) -> bool {
     let own = rustix::process::geteuid().as_raw();
     root.stat(Path::new(".")).map_or(true, |store| is_one_of_us(uid, &store, own))
 }
@@ -54,12 +54,13 @@ fn is_trusted(kept: &ObjectStat, store: &ObjectStat, own: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::LocalDirectory;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn only_those_who_could_do_it_themselves_are_believed() {
         let directory = tempfile::tempdir().unwrap();
-        let root = Root::open(directory.path()).unwrap();
+        let root = LocalDirectory::open(directory.path()).unwrap();
         let plain = root.stat(Path::new(".")).unwrap();
         let of = |uid, gid, mode| ObjectStat { mode, uid, gid, ..plain };
         let store = of(1000, 100, 0o755);
@@ -71,9 +72,9 @@ mod tests {
         assert!(is_trusted(&of(1001, 100, 0o775), &of(0, 100, 0o2775), 0), "a group that shares the store");
         assert!(!is_trusted(&of(1001, 100, 0o775), &of(0, 100, 0o3775), 0), "a sticky one");
         std::fs::create_dir(directory.path().join("own")).unwrap();
-        assert!(check(&root, Path::new("own")).is_ok() && check(&root, Path::new("gone")).is_ok());
+        assert!(check(&*root, Path::new("own")).is_ok() && check(&*root, Path::new("gone")).is_ok());
         std::fs::set_permissions(directory.path().join("own"), std::fs::Permissions::from_mode(0o777))
             .unwrap();
-        assert_eq!(check(&root, Path::new("own")).unwrap_err().kind(), ErrorKind::Denied);
+        assert_eq!(check(&*root, Path::new("own")).unwrap_err().kind(), ErrorKind::Denied);
     }
 }

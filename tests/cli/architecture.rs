@@ -109,3 +109,26 @@ fn the_transport_names_neither_kinds_of_errors_nor_handles() {
         }
     }
 }
+
+/// Words for what a local directory is made of: only `io` may use them of a store's files.
+const OF_FILES: [&str; 8] =
+    ["os::fd", "OwnedFd", "rustix::fs", "nix::fcntl", "MetadataExt", "io::Root", "st_ino", "inotify::"];
+
+/// Makes image files for `chainfs create`, in no store.
+const MAKES_FILES: &str = "image/create.rs";
+
+#[test]
+fn only_the_backend_knows_descriptors_and_inode_numbers_of_a_store() {
+    let src = project().join("src");
+    let mut files = Vec::new();
+    for layer in ["store", "ops", "chain", "image", "report"] {
+        sources(&src.join(layer), &mut files);
+    }
+    assert!(files.len() > 100, "{} files", files.len());
+    for file in files.iter().filter(|file| !file.ends_with(MAKES_FILES)) {
+        let text = fs::read_to_string(file).unwrap();
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        let found = code.lines().find(|line| OF_FILES.iter().any(|word| line.contains(word)));
+        assert_eq!(found, None, "{} knows what its store lives in", file.display());
+    }
+}

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use chainfs::error::ErrorKind;
 use chainfs::image::check::check;
 use chainfs::image::write::{BackingDisk, UndoableWriter, Writer, WriterOptions, Zeroing};
-use chainfs::io::{Descriptors, Expect, LockSupport, Root, StoreFile, WriterKind};
+use chainfs::io::{Descriptors, Expect, LocalDirectory, LockSupport, StoreFile, WriterKind};
 use support::oracle::Scratch;
 use support::sim::crash::each_state;
 use support::sim::disk::{Calls, Event};
@@ -444,7 +444,7 @@ fn reads_and_writes_continue_during_publishing() {
 
 /// A file of a directory, as the store opens it.
 fn store_file(scratch: &Scratch, name: &str) -> Arc<StoreFile> {
-    let root = Arc::new(Root::open(Path::new(&scratch.path(""))).unwrap());
+    let root = LocalDirectory::open(Path::new(&scratch.path(""))).unwrap();
     let seen = root.stat(Path::new(name)).unwrap();
     StoreFile::new(&Descriptors::with_limit(8), &root, Path::new(name), &seen, Expect::SameVersion)
 }

@@ -3,12 +3,12 @@
 //! Needs root.
 
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use chainfs::io::FileLock;
+use chainfs::io::{FileLock, LocalDirectory};
 use rustix::process::{Pid, Signal, kill_process};
 use support::command::Control;
 use support::foreign::amount;
@@ -22,10 +22,12 @@ struct Stopped(Child);
 impl Stopped {
     fn holding(lab: &Lab) -> Self {
         let path = lab.store.path(".chainfs/lock");
-        let file = File::options().read(true).write(true).open(&path).expect("the store's lock");
+        let directory = LocalDirectory::open(&lab.store.root()).expect("the store");
+        let file = directory.open_file_for_writing(Path::new(".chainfs/lock")).expect("the store's lock");
         // The lock belongs to the open file, which the child shares.
-        let shared = file.try_clone().expect("two of a descriptor");
-        let claim = FileLock::take(OwnedFd::from(file), &path, hang()).expect("nobody holds it for long");
+        let local = file.local_file().expect("a file of this machine");
+        let shared = local.as_fd().try_clone_to_owned().expect("two of a descriptor");
+        let claim = FileLock::take(file, &path, hang()).expect("nobody holds it for long");
         let child = Command::new("sleep").arg("600").stdin(Stdio::from(shared)).spawn().expect("sleep(1)");
         drop(claim);
         kill_process(Pid::from_child(&child), Signal::STOP).expect("a child of ours");

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
-use chainfs::io::Root;
+use chainfs::io::LocalDirectory;
 use chainfs::ops::{Engine, as_user};
 use chainfs::store::{Store as Opened, StoreOptions, Subject};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
@@ -79,7 +79,7 @@ fn two_users() -> Store {
 fn the_rule_is_the_kernels() {
     let place = tempfile::tempdir().expect("a directory");
     mode(place.path(), 0o755);
-    let (path, root) = (place.path().join("file"), Root::open(place.path()).expect("a root"));
+    let (path, root) = (place.path().join("file"), LocalDirectory::open(place.path()).expect("a root"));
     let mut rng = Rng::new(11);
     let mut granted = 0;
     for turn in 0..1500 {
@@ -345,7 +345,8 @@ fn a_directory_above_the_store_restricts_access() {
 fn cut_off(store: &Store, chain: &str, command: &str, changes: u64) -> (Arc<Opened>, Arc<Engine>) {
     let options = || StoreOptions { notify: false, owners_count: true, ..StoreOptions::default() };
     let host = Mortal::new();
-    let opened = Opened::open_on(&store.root(), options(), Arc::new(host.clone())).expect("a store");
+    let opened =
+        Opened::open_on(&store.root(), options(), &|directory| host.open(directory)).expect("a store");
     let engine = Engine::new(&opened);
     host.dies_after(changes);
     let _ = lab::run(&engine, chain, command);

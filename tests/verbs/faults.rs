@@ -10,7 +10,7 @@ use crate::scenario::run::{SIZE, Scenario, scratch};
 use crate::scenario::scene::Scene;
 use crate::scenario::shape::files;
 use crate::scenario::tape::{Event, Fault, Recorder};
-use chainfs::io::ThisHost;
+use chainfs::io::LocalDirectory;
 use chainfs::ops::{Engine, JobState};
 use chainfs::store::Store;
 use rustix::io::Errno;
@@ -36,7 +36,8 @@ fn sweep(scenario: &Scenario) {
     let calls = {
         let (_place, root) = made(&tape.start);
         let recorder = Recorder::new(&root, false);
-        let store = Store::open_on(&root, options(false), Arc::new(recorder.clone())).expect("a store");
+        let store =
+            Store::open_on(&root, options(false), &|directory| recorder.open(directory)).expect("a store");
         command(scenario, &Engine::new(&store)).expect("the command");
         recorder.calls()
     };
@@ -84,7 +85,8 @@ fn one(
 ) -> Result<(), String> {
     let (_place, root) = made(start);
     let recorder = Recorder::new(&root, false);
-    let store = Store::open_on(&root, options(false), Arc::new(recorder.clone())).expect("a store");
+    let store =
+        Store::open_on(&root, options(false), &|directory| recorder.open(directory)).expect("a store");
     let engine = Engine::new(&store);
     let mut guest = Guest::open(&store, &recorder, scenario.live.0, &scenario.initial(start), fault.number);
     (0..6).for_each(|_| guest.step());
@@ -119,7 +121,7 @@ fn one(
         tally.by_qemu += 1;
         judge.ask_qemu(&root, usize::MAX).map_err(|error| told(format!("called back: {error}")))?;
     }
-    let store = recover(&root, Arc::new(ThisHost)).map_err(told)?;
+    let store = recover(&root, &LocalDirectory::open).map_err(told)?;
     judge.recovered(&root, &store, usize::MAX).map_err(told)?;
     tally.poisoned += u64::from(!is_well);
     match outcome {

@@ -7,6 +7,7 @@ mod crash_delete_revert_rebase;
 mod delete_revert_rebase;
 mod faults;
 mod identity;
+mod memory;
 mod names_and_files;
 mod references;
 mod scenario;

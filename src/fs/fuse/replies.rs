@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 use std::convert::Infallible;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::SystemTime;
 
 use fuser::{
@@ -11,6 +10,8 @@ use fuser::{
     ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr,
 };
+
+use crate::io::LocalFile;
 
 use super::super::node::NodeKind;
 use super::super::service::{
@@ -80,7 +81,7 @@ impl Responder<OpenedDirectory> for OpenDirectoryReply {
 }
 
 impl OpenResponder<BackingId> for ReplyOpen {
-    fn register(&mut self, file: OwnedFd) -> io::Result<BackingId> {
+    fn register(&mut self, file: LocalFile) -> io::Result<BackingId> {
         self.open_backing(file)
     }
 }

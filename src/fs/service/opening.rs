@@ -5,11 +5,12 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+
+use crate::io::LocalFile;
 
 use super::super::handles::Handle;
 use super::features::Features;
@@ -101,7 +102,7 @@ impl<B> Opens<B> {
         &self,
         inode: u64,
         handle: &Handle,
-        register: impl FnOnce(OwnedFd) -> io::Result<B>,
+        register: impl FnOnce(LocalFile) -> io::Result<B>,
     ) -> ServedBy<B> {
         if let Some(backing) = self.open_passthrough(inode, handle, register) {
             return ServedBy::Passthrough(backing);
@@ -130,7 +131,7 @@ impl<B> Opens<B> {
         &self,
         inode: u64,
         handle: &Handle,
-        register: impl FnOnce(OwnedFd) -> io::Result<B>,
+        register: impl FnOnce(LocalFile) -> io::Result<B>,
     ) -> Option<Arc<B>> {
         let Handle::Disk(disk) = handle else { return None };
         let disk = disk.view();
@@ -146,7 +147,7 @@ impl<B> Opens<B> {
             }
             // Only if file and disk have the same size.
             let same_size = file.stat().is_ok_and(|stat| stat.size == disk.view.size());
-            let own = file.duplicate().ok().filter(|_| same_size)?;
+            let own = file.open_local().ok().flatten().filter(|_| same_size)?;
             match register(own) {
                 Ok(backing) => inode.backing = Some(Arc::new(backing)),
                 Err(error) => {

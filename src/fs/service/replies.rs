@@ -2,8 +2,9 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::Duration;
+
+use crate::io::LocalFile;
 
 use super::super::attributes::Attributes;
 use super::super::node::NodeKind;
@@ -35,7 +36,7 @@ pub trait BytesResponder: Responder<usize> {
 /// Takes the reply of an open.
 pub trait OpenResponder<B>: Responder<Opened<B>> {
     /// Registers a file that the kernel is to read itself, until the result is dropped.
-    fn register(&mut self, file: OwnedFd) -> io::Result<B>;
+    fn register(&mut self, file: LocalFile) -> io::Result<B>;
 }
 
 /// Takes names of a directory, then the reply.

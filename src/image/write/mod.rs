@@ -1,9 +1,9 @@
-//! The writable disk: one image that somebody writes, raw or qcow2.
+//! The writable disk: one image that is open for writing, raw or qcow2.
 //!
-//! Promises: what [`Writer::flush`] has returned for survives any crash; a crash in between leaves
-//! an image in which every sector holds the bytes before or after some later write, at worst
-//! with clusters that nothing refers to. All methods may be called from any thread at once.
-//! The layers below are asked through [`BackingDisk`] and never changed.
+//! Promises: after [`Writer::flush`] returns, the data survives any crash; a crash in between leaves an image
+//! in which every sector holds the bytes before or after some later write, at worst with clusters that
+//! nothing refers to. All methods may be called from any thread at once. The layers below are read through
+//! [`BackingDisk`] and never changed.
 
 mod allocate;
 mod cluster_roles;
@@ -54,20 +54,20 @@ use qcow2::Qcow2Writer;
 use raw::RawWriter;
 use writable::WritableFormat;
 
-/// What lies below the image that is written: where it is silent, these bytes show through.
+/// The backing disk of the image that is written: its bytes are visible where the image is unallocated.
 pub trait BackingDisk: Send + Sync {
     /// Fills `buf` with the bytes at `at`, zeroes past the end of the disk.
     fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()>;
 
-    /// What is known of the bytes at `at` without looking at data, and for how many of the `len` bytes from
-    /// there the same answer holds. Past its end the disk reads as zeroes.
+    /// The status of the bytes at `at` without reading data, and for how many of the `len` bytes from there
+    /// the same answer holds. Past its end the disk reads as zeroes.
     fn status_run(&self, at: u64, len: u64) -> Result<Run<BlockStatus>>;
 }
 
-/// What becomes of the space of a range that is to read as zeroes.
+/// The treatment of the space of a range that becomes zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zeroing {
-    /// Clusters keep their place (fallocate's `ZERO_RANGE`).
+    /// Clusters stay allocated (fallocate's `ZERO_RANGE`).
     Keep,
     /// Whole clusters are freed (`PUNCH_HOLE`, discard).
     Unmap,
@@ -84,7 +84,7 @@ fn zero_bytes(file: &dyn WriteStorage, at: u64, len: u64, zeroing: Zeroing) -> R
     }
 }
 
-/// What is only for the better, and done where the file system can.
+/// Ignores an operation that the file system does not support and that is only an improvement.
 fn where_possible(outcome: Result<()>) -> Result<()> {
     match outcome {
         Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
@@ -92,11 +92,11 @@ fn where_possible(outcome: Result<()>) -> Result<()> {
     }
 }
 
-/// Releases space that was reserved behind the end of a file, which ends at `from`.
+/// Releases space that was reserved beyond the end of a file, which ends at `from`.
 fn release_behind(file: &dyn WriteStorage, from: u64, end: u64) -> Result<()> {
     if end > from {
         where_possible(file.punch_hole(from, end - from))?;
-        // Some file systems only do it when the length is set, be it to what it is.
+        // Some file systems only do it when the length is set, even to its present value.
         file.set_len(from)?;
     }
     Ok(())
@@ -116,7 +116,7 @@ impl Default for WriterOptions {
     }
 }
 
-/// For how long one seek may keep a thread that others wait for.
+/// Maximum duration of one seek, since other requests wait for its thread.
 const SEEK_LIMIT: Duration = Duration::from_millis(200);
 
 /// A disk that can be written.
@@ -152,9 +152,9 @@ impl Writer {
         Ok(Arc::new(Self { format: Arc::new(writer) }))
     }
 
-    /// Takes space behind the end of the file, so that `bytes` more of it can be used without fear of a full
-    /// file system. What is left of it is given back when the disk is closed, published or abandoned. Nothing
-    /// happens where the file system cannot do that, nor to a raw image, which uses none there.
+    /// Reserves space beyond the end of the file, so that `bytes` more of it can be used even on a full file
+    /// system. The rest of it is released when the disk is closed, published or abandoned. Does nothing where
+    /// the file system cannot do that, nor for a raw image, which needs none there.
     pub fn reserve(&self, bytes: u64) -> Result<()> {
         self.format.reserve(bytes)
     }
@@ -193,7 +193,7 @@ impl Writer {
         self.format.copy_from(at, len, source, from)
     }
 
-    /// Makes a range read as zeroes, whatever lies below.
+    /// Makes a range read as zeroes, whatever the backing disk holds.
     pub fn zero(&self, at: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         self.assert_inside(at, len);
         if len == 0 {
@@ -211,27 +211,27 @@ impl Writer {
         self.format.allocate(at, len)
     }
 
-    /// Makes the disk `size` bytes long, rounded up to sectors. What is new reads as zeroes.
-    /// `Forbidden` if it is smaller than now.
+    /// Extends the disk to `size` bytes, rounded up to sectors. New bytes read as zeroes. `Forbidden` if it
+    /// is smaller than now.
     pub fn grow(&self, size: u64) -> Result<()> {
         self.format.grow(size)
     }
 
-    /// Returns when everything written before the call is durable. If it fails, the disk is
-    /// poisoned: it takes no more writes, and goes on being read.
+    /// Returns when everything written before the call is durable. If it fails, the disk is poisoned: it
+    /// takes no more writes, and can still be read.
     pub fn flush(&self) -> Result<()> {
         self.format.flush()
     }
 
-    /// Flushes until what was freed is counted as free, so that the file is as a checker wants it. The
-    /// disk can still be used.
+    /// Flushes until freed clusters are counted as free, so that the file is clean for a checker. The disk
+    /// can still be used.
     pub fn close(&self) -> Result<()> {
         self.format.close()
     }
 
-    /// Changes the header of a qcow2 image: cut off anywhere, it has the old one or the new one. The disk's
-    /// content is not touched, and need not be flushed. `Unsupported` where there is no such header, or no
-    /// room in it; nothing has been written then. Any other failure poisons the disk as a failed flush does.
+    /// Changes the header of a qcow2 image: a crash leaves the old header or the new one. The disk's content
+    /// is not touched, and need not be flushed. `Unsupported` without such a header, or without room in it;
+    /// nothing has been written then. Any other failure poisons the disk as a failed flush does.
     pub fn change_header(&self, change: &HeaderChange) -> Result<()> {
         let Some(overlay) = self.format.as_overlay() else {
             let sentence = format!("{}: a raw image has no header", self.format.name());
@@ -253,8 +253,8 @@ impl Writer {
         }
     }
 
-    /// Where the image itself has what it shows at `at`, and for how many of `max` bytes that goes on. Holds
-    /// for as long as nobody changes that range.
+    /// The image's own mapping of `at`, and for how many of `max` bytes the same holds. Valid until that
+    /// range changes.
     pub fn map(&self, at: u64, max: u64) -> Result<Run<Mapping>> {
         self.format.map(at, max)
     }
@@ -277,7 +277,7 @@ impl Writer {
     /// The first byte at or after `at` whose status is `wanted`. `None` if there is none before the end of
     /// the disk.
     ///
-    /// Whoever has looked for long enough calls the rest data, which is always allowed.
+    /// A search that reaches its time limit reports the rest as data, which is always allowed.
     pub fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let start = Instant::now();
         let (mut at, size) = (at, self.size());

@@ -4,13 +4,12 @@
 //! the most layers is drawn straight and names the tree.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use crate::format::Snapshot;
-use crate::io::{LockHolder, ObjectId, WRITER_BYTE, all_lock_holders, probe_writer};
+use crate::io::{LockHolder, ObjectId, WRITER_BYTE, all_lock_holders};
 use crate::report::safe;
 use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
 use crate::store::{
@@ -176,7 +175,7 @@ pub fn locked_text(store: &Store, catalog: &Catalog) -> String {
     }
     let is_written = |image: &&ImageEntry| {
         let file = store.roots()[image.place.root].open_file(&image.place.path);
-        file.is_ok_and(|file| probe_writer(file.as_fd()))
+        file.is_ok_and(|file| file.locks().is_written_by_others())
     };
     let leaves = catalog.chains().map(|(_, leaf)| leaf).filter(|leaf| catalog.is_active(*leaf));
     let written: Vec<&ImageEntry> = leaves.map(|leaf| &catalog.images[leaf]).filter(is_written).collect();
@@ -399,7 +398,7 @@ impl Writers {
     /// Records `image` if a process writes it; it is that node of the current tree.
     fn record(&mut self, store: &Store, image: &ImageEntry, node: usize) {
         let Ok(file) = store.roots()[image.place.root].open_file(&image.place.path) else { return };
-        if probe_writer(file.as_fd()) {
+        if file.locks().is_written_by_others() {
             self.locked.push((self.tree_count, node, image.stat.id));
         }
     }

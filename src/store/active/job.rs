@@ -132,13 +132,13 @@ impl Store {
         let file = self.file(&place, &stat, Expect::SameVersion);
         let lock = file.lock_for_writing(WriterKind::Guest, self.options.lock_support())?;
         let read_lock = file.lock(Stability::Live)?;
-        let DetectedContent::Qcow2(qcow2) = describe(&*file.descriptor()?, file.len()?)? else {
+        let DetectedContent::Qcow2(qcow2) = describe(&*file, file.len()?)? else {
             return Err(Error::new(ErrorKind::Corrupt, format!("{} is no qcow2 image", path.display())));
         };
         let storage: Arc<dyn Storage> = Arc::clone(&file) as _;
         let image =
             Image::qcow2(name, storage, None, Arc::clone(&qcow2.header), Expect::SameVersion, &self.caches)?;
-        let writer = Writer::qcow2(name, self.host.writable(&file)?, None, None, writer_options(self))?;
+        let writer = Writer::qcow2(name, file.open_for_writing()?, None, None, writer_options(self))?;
         let image = OpenImage { image, file, data_file: None, places: (place, None), format: Format::Qcow2 };
         Ok(NewTopFile { writer, lock, read_lock, image })
     }

@@ -148,7 +148,7 @@ impl<'a> World<'a> {
     /// Opens the store; nothing is resumed yet.
     pub(crate) fn open_only(&mut self) {
         let host = Mortal::new();
-        let store = Store::open_on(&self.root, options(), Arc::new(host.clone()));
+        let store = Store::open_on(&self.root, options(), &|directory| host.open(directory));
         let store = store.unwrap_or_else(|error| self.fail(&format!("opening the store: {error}")));
         self.store = Some((store, host));
     }

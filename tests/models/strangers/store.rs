@@ -18,7 +18,7 @@ fn options() -> StoreOptions {
 impl World {
     pub(super) fn open(&mut self) {
         let host = Mortal::new();
-        let store = Store::open_on(&self.root, options(), Arc::new(host.clone()));
+        let store = Store::open_on(&self.root, options(), &|directory| host.open(directory));
         let store = store.unwrap_or_else(|error| self.fail(&format!("opening the store: {error}")));
         let engine = Engine::new(&store);
         engine.resume();

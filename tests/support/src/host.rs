@@ -1,17 +1,208 @@
-//! The real machine, until its time is up: from then on no change of a store is done any more, as if the
-//! process had been killed.
+//! Stores whose changes go through a test's hands: counted, recorded, or broken.
+//!
+//! [`wrap`] stands around the local directory. Changes of images' bytes and of names go through the [`Hands`] of
+//! a test; all else is the directory's own.
 
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use chainfs::error::{Error, Result};
-use chainfs::io::{Descriptors, Directory, Existing, Host, Root, Storage, StoreFile, ThisHost, WriteStorage};
+use chainfs::io::{
+    Backend, Changes, Directory, Existing, Identity, LocalDirectory, LocalFile, MountPoints, ObjectLocks,
+    ObjectStat, OpenDirectory, OpenObject, Permissions, Space, Storage, WriteObject, WriteStorage,
+};
 use chainfs::units::{BlockStatus, Run};
 use rustix::io::Errno;
 
-/// A host that can be killed.
+/// What a test does with the changes of a store.
+pub trait Hands: Send + Sync + 'static {
+    /// Stands around an image that is open for writing.
+    fn image(&self, opened: Arc<dyn WriteObject>) -> Arc<dyn WriteStorage>;
+
+    /// Stands around the names.
+    fn names(&self, names: Arc<dyn Directory>) -> Arc<dyn Directory>;
+}
+
+/// The directory, with its changes in these hands.
+pub fn wrap(directory: &Path, hands: impl Hands) -> Result<Arc<dyn Backend>> {
+    Ok(Arc::new(Wrapped { inner: LocalDirectory::open(directory)?, hands }))
+}
+
+struct Wrapped<H> {
+    inner: Arc<dyn Backend>,
+    hands: H,
+}
+
+impl<H: Hands> Backend for Wrapped<H> {
+    fn given(&self) -> &Path {
+        self.inner.given()
+    }
+
+    fn canonical(&self) -> &Path {
+        self.inner.canonical()
+    }
+
+    fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<Box<dyn OpenDirectory>>> {
+        self.inner.open_directory(path, mounts)
+    }
+
+    fn stat(&self, path: &Path) -> Result<ObjectStat> {
+        self.inner.stat(path)
+    }
+
+    fn stat_itself(&self, path: &Path) -> Result<ObjectStat> {
+        self.inner.stat_itself(path)
+    }
+
+    fn identify(&self, path: &Path) -> Result<Identity> {
+        self.inner.identify(path)
+    }
+
+    fn is_real_directory(&self, path: &Path) -> bool {
+        self.inner.is_real_directory(path)
+    }
+
+    fn link_target(&self, path: &Path) -> Option<PathBuf> {
+        self.inner.link_target(path)
+    }
+
+    fn open_file(&self, path: &Path) -> Result<Arc<dyn OpenObject>> {
+        self.inner.open_file(path)
+    }
+
+    fn open_file_for_writing(&self, path: &Path) -> Result<Arc<dyn WriteObject>> {
+        let opened = self.inner.open_file_for_writing(path)?;
+        // Locks and notes of chainfs itself are no images.
+        if [".chainfs", ".chainfs-intents", ".chainfs-lock"].iter().any(|own| path.starts_with(own)) {
+            return Ok(opened);
+        }
+        Ok(Arc::new(WrappedObject { image: self.hands.image(Arc::clone(&opened)), opened }))
+    }
+
+    fn names(&self) -> Option<Arc<dyn Directory>> {
+        Some(self.hands.names(self.inner.names()?))
+    }
+
+    fn changes(&self) -> Option<Arc<dyn Changes>> {
+        self.inner.changes()
+    }
+
+    fn permissions(&self, path: &Path) -> Result<Permissions> {
+        self.inner.permissions(path)
+    }
+
+    fn permissions_above(&self) -> Result<Vec<Permissions>> {
+        self.inner.permissions_above()
+    }
+
+    fn steps(&self, path: &Path) -> Result<(Vec<PathBuf>, PathBuf)> {
+        self.inner.steps(path)
+    }
+
+    fn shares_blocks(&self) -> bool {
+        self.inner.shares_blocks()
+    }
+
+    fn has_remote_writers(&self) -> bool {
+        self.inner.has_remote_writers()
+    }
+
+    fn space(&self) -> Result<Space> {
+        self.inner.space()
+    }
+}
+
+/// An image that is open for writing, and what stands around it.
+struct WrappedObject {
+    opened: Arc<dyn WriteObject>,
+    image: Arc<dyn WriteStorage>,
+}
+
+impl OpenObject for WrappedObject {
+    fn stat(&self) -> Result<ObjectStat> {
+        self.opened.stat()
+    }
+
+    fn identity(&self) -> Result<Identity> {
+        self.opened.identity()
+    }
+
+    fn free_space(&self) -> Result<u64> {
+        self.opened.free_space()
+    }
+
+    fn locks(&self) -> &dyn ObjectLocks {
+        self.opened.locks()
+    }
+
+    fn reopen_for_writing(&self) -> Result<Arc<dyn WriteObject>> {
+        self.opened.reopen_for_writing()
+    }
+}
+
+impl Storage for WrappedObject {
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.image.read_at(at, buf)
+    }
+
+    fn len(&self) -> Result<u64> {
+        self.image.len()
+    }
+
+    fn extent(&self, at: u64, end: u64) -> Result<Run<BlockStatus>> {
+        self.image.extent(at, end)
+    }
+
+    fn read_table_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        self.image.read_table_at(at, buf)
+    }
+
+    fn local_file(&self) -> Option<LocalFile> {
+        self.image.local_file()
+    }
+}
+
+impl WriteStorage for WrappedObject {
+    fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.image.write_at(at, bytes)
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.image.set_len(len)
+    }
+
+    fn punch_hole(&self, at: u64, len: u64) -> Result<()> {
+        self.image.punch_hole(at, len)
+    }
+
+    fn write_zeroes(&self, at: u64, len: u64) -> Result<()> {
+        self.image.write_zeroes(at, len)
+    }
+
+    fn allocate(&self, at: u64, len: u64) -> Result<()> {
+        self.image.allocate(at, len)
+    }
+
+    fn reserve(&self, at: u64, len: u64) -> Result<()> {
+        self.image.reserve(at, len)
+    }
+
+    fn write_table_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        self.image.write_table_at(at, bytes)
+    }
+
+    fn copy_from(&self, at: u64, source: &dyn Storage, from: u64, len: u64) -> Result<()> {
+        self.image.copy_from(at, source, from, len)
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.image.sync()
+    }
+}
+
+/// The real machine, until its time is up: from then on no change of a store is done any more, as if the
+/// process had been killed.
 #[derive(Clone)]
 pub struct Mortal {
     /// How many changes are left to it.
@@ -24,6 +215,11 @@ impl Mortal {
     pub fn new() -> Self {
         let endless = || Arc::new(AtomicI64::new(i64::MAX));
         Self { left: endless(), names_left: endless() }
+    }
+
+    /// Opens a directory of a store in its hands.
+    pub fn open(&self, directory: &Path) -> Result<Arc<dyn Backend>> {
+        wrap(directory, self.clone())
     }
 
     /// It does so many more changes.
@@ -57,13 +253,13 @@ impl Mortal {
     }
 }
 
-impl Host for Mortal {
-    fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>> {
-        Ok(Arc::new(MortalFile { inner: ThisHost.writable(file)?, host: self.clone() }))
+impl Hands for Mortal {
+    fn image(&self, opened: Arc<dyn WriteObject>) -> Arc<dyn WriteStorage> {
+        Arc::new(MortalFile { inner: opened, host: self.clone() })
     }
 
-    fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory> {
-        Arc::new(MortalNames { inner: ThisHost.directory(root, descriptors), host: self.clone() })
+    fn names(&self, inner: Arc<dyn Directory>) -> Arc<dyn Directory> {
+        Arc::new(MortalNames { inner, host: self.clone() })
     }
 }
 
@@ -89,8 +285,8 @@ impl Storage for MortalFile {
         self.inner.read_table_at(at, buf)
     }
 
-    fn open_file(&self) -> Option<Arc<OwnedFd>> {
-        self.inner.open_file()
+    fn local_file(&self) -> Option<LocalFile> {
+        self.inner.local_file()
     }
 }
 

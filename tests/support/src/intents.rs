@@ -2,17 +2,17 @@
 
 use std::path::Path;
 
-use chainfs::io::Root;
+use chainfs::io::LocalDirectory;
 use chainfs::store::{FileRef, Format, Intent, Operation, Store as Opened, StoreOptions};
 
 use super::store::Store;
 
 /// A file of the store as an intent names it.
 pub fn witness(store: &Store, name: &str, fixed: bool) -> FileRef {
-    let root = Root::open(&store.root()).expect("a store");
+    let root = LocalDirectory::open(&store.root()).expect("a store");
     let is_raw = Path::new(name).extension().is_some_and(|extension| extension == "raw");
     let format = if is_raw { Format::Raw } else { Format::Qcow2 };
-    FileRef::witness(&root, Path::new(name), format, fixed).unwrap_or_else(|error| panic!("{name}: {error}"))
+    FileRef::witness(&*root, Path::new(name), format, fixed).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 /// Leaves an intent as its owner would that is killed right after writing it. Returns its path in the store.

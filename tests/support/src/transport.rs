@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use chainfs::fs::service::{
     OpenResponder, Opened, OpenedDirectory, Responder, ServedBy, Service, TimedAttributes, Write,
 };
 use chainfs::fs::{Caller, GuestOptions, MountTree, NodeKind, Ownership};
+use chainfs::io::LocalFile;
 use chainfs::store::{Store, StoreOptions};
 
 use super::chainfs_binary;
@@ -243,8 +244,11 @@ impl<T: Send + 'static> Responder<T> for Pending<T> {
 }
 
 impl OpenResponder<File> for Pending<Opened<File>> {
-    fn register(&mut self, file: OwnedFd) -> io::Result<File> {
-        if self.registers { Ok(file.into()) } else { Err(io::ErrorKind::Unsupported.into()) }
+    fn register(&mut self, file: LocalFile) -> io::Result<File> {
+        if !self.registers {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(file.as_fd().try_clone_to_owned()?.into())
     }
 }
 

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chainfs::image::check::check;
-use chainfs::io::{Host, ThisHost};
+use chainfs::io::LocalDirectory;
 use chainfs::ops::{Engine, JobState};
-use chainfs::store::{Store, StoreOptions};
+use chainfs::store::{OpenBackend, Store, StoreOptions};
 
 use super::scene::Scene;
 use super::shape::{Chains, Content, Seen, Shape, Views, by_qemu, checked_by_qemu, files, is_qcow2, seen};
@@ -69,8 +69,8 @@ pub(crate) fn options(read_only: bool) -> StoreOptions {
 }
 
 /// Opens a store, resumes interrupted commands, and waits for their end.
-pub(crate) fn recover(root: &Path, host: Arc<dyn Host>) -> Result<Arc<Store>, String> {
-    let store = Store::open_on(root, options(false), host).map_err(|error| format!("opening: {error}"))?;
+pub(crate) fn recover(root: &Path, open: &OpenBackend<'_>) -> Result<Arc<Store>, String> {
+    let store = Store::open_on(root, options(false), open).map_err(|error| format!("opening: {error}"))?;
     let engine = Engine::new(&store);
     let intents = store.catalog().intents.clone();
     engine.resume();
@@ -98,7 +98,7 @@ impl Judge {
     /// Judges the state beneath `root`: the first `cut` events of the tape have happened.
     pub(crate) fn judge(&self, root: &Path, cut: usize, seed: u64) -> Result<(), String> {
         let is_copy = self.at_once(root, cut)?;
-        let store = recover(root, Arc::new(ThisHost))?;
+        let store = recover(root, &LocalDirectory::open)?;
         self.recovered(root, &store, cut)?;
         drop(store);
         let (own, copied) = self.resumed.get();

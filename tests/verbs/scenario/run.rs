@@ -5,7 +5,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use chainfs::io::Host;
 use chainfs::ops::{Engine, JobState};
 use chainfs::store::Store;
 use tempfile::TempDir;
@@ -150,7 +149,8 @@ impl Scenario {
         let before = self.before(&root, place.path());
         let initial = by_qemu(&root, self.live.0, place.path()).expect("the disk");
         let recorder = host(&root);
-        let store = Store::open_on(&root, options(false), Arc::new(recorder.clone())).expect("a store");
+        let store =
+            Store::open_on(&root, options(false), &|directory| recorder.open(directory)).expect("a store");
         let engine = Engine::new(&store);
         let (history, done) = if self.is_busy {
             let mut guest =
@@ -342,8 +342,7 @@ fn cut_recoveries(
         fs::create_dir(&root).expect("a directory");
         scene.save(&root);
         let recorder = Recorder::new(&root, false);
-        let host: Arc<dyn Host> = Arc::new(recorder.clone());
-        if let Err(error) = recover(&root, host) {
+        if let Err(error) = recover(&root, &|directory| recorder.open(directory)) {
             bad(format!("{error}\nstate: {}", describe(tape, &candidate)));
             break;
         }

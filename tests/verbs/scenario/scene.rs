@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use chainfs::io::Identity;
+use chainfs::io::LocalDirectory;
 
 use support::sim::{Pages, mix};
 
@@ -20,8 +20,8 @@ const NOBODY: &str = "0:0:-";
 
 /// The identity of the file, in the words of an intent.
 fn identity(path: &Path) -> String {
-    let file = fs::File::open(path).expect("a file");
-    Identity::of(&file).expect("its identity").to_string()
+    let directory = LocalDirectory::open(path.parent().expect("a file")).expect("its directory");
+    directory.identify(Path::new(path.file_name().expect("a file"))).expect("its identity").to_string()
 }
 
 /// Names and the files that they mean.

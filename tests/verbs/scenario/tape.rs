@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,13 +11,14 @@ use std::time::Duration;
 
 use chainfs::error::{Error, Result};
 use chainfs::io::{
-    Descriptors, Directory, Existing, Host, Root, Storage, StoreFile, ThisHost, WriteStorage, directory_of,
+    Backend, Directory, Existing, LocalFile, Storage, WriteObject, WriteStorage, directory_of,
 };
 use chainfs::units::{BlockStatus, Run};
 use parking_lot::{Mutex, MutexGuard};
 use rustix::io::Errno;
 
 use super::scene::Scene;
+use support::host::{Hands, wrap};
 use support::sim::action::Action;
 use support::sim::mix;
 
@@ -141,6 +141,12 @@ impl Recorder {
         Self(Arc::new(Shared { root: root.canonicalize().expect("the store"), state, honest, jitter }))
     }
 
+    /// Opens the directory of the store, so that what is done there is recorded.
+    pub(crate) fn open(&self, directory: &Path) -> Result<Arc<dyn Backend>> {
+        assert_eq!(directory.canonicalize().expect("the store"), self.0.root, "one store, one tape");
+        wrap(directory, self.clone())
+    }
+
     /// The tape so far.
     pub(crate) fn tape(&self) -> Tape {
         self.0.state.lock().tape.clone()
@@ -193,15 +199,14 @@ impl Recorder {
     }
 }
 
-impl Host for Recorder {
-    fn writable(&self, file: &Arc<StoreFile>) -> Result<Arc<dyn WriteStorage>> {
-        let inner = ThisHost.writable(file)?;
-        Ok(Arc::new(TapedFile { inner, file: self.number(file.id().number()), recorder: self.clone() }))
+impl Hands for Recorder {
+    fn image(&self, opened: Arc<dyn WriteObject>) -> Arc<dyn WriteStorage> {
+        let number = opened.stat().expect("its attributes").id.number();
+        Arc::new(TapedFile { inner: opened, file: self.number(number), recorder: self.clone() })
     }
 
-    fn directory(&self, root: &Arc<Root>, descriptors: &Arc<Descriptors>) -> Arc<dyn Directory> {
-        assert_eq!(root.canonical(), self.0.root, "one store, one tape");
-        Arc::new(TapedNames { inner: ThisHost.directory(root, descriptors), recorder: self.clone() })
+    fn names(&self, inner: Arc<dyn Directory>) -> Arc<dyn Directory> {
+        Arc::new(TapedNames { inner, recorder: self.clone() })
     }
 }
 
@@ -238,8 +243,8 @@ impl Storage for TapedFile {
         self.inner.read_table_at(at, buf)
     }
 
-    fn open_file(&self) -> Option<Arc<OwnedFd>> {
-        self.inner.open_file()
+    fn local_file(&self) -> Option<LocalFile> {
+        self.inner.local_file()
     }
 }
 
