@@ -1,8 +1,9 @@
 //! Decompression, for compressed clusters of images and for guests' file systems.
 //!
-//! Promises: the output is bounded by the caller's buffer, and nothing that a stream claims about itself makes
-//! the decoder allocate more than a fixed window. Bytes after the end of a stream, or after a full buffer, are
-//! ignored. Each thread keeps its decoders: the setup of one costs about as much as decoding a small cluster.
+//! Promises: the output is bounded by the caller's buffer, and nothing that a stream claims about itself
+//! makes the decoder allocate more than a fixed window. Bytes after the end of a stream, or after a full
+//! buffer, are ignored. Each thread keeps its decoders: the setup of one costs about as much as decoding a
+//! small cluster.
 
 use std::cell::RefCell;
 

@@ -1,8 +1,9 @@
 //! The guests' file systems in the mount.
 //!
 //! Each tree of a file system has a slot, whose number is a part of the inode numbers of its files (see
-//! [`guest_numbers`](super::guest_numbers)). A tree keeps its slot while the kernel's lookup count is positive,
-//! or while the browser still has the disk. Freed slots are reused only when all others have been used.
+//! [`guest_numbers`](super::guest_numbers)). A tree keeps its slot while the kernel's lookup count is
+//! positive, or while the browser still has the disk. Freed slots are reused only when all others have been
+//! used.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,7 +1,7 @@
 //! The local directory as a backend: everything of a store that is a matter of this machine's file systems.
 //!
-//! Confinement is [`Root`]'s, names are those of `directory`, and locks are QEMU's of `locks`. Nothing outside
-//! of this layer knows descriptors, inode numbers or times of files.
+//! Confinement is [`Root`]'s, names are those of `directory`, and locks are QEMU's of `locks`. Nothing
+//! outside of this layer knows descriptors, inode numbers or times of files.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -33,8 +33,8 @@ impl fmt::Display for LockHolder {
     }
 }
 
-/// The other processes that hold a lock on `byte`, for many files at once: by file. Inode numbers of different
-/// file systems are not told apart, so ask only about files that are known to be locked.
+/// The other processes that hold a lock on `byte`, for many files at once: by file. Inode numbers of
+/// different file systems are not told apart, so ask only about files that are known to be locked.
 pub fn all_lock_holders(ids: &[ObjectId], byte: i64) -> HashMap<ObjectId, Vec<LockHolder>> {
     let inodes: Vec<u64> = ids.iter().map(|id| id.number()).collect();
     let Some(first) = inodes.first() else { return HashMap::new() };

@@ -53,9 +53,9 @@ pub(super) fn freeze(
     })
 }
 
-/// Writes the mark of a frozen layer: for a raw image into the store's list, for a qcow2 image into its header,
-/// by `change`. A header without room for the description gets the mark without it. `Unsupported` if the
-/// header has no room for the mark.
+/// Writes the mark of a frozen layer: for a raw image into the store's list, for a qcow2 image into its
+/// header, by `change`. A header without room for the description gets the mark without it. `Unsupported` if
+/// the header has no room for the mark.
 pub(super) fn mark(
     store: &Store,
     format: Format,

@@ -1,7 +1,7 @@
 //! The requests of users, as values that are valid by themselves: reading, checking and writing them.
 //!
-//! A verb is a file of its own: its words, its plan and its job. Its plan checks whether the store has the files
-//! that a request names.
+//! A verb is a file of its own: its words, its plan and its job. Its plan checks whether the store has the
+//! files that a request names.
 
 use crate::error::Result;
 
@@ -10,8 +10,8 @@ use super::tokenize::split;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 use super::{Request, Verb};
 
-/// Declares the verbs. A row has the verb's documentation, its name, and its module and request; the module has
-/// the verb's [`VerbSpec`] as `SPEC`.
+/// Declares the verbs. A row has the verb's documentation, its name, and its module and request; the module
+/// has the verb's [`VerbSpec`] as `SPEC`.
 /// `cancel` has no row: it acts on the command of another verb.
 macro_rules! verbs {
     ($($(#[doc = $doc:literal])+ $verb:ident = $module:ident::$request:ident;)+) => {

@@ -1,7 +1,7 @@
 //! Stores whose changes go through a test's hands: counted, recorded, or broken.
 //!
-//! [`wrap`] stands around the local directory. Changes of images' bytes and of names go through the [`Hands`] of
-//! a test; all else is the directory's own.
+//! [`wrap`] stands around the local directory. Changes of images' bytes and of names go through the
+//! [`Hands`] of a test; all else is the directory's own.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
