@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use crate::error::ErrorKind;
 use crate::io::{Backend, Identity};
 
-use super::catalog::shown;
 use super::evidence::{AllowedChange, FileRef};
-use super::intents::Intent;
+use super::file_names::shown;
+use super::intent::Intent;
 use super::operation::{Effects, ExpectedFile};
 
 /// The result for a file that an intent names.

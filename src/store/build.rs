@@ -14,18 +14,19 @@ use super::catalog::{
     self, BackingLink, Catalog, FileReference, ImageEntry, ImageIndex, IsFile, UnlinkedImage, qcow2_problem,
     versions,
 };
+use super::control_dir::ControlDir;
 use super::describe::DetectedContent;
+use super::evidence::FileRef;
+use super::file_names::{has_extension, shown};
 use super::find_uses::{claims_of, foreign_kind, names_of};
 use super::freeze_list::{FROZEN_NOTES, FreezeList};
-use super::intents::{ControlDir, FileRef, FoundIntent};
+use super::intents::FoundIntent;
 use super::operation::{Effects, FileLookup, NewTop};
 use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, UseReach, pattern};
 use super::resolve::{BrokenLink, StorePath, UnresolvedName, climbed, resolve};
-use super::scan::{
-    KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, has_extension, known_of,
-};
+use super::scan::{KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, known_of};
 
 /// Files of a scan, and those that headers name besides, on their way to a catalog.
 pub(super) struct CatalogBuilder<'a> {
@@ -434,7 +435,7 @@ impl CatalogBuilder<'_> {
             match own_target {
                 Ok(own_target) if own_target == target => {}
                 Ok(_) if !is_given => {
-                    let name = catalog::shown(&self.files[target].place.path);
+                    let name = shown(&self.files[target].place.path);
                     let fact = format!(
                         "is another name of {}, by which QEMU finds the backing file {name}",
                         self.files[index].place.path.display()
@@ -739,5 +740,5 @@ const AMEND: &str = "name it anew: qemu-img amend -o data_file=NEW --image-opts 
                      driver=qcow2,file.filename=IMAGE,data-file.filename=NEW";
 
 fn printable(name: &[u8]) -> String {
-    catalog::shown(Path::new(catalog::os(name)))
+    shown(Path::new(catalog::os(name)))
 }

@@ -11,14 +11,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::chain::MAX_DEPTH;
-use crate::error::printable;
 use crate::format::Frozen;
 use crate::image::unreadable;
 use crate::io::{ObjectId, ObjectStat};
 use crate::units::round_up_to_sector;
 
 use super::describe::{DetectedContent, Qcow2Description};
-use super::intents::{FileRef, FoundIntent, Intent, UNTRUSTED};
+use super::evidence::FileRef;
+use super::file_names::{shell_word, shown};
+use super::intent::Intent;
+use super::intents::{FoundIntent, UNTRUSTED};
 use super::names::{self, STORE_DIRECTORY};
 use super::operation::{AffectedFile, Effects, FileLookup, Operation};
 use super::options::Format;
@@ -222,11 +224,6 @@ impl ImageEntry {
     pub fn shown(&self) -> String {
         shown(&self.place.path)
     }
-}
-
-/// A path as part of a sentence: characters that a terminal would interpret are escaped.
-pub fn shown(path: &Path) -> String {
-    printable(&String::from_utf8_lossy(path.as_os_str().as_bytes()))
 }
 
 const MARKED_CORRUPT: &str = "is marked as corrupt, so it is read-only; run chainfs check --repair all";
@@ -604,14 +601,6 @@ fn below(draft: &UnlinkedImage, drafts: &[UnlinkedImage], probe: bool) -> Backin
         ),
         Some(_) => BackingLink::Image(target),
     }
-}
-
-/// A word of a remedy, quoted if a shell would interpret it: remedies are copied, and names are any bytes of
-/// an image.
-pub(super) fn shell_word(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-/+@%,:=".contains(c);
-    let plain = !word.is_empty() && word.chars().all(is_plain);
-    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
 
 /// Cuts each loop at one link, so that following links always ends. The image that the user named, else the

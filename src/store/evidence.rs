@@ -19,7 +19,8 @@ use crate::io::{Backend, Expect, Identity, OpenObject, Timestamp};
 use crate::units::{BlockStatus, Stability};
 
 use super::describe::{DetectedContent, describe};
-use super::intents::encoded;
+use super::encoded;
+use super::file_names::shown;
 use super::options::Format;
 
 /// Number of sampled sectors of a file.
@@ -83,7 +84,7 @@ impl DataFileRef {
             Ok(fact) => fact?.to_owned(),
             Err(error) => format!("cannot be checked: {error}"),
         };
-        Some(format!("{}, an external data file, {fact}", super::catalog::shown(&self.path)))
+        Some(format!("{}, an external data file, {fact}", shown(&self.path)))
     }
 
     fn differs(&self, root: &dyn Backend, allowed: AllowedChange) -> Result<Option<&'static str>> {
@@ -498,7 +499,7 @@ fn is_other_disk(
     if samples.is_empty() || header.data_file.is_some() {
         return Ok(false);
     }
-    let (name, caches) = (super::catalog::shown(path), Caches::new(PIECE as usize, PIECE as usize));
+    let (name, caches) = (shown(path), Caches::new(PIECE as usize, PIECE as usize));
     let image =
         Image::qcow2(&name, root.open_file(path)?, None, Arc::clone(header), Expect::AnyVersion, &caches)?;
     let view = View::new(vec![Layer::active(&image)?], Stability::Frozen, &Arc::new(FlatCache::new(0)));

@@ -9,10 +9,11 @@ use crate::format::foreign::{ForeignFormat, Parents};
 use super::build::CatalogBuilder;
 use super::catalog::{FileReference, ImageIndex, UnlinkedImage};
 use super::describe::{DetectedContent, MIN_HEADER_LEN, parents_without_magic};
+use super::file_names::has_extension;
 use super::options::{Format, StoreOptions};
 use super::possible_uses::{PossibleUse, UseReach, pattern, standalone_remedy};
 use super::resolve::{StorePath, names_in_json, protocol, traced};
-use super::scan::{Problem, ScannedFile, Unread, has_extension, looks_like_image};
+use super::scan::{Problem, ScannedFile, Unread, looks_like_image};
 
 /// Drivers of QEMU whose files are on other machines, or are none.
 const REMOTE: [&str; 14] = [

@@ -11,7 +11,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Frozen;
 use crate::io::{Directory, Existing, directory_of, read_text};
 
-use super::intents::{ControlDir, encoded};
+use super::control_dir::ControlDir;
+use super::encoded;
 use super::resolve::StorePath;
 
 /// The file, relative to the store.

@@ -5,223 +5,35 @@
 //! that an intent invalidates are not shown to any scan of the store until the intent is removed. Other
 //! modules carry out the steps; the files alone show which steps are done.
 
-use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{
-    Backend, Directory, EntryKind, Existing, FileLock, Identity, MountPoints, OpenDirectory, OpenObject,
-    WriteObject, directory_of, read_text,
-};
+use crate::io::{Directory, EntryKind, Existing, FileLock, MountPoints, OpenObject, directory_of, read_text};
 
-use super::OpenBackend;
 use super::bind::{FileBinding, bind};
-pub use super::evidence::FileRef;
-use super::evidence::identity;
+use super::control_dir::{ControlDir, MARKER};
+use super::evidence::FileRef;
+use super::file_names::shown;
 use super::freeze_list;
+use super::intent::Intent;
+use super::known_intents::{BEGUN, LiveIntent, LiveIntents, ResumeRefusal, SeenIntent};
 use super::leftovers::{DRAFT, is_intents_draft};
 use super::operation::{Effects, Operation};
 
 use super::trust;
 
-/// The directory that marks a store.
-pub const MARKER: &str = ".chainfs";
-/// The directory of intents beneath the marker.
-const INTENTS: &str = ".chainfs/intents";
-/// The directory of intents beside an image in no marked store.
-const STRAY_INTENTS: &str = ".chainfs-intents";
-const LOCK: &str = ".chainfs/lock";
-/// The name alone: opening and closing it changes nothing.
-pub(super) const LOCK_NAME: &[u8] = b"lock";
-const STRAY_LOCK: &str = ".chainfs-lock";
-/// Whether a name is one of those under which chainfs keeps its own files in a store.
-pub(super) fn is_own_name(name: &[u8]) -> bool {
-    [MARKER, STRAY_INTENTS, STRAY_LOCK].iter().any(|own| own.as_bytes() == name)
-}
-
-/// Written in each intent. An intent of another version cannot be parsed, and hides the whole store.
-const VERSION: u32 = 2;
 /// The problem of intents that another user may have written.
 pub(super) const UNTRUSTED: &str = "records commands that were begun, and none is resumed";
 /// Longer files are no intents.
 const MAX_LEN: u64 = 4 << 20;
-/// The first line of an intent's file, and the line that its owner writes over it before removing it: an
-/// observer can tell whether it was ended, or removed by another process.
-const BEGUN: &str = "# begun\n";
-const ENDED: &str = "# ended\n";
-const _: () = assert!(BEGUN.len() == ENDED.len());
 /// Maximum number of intents of others that are kept open for that: each costs a descriptor.
 const MOST_SEEN: usize = 64;
-/// Maximum number of former files of one intent that are kept. An observer that has missed that many does not
-/// know the intent.
-const MOST_FORMER: usize = 16;
-/// How long to wait for the store's lock: it is held for moments.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// The same for a job that has done hours of work.
-const JOB_PATIENCE: Duration = Duration::from_hours(1);
-
 /// Interval of retries after a refusal that another process caused.
 const RETRY: Duration = Duration::from_secs(3);
-
-/// The record of a command.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Intent<O = Operation> {
-    version: u32,
-    /// The identity of its own file: a copied store has another one. None before it is written.
-    #[serde(default, with = "identity_option", skip_serializing_if = "Option::is_none")]
-    pub(super) own: Option<Identity>,
-    /// The command's words.
-    pub command: String,
-    /// The chain of the command, by its path in the mount.
-    #[serde(with = "encoded")]
-    pub chain: PathBuf,
-    /// Its operation.
-    #[serde(flatten)]
-    pub operation: O,
-}
-
-/// Paths as text: bytes that are not plain ASCII are percent-encoded.
-pub(super) mod encoded {
-    use super::{Deserialize, Deserializer, OsStrExt, OsString, OsStringExt, Path, PathBuf, Serializer};
-    use std::fmt::Write;
-
-    pub(super) fn text(path: &Path) -> String {
-        let mut text = String::new();
-        for byte in path.as_os_str().as_bytes() {
-            if byte.is_ascii_graphic() && *byte != b'%' || *byte == b' ' {
-                text.push(*byte as char);
-            } else {
-                let _ = write!(text, "%{byte:02X}");
-            }
-        }
-        text
-    }
-
-    pub(super) fn path(text: &str) -> Option<PathBuf> {
-        let mut bytes = Vec::with_capacity(text.len());
-        let mut rest = text.as_bytes();
-        while let Some((first, more)) = rest.split_first() {
-            if *first == b'%' {
-                let digits = std::str::from_utf8(more.get(..2)?).ok()?;
-                bytes.push(u8::from_str_radix(digits, 16).ok()?);
-                rest = &more[2..];
-            } else {
-                bytes.push(*first);
-                rest = more;
-            }
-        }
-        Some(PathBuf::from(OsString::from_vec(bytes)))
-    }
-
-    pub(crate) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&text(path))
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        path(&text).ok_or_else(|| serde::de::Error::custom("a path that is not percent-encoded"))
-    }
-}
-
-pub(super) mod encoded_option {
-    use super::{Deserializer, PathBuf, Serializer, encoded};
-
-    #[expect(clippy::ref_option, reason = "what serde calls")]
-    pub(crate) fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
-        match path {
-            Some(path) => encoded::serialize(path, serializer),
-            None => serializer.serialize_none(),
-        }
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<PathBuf>, D::Error> {
-        encoded::deserialize(deserializer).map(Some)
-    }
-}
-
-mod identity_option {
-    use super::{Deserializer, Identity, Serializer, identity};
-
-    #[expect(clippy::ref_option, reason = "what serde calls")]
-    pub(super) fn serialize<S: Serializer>(own: &Option<Identity>, serializer: S) -> Result<S::Ok, S::Error> {
-        match own {
-            Some(own) => identity::serialize(own, serializer),
-            None => serializer.serialize_none(),
-        }
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<Identity>, D::Error> {
-        identity::deserialize(deserializer).map(Some)
-    }
-}
-
-impl Intent {
-    /// The text of its file.
-    pub fn text(&self) -> String {
-        toml::to_string(self).expect("strings, numbers and tables")
-    }
-
-    /// Parses the text of its file. A missing part makes it invalid: its own identity, and evidence for each
-    /// file.
-    pub fn parse(text: &str) -> std::result::Result<Self, String> {
-        #[derive(Deserialize)]
-        struct IntentHeader {
-            version: u32,
-        }
-        let fail = |error: toml::de::Error| error.message().to_owned();
-        let IntentHeader { version } = toml::from_str(text).map_err(fail)?;
-        if version != VERSION {
-            return Err(format!("its version is {version}, and this chainfs knows {VERSION}"));
-        }
-        let intent: Self = toml::from_str(text).map_err(fail)?;
-        if intent.own.is_none() {
-            return Err("it does not say which file it is itself".to_owned());
-        }
-        match intent.files().iter().find(|named| named.evidence.is_none()) {
-            Some(named) => Err(format!("it keeps no evidence of {}", named.path.display())),
-            None => Ok(intent),
-        }
-    }
-}
-
-impl<O> Intent<O> {
-    /// An intent of a command on a chain.
-    pub fn new(command: &str, chain: &Path, operation: O) -> Self {
-        Self {
-            version: VERSION,
-            own: None,
-            command: command.to_owned(),
-            chain: chain.to_path_buf(),
-            operation,
-        }
-    }
-
-    /// The same intent with its operation by another type.
-    pub fn with<P>(&self, operation: P) -> Intent<P> {
-        let Self { version, own, command, chain, .. } = self;
-        Intent { version: *version, own: *own, command: command.clone(), chain: chain.clone(), operation }
-    }
-
-    /// All files that it changes, renames or removes, or on which these depend.
-    pub(crate) fn files(&self) -> Vec<&FileRef>
-    where
-        O: Effects,
-    {
-        self.operation.files()
-    }
-}
 
 /// Files that should be intents, and what is wrong with each.
 pub(super) type UnreadableIntents = Vec<(PathBuf, String)>;
@@ -240,179 +52,7 @@ pub struct FoundIntent {
     pub is_trusted: bool,
 }
 
-/// Why commands were not resumed, by the names of their intents.
-type ResumeRefusals = Arc<Mutex<HashMap<OsString, ResumeRefusal>>>;
-
-#[derive(Debug)]
-struct ResumeRefusal {
-    sentence: String,
-    /// Whether a retry would be refused again.
-    is_final: bool,
-    when: Instant,
-}
-
-/// The intents of this process, by name, and their locks: known even if another process has removed their
-/// files.
-type LiveIntents = Arc<Mutex<HashMap<OsString, LiveIntent>>>;
-
-/// Intents of other processes that have been seen, by name.
-type SeenIntents = Arc<Mutex<HashMap<OsString, SeenIntent>>>;
-
-#[derive(Debug)]
-struct SeenIntent {
-    intent: Intent,
-    is_copied: bool,
-    /// Its file, which tells what has become of it also when it has no name any more.
-    file: Arc<dyn OpenObject>,
-}
-
-impl SeenIntent {
-    /// Whether another process has removed its file, and its owner has not.
-    fn is_lost(&self) -> bool {
-        // One that has a name was given another, which says that nobody wants it any more.
-        let has_name = self.file.stat().is_ok_and(|stat| stat.link_count > 0);
-        let mut start = [0; ENDED.len()];
-        let is_read = self.file.read_at(0, &mut start).is_ok_and(|len| len == start.len());
-        !(has_name || is_read && start == ENDED.as_bytes())
-    }
-}
-
-#[derive(Debug)]
-struct LiveIntent {
-    intent: Intent,
-    /// Held while the intent exists.
-    claim: FileLock,
-    /// The locks of its former files: an observer that has seen one of those alone, because the next was
-    /// removed too, must not take the intent for ended.
-    former: Vec<FileLock>,
-    /// Whether its owner is removing its file.
-    is_ending: bool,
-}
-
-impl LiveIntent {
-    /// Switches to another file.
-    fn replace(&mut self, intent: Intent, claim: FileLock) {
-        self.intent = intent;
-        self.former.push(std::mem::replace(&mut self.claim, claim));
-        if self.former.len() > MOST_FORMER {
-            say_ended(&**self.former.remove(0).file());
-        }
-    }
-
-    /// Says to those who have one of its files open that it goes in order.
-    fn say_ended(&self) {
-        self.former.iter().chain([&self.claim]).for_each(|claim| say_ended(&**claim.file()));
-    }
-}
-
-/// The directory of a store's intents and lock: the store's own, or for a single image the nearest marked one
-/// above it.
-#[derive(Clone, Debug)]
-pub struct ControlDir {
-    /// The directory.
-    pub root: Arc<dyn Backend>,
-    /// The path from there to the store's own directory.
-    pub prefix: PathBuf,
-    /// Whether all users of the store's images are known to be beneath it.
-    pub is_whole: bool,
-    /// Whether its files are beneath the marker.
-    is_marked: bool,
-    live: LiveIntents,
-    seen: SeenIntents,
-    refused: ResumeRefusals,
-    is_leaving: Arc<AtomicBool>,
-    /// Whether the control directory was created, and not reported yet.
-    is_new_place: Arc<AtomicBool>,
-}
-
 impl ControlDir {
-    fn at(root: Arc<dyn Backend>, prefix: PathBuf, is_marked: bool) -> Self {
-        Self {
-            root,
-            prefix,
-            is_whole: is_marked,
-            is_marked,
-            live: LiveIntents::default(),
-            seen: SeenIntents::default(),
-            refused: ResumeRefusals::default(),
-            is_leaving: Arc::default(),
-            is_new_place: Arc::default(),
-        }
-    }
-
-    /// Ends waiting for the store's lock: its holder may be stopped, and the store is being closed.
-    pub(crate) fn leave(&self) {
-        self.is_leaving.store(true, Ordering::Release);
-    }
-
-    /// The guard of a store that is a directory: its own, unless it is not marked and lies in a store that
-    /// is.
-    pub(super) fn of_directory(root: &Arc<dyn Backend>, open: &OpenBackend<'_>) -> Result<Self> {
-        let own = root.canonical();
-        let (root, prefix) = match marked(own).next() {
-            Some(marked) if marked != own => {
-                (open(marked)?, own.strip_prefix(marked).unwrap_or(Path::new("")).to_path_buf())
-            }
-            _ => (Arc::clone(root), PathBuf::new()),
-        };
-        Ok(Self::at(root, prefix, true))
-    }
-
-    /// The guard of a store that is the whole of a tree.
-    pub(super) fn of_tree(root: &Arc<dyn Backend>) -> Self {
-        Self::at(Arc::clone(root), PathBuf::new(), true)
-    }
-
-    /// The guard of a single image in the directory `root`; `stated`: the store as the user says.
-    pub(super) fn of_image(
-        root: &Arc<dyn Backend>,
-        stated: Option<&Path>,
-        open: &OpenBackend<'_>,
-    ) -> Result<Self> {
-        let own = root.canonical();
-        let marked = match stated {
-            Some(stated) => Some(
-                stated
-                    .canonicalize()
-                    .map_err(|error| Error::io(format!("opening {}", stated.display()), error))?,
-            ),
-            None => marked(own).next().map(Path::to_path_buf),
-        };
-        let Some(marked) = marked else {
-            return Ok(Self::at(Arc::clone(root), PathBuf::new(), false));
-        };
-        let prefix = own.strip_prefix(&marked).map_err(|_| {
-            let fact = "does not hold the image; name the directory of its store";
-            Error::new(ErrorKind::Usage, format!("{} {fact}", marked.display()))
-        })?;
-        Ok(Self::at(open(&marked)?, prefix.to_path_buf(), true))
-    }
-
-    /// Whether it is a directory that has, or may have, a store's marker.
-    pub(super) fn is_marked(&self) -> bool {
-        self.is_marked
-    }
-
-    /// The directory of intents.
-    fn intents(&self) -> &'static Path {
-        Path::new(if self.is_marked { INTENTS } else { STRAY_INTENTS })
-    }
-
-    /// The directories of our own that there are.
-    pub(super) fn own_directories(&self) -> Vec<Box<dyn OpenDirectory>> {
-        let paths = [Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
-        paths
-            .iter()
-            .filter_map(|path| self.root.open_directory(path, MountPoints::Skip).ok().flatten())
-            .collect()
-    }
-
-    /// Fails if another user may have written these files.
-    pub(super) fn check_trust(&self) -> Result<()> {
-        let own = Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS });
-        trust::check(&*self.root, own).and_then(|()| trust::check(&*self.root, self.intents()))
-    }
-
     /// Creates the directories for intents and notes, and the freeze list, if missing.
     pub fn prepare(&self, names: &dyn Directory) -> Result<()> {
         let has_place = self.root.stat(self.intents()).is_ok();
@@ -426,96 +66,6 @@ impl ControlDir {
             names.sync(self.intents().parent().unwrap_or(Path::new("")))?;
         }
         if self.is_marked { freeze_list::prepare(self, names) } else { Ok(()) }
-    }
-
-    /// Fails if no intents can be written there.
-    pub fn check_place(&self) -> Result<()> {
-        let own =
-            [Path::new(""), Path::new(if self.is_marked { MARKER } else { STRAY_INTENTS }), self.intents()];
-        let mut is_needed = true;
-        for path in own.iter().rev() {
-            let crossing = if path.as_os_str().is_empty() { MountPoints::Enter } else { MountPoints::Skip };
-            let Some(directory) = self.root.open_directory(path, crossing).ok().flatten() else { continue };
-            // Above what is there nothing has to be made.
-            if std::mem::take(&mut is_needed) || *path == Path::new(MARKER) {
-                directory.check_writable().map_err(|error| {
-                    let shown = self.root.canonical().join(path).display().to_string();
-                    let fact = "is where commands are noted, and cannot be written; make it writable first";
-                    let text = error.to_string();
-                    Error::new(Error::io("", error).kind(), format!("{shown} {fact} ({text})"))
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The directory created in the user's store, to be reported once.
-    pub fn new_place_note(&self) -> Option<String> {
-        self.is_new_place.swap(false, Ordering::AcqRel).then(|| self.place_note())
-    }
-
-    fn place_note(&self) -> String {
-        let directory = self.root.canonical().display();
-        if self.is_marked {
-            format!(
-                "{directory}/{MARKER} was made: it marks the store, and holds its lock and notes; keep it"
-            )
-        } else {
-            format!(
-                "{STRAY_LOCK} and {STRAY_INTENTS} were made in {directory}, for the lock and notes of \
-                    commands; they may be \
-                 removed while no command runs and {STRAY_INTENTS} is empty"
-            )
-        }
-    }
-
-    /// Takes the store's lock: its holder may look up the users of images, and change files.
-    pub fn lock(&self, names: &dyn Directory) -> Result<FileLock> {
-        self.lock_within(names, PATIENCE, &|| Ok(()))
-    }
-
-    /// The same for a job, which would not discard its work because another process is slow; `go_on` is
-    /// called meanwhile, and its error ends the wait.
-    pub fn lock_for_job(&self, names: &dyn Directory, go_on: &dyn Fn() -> Result<()>) -> Result<FileLock> {
-        self.lock_within(names, JOB_PATIENCE, go_on)
-    }
-
-    fn lock_within(
-        &self,
-        names: &dyn Directory,
-        patience: Duration,
-        go_on: &dyn Fn() -> Result<()>,
-    ) -> Result<FileLock> {
-        let path = Path::new(if self.is_marked { LOCK } else { STRAY_LOCK });
-        let go_on = || {
-            if self.is_leaving.load(Ordering::Acquire) {
-                let fact = "is held by another process, and the store is being closed";
-                return Err(Error::new(ErrorKind::Cancelled, format!("{} {fact}", path.display())));
-            }
-            go_on()
-        };
-        loop {
-            let file = match self.root.open_file_for_writing(path) {
-                Err(error) if error.kind() == ErrorKind::NotFound => {
-                    match names.create(path, None) {
-                        Err(error) if error.kind() != ErrorKind::Exists => return Err(error),
-                        _ => {}
-                    }
-                    self.root.open_file_for_writing(path)?
-                }
-                found => found?,
-            };
-            let opened = file.identity()?;
-            let claim = FileLock::take_while(file, path, patience, &go_on)?;
-            // One that was removed while it was waited for keeps nobody away who comes later.
-            match self.root.identify(path) {
-                Ok(now) if now == opened => return Ok(claim),
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
-            go_on()?;
-        }
     }
 
     /// Writes an intent, durably, and owns it.
@@ -544,7 +94,7 @@ impl ControlDir {
         owned: &mut OwnedIntent<O>,
     ) -> Result<()> {
         // A concurrent restore of a removed intent waits.
-        let mut live = self.live.lock();
+        let mut live = self.known.live.lock();
         let operation = owned.intent.operation.clone();
         let (written, claim) =
             self.write(names, owned.name(), &owned.intent.with(operation.clone().into()))?;
@@ -581,15 +131,15 @@ impl ControlDir {
 
     fn own(&self, name: &OsStr, intent: Intent, claim: FileLock, former: Vec<FileLock>) -> OwnedIntent {
         let entry = LiveIntent { intent: intent.clone(), claim, former, is_ending: false };
-        self.live.lock().insert(name.to_owned(), entry);
-        let ownership = Ownership { name: name.to_owned(), live: Arc::clone(&self.live) };
+        self.known.live.lock().insert(name.to_owned(), entry);
+        let ownership = Ownership { name: name.to_owned(), live: Arc::clone(&self.known.live) };
         OwnedIntent { path: self.intents().join(name), intent, ownership }
     }
 
     /// Writes those intents of this process again whose files another process has removed.
     pub(super) fn restore(&self, names: &dyn Directory) {
         // A thread that ends one records that before its file is removed.
-        let mut live = self.live.lock();
+        let mut live = self.known.live.lock();
         for (name, entry) in live.iter_mut().filter(|(_, entry)| !entry.is_ending) {
             let found = self.root.stat(&self.intents().join(name));
             if !found.is_err_and(|error| error.kind() == ErrorKind::NotFound) {
@@ -652,7 +202,7 @@ impl ControlDir {
     /// Writes an intent again that another process has removed, and whose owner has ended without doing that.
     /// Returns its former file.
     fn write_lost(&self, names: &dyn Directory, name: &OsStr) -> Result<Option<FileLock>> {
-        let seen = self.seen.lock();
+        let seen = self.known.seen.lock();
         let Some(entry) = seen.get(name).filter(|entry| entry.is_lost()) else { return Ok(None) };
         let path = self.intents().join(name);
         if self.root.stat(&path).is_ok() {
@@ -684,8 +234,8 @@ impl ControlDir {
         let held = match self.root.open_file(&path) {
             Ok(file) => FileLock::is_held(&*file, &path),
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                let is_ours = self.live.lock().contains_key(&found.name);
-                match self.seen.lock().get(&found.name) {
+                let is_ours = self.known.live.lock().contains_key(&found.name);
+                match self.known.seen.lock().get(&found.name) {
                     _ if is_ours => Ok(true),
                     Some(entry) => FileLock::is_held(&*entry.file, &path),
                     None => Ok(false),
@@ -699,7 +249,7 @@ impl ControlDir {
     /// Records why an intent was not resumed, for the store's problems, and whether that is final. Returns
     /// whether it is news.
     pub fn note_refusal(&self, name: &OsStr, sentence: String, is_final: bool) -> bool {
-        let mut refused = self.refused.lock();
+        let mut refused = self.known.refused.lock();
         let is_news = refused.get(name).is_none_or(|refusal| refusal.sentence != sentence);
         refused.insert(name.to_owned(), ResumeRefusal { sentence, is_final, when: Instant::now() });
         is_news
@@ -707,17 +257,17 @@ impl ControlDir {
 
     /// An intent is resumed, or discarded.
     pub fn forget_refusal(&self, name: &OsStr) {
-        self.refused.lock().remove(name);
+        self.known.refused.lock().remove(name);
     }
 
     /// Why it was not resumed, if it was tried.
     pub fn refusal(&self, name: &OsStr) -> Option<String> {
-        self.refused.lock().get(name).map(|refusal| refusal.sentence.clone())
+        self.known.refused.lock().get(name).map(|refusal| refusal.sentence.clone())
     }
 
     /// Whether it was tried, and need not be tried again yet.
     pub fn is_refused(&self, name: &OsStr) -> bool {
-        let refused = self.refused.lock();
+        let refused = self.known.refused.lock();
         refused.get(name).is_some_and(|refusal| refusal.is_final || refusal.when.elapsed() < RETRY)
     }
 
@@ -785,7 +335,7 @@ impl ControlDir {
                 Err(reason) => problems.push((path, reason)),
             }
         }
-        let live = self.live.lock();
+        let live = self.known.live.lock();
         let is_lost = |(name, entry): &(&OsString, &LiveIntent)| {
             !entry.is_ending && found.iter().all(|found| found.name != **name)
         };
@@ -800,7 +350,7 @@ impl ControlDir {
             .collect();
         found.extend(lost);
         // Commands of other processes stay begun, whoever has removed their intents.
-        let mut seen = self.seen.lock();
+        let mut seen = self.known.seen.lock();
         let is_here = |found: &[FoundIntent], name: &OsStr| found.iter().any(|found| *found.name == *name);
         seen.retain(|name, entry| is_here(&found, name) && !live.contains_key(name) || entry.is_lost());
         for (name, SeenIntent { intent, is_copied, .. }) in &*seen {
@@ -819,7 +369,7 @@ impl ControlDir {
     }
 
     fn has_seen(&self, name: &OsStr, intent: &Intent, is_copied: bool, file: Arc<dyn OpenObject>) {
-        let mut seen = self.seen.lock();
+        let mut seen = self.known.seen.lock();
         if seen.len() < MOST_SEEN || seen.contains_key(name) {
             seen.insert(name.to_owned(), SeenIntent { intent: intent.clone(), is_copied, file });
         }
@@ -853,19 +403,8 @@ impl ControlDir {
     }
 }
 
-/// Says to those who have the file of an intent open that it goes in order. If that cannot be said, they look
-/// after it once more.
-fn say_ended(file: &dyn WriteObject) {
-    let _ = file.write_at(0, ENDED.as_bytes());
-}
-
 fn shown_name(name: &OsStr) -> String {
-    super::catalog::shown(Path::new(name))
-}
-
-/// The marked directories from this one upwards.
-pub(super) fn marked(directory: &Path) -> impl Iterator<Item = &Path> {
-    directory.ancestors().filter(|above| above.join(MARKER).is_dir())
+    shown(Path::new(name))
 }
 
 /// An intent that this process has to finish.
@@ -922,7 +461,10 @@ impl<O> OwnedIntent<O> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use super::*;
+    use crate::io::Identity;
     use crate::io::LocalDirectory;
     use crate::store::{
         CommitOperation, CopyOperation, Digest, Evidence, Format, NewTop, PullOperation, SectorSample,

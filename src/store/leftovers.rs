@@ -17,7 +17,7 @@ use crate::format::header::MAGIC;
 use crate::io::{Backend, Timestamp, directory_of};
 
 use super::Store;
-use super::catalog::shown;
+use super::file_names::shown;
 use super::operation::Effects;
 use super::plain::birth_of;
 

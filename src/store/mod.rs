@@ -8,16 +8,21 @@ mod active;
 mod bind;
 mod build;
 mod catalog;
+mod control_dir;
 mod describe;
 mod disk;
+mod encoded;
 mod evidence;
+mod file_names;
 mod find_uses;
 mod flusher;
 mod freeze_list;
 mod identity;
+mod intent;
 mod intents;
 mod job_image;
 mod judge;
+mod known_intents;
 mod leftovers;
 mod names;
 mod open;
@@ -64,15 +69,18 @@ pub use active::{
     PreparedActiveCommit, PreparedOverlay, Quiesced,
 };
 pub use bind::FileBinding;
-pub use catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex, shown};
+pub use catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex};
+pub use control_dir::{ControlDir, MARKER, OpenBackend};
 pub use describe::{BadHeader, DetectedContent, ForeignImage, Qcow2Description};
 pub use disk::OpenDisk;
 pub(crate) use evidence::DataFileRef;
-pub use evidence::{Digest, Evidence, SAMPLES, SectorSample};
+pub use evidence::{Digest, Evidence, FileRef, SAMPLES, SectorSample};
+pub use file_names::{INVALIDATED_EXTENSION, shown};
 pub use flusher::Flusher;
 pub use freeze_list::FROZEN_NOTES;
 pub use identity::{FoundView, ViewId, ViewIdentity, stale};
-pub use intents::{ControlDir, FileRef, FoundIntent, Intent, MARKER, OwnedIntent};
+pub use intent::Intent;
+pub use intents::{FoundIntent, OwnedIntent};
 pub use job_image::JobImage;
 pub use judge::AccessJudge;
 pub(crate) use leftovers::{command_name, draft_name, is_draft};
@@ -88,12 +96,13 @@ pub use options::{Format, StoreOptions};
 pub use possible_uses::PossibleUse;
 pub use resolve::{BrokenLink, StorePath, UnresolvedName};
 pub use rights::Subject;
-pub use scan::{INVALIDATED_EXTENSION, Problem};
+pub use scan::Problem;
 pub use trash::TrashItem;
 pub use views::{ChainView, ChainViews};
 pub use watch::Watcher;
 
 use active::ActiveDisks;
+
 use disk::OpenDisks;
 use freeze_list::FreezeList;
 use open::OpenImages;
@@ -108,9 +117,6 @@ const VIEWS_KEPT: usize = 256;
 
 /// How many files that commands have named are remembered.
 const INTRODUCED: usize = 16;
-
-/// Opens a directory that a store consists of, by a path of this machine.
-pub type OpenBackend<'a> = dyn Fn(&Path) -> Result<Arc<dyn Backend>> + 'a;
 
 /// A store that is being looked at.
 pub struct Store {
@@ -476,7 +482,7 @@ impl Store {
         let is_single = self.catalog().single.is_some();
         let own = self.guard.root.canonical();
         let stated = self.options.whole_store.is_some();
-        let around = intents::marked(own).last().filter(|_| !stated).unwrap_or(own);
+        let around = control_dir::marked(own).last().filter(|_| !stated).unwrap_or(own);
         if !self.guard.is_whole || (!is_single && around == self.roots[0].canonical()) {
             return Ok(None);
         }

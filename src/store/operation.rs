@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::encoded;
 use super::evidence::{AllowedChange, FileRef};
-use super::intents::{encoded, encoded_option};
-use super::scan::INVALIDATED_EXTENSION;
+use super::file_names::INVALIDATED_EXTENSION;
 
 /// The operation of a command, by its verb.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,7 +88,7 @@ pub struct CommitOperation {
     #[serde(default)]
     pub is_copied: bool,
     /// For the active layer: the name that base gets.
-    #[serde(default, with = "encoded_option", skip_serializing_if = "Option::is_none")]
+    #[serde(default, with = "encoded::option", skip_serializing_if = "Option::is_none")]
     pub rename: Option<PathBuf>,
 }
 

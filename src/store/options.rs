@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use glob::Pattern;
 
+use super::file_names::{INVALIDATED_EXTENSION, has_extension};
 use super::names::OWN_PREFIX;
-use super::scan::{INVALIDATED_EXTENSION, has_extension};
 
 /// An image's format, as a header, a name or a user states it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

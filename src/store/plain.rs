@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Directory, OpenObject, Timestamp, read_all};
 
-use super::intents::ControlDir;
+use super::control_dir::ControlDir;
 
 /// The file, relative to the guarded directory.
 pub(super) const PLAIN: &str = ".chainfs/plain";

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use crate::io::ObjectId;
 
-use super::catalog::{ImageEntry, ImageIndex, shown};
+use super::catalog::{ImageEntry, ImageIndex};
+use super::file_names::shown;
 
 /// A possible user of an image.
 #[derive(Clone, Debug)]
@@ -156,7 +157,7 @@ pub(super) fn standalone_remedy(path: &Path) -> String {
 /// A pattern that matches only this path.
 pub(super) fn pattern(path: &Path) -> String {
     let text = if path.as_os_str().is_empty() { ".".to_owned() } else { shown(path) };
-    super::catalog::shell_word(&glob::Pattern::escape(&text))
+    super::file_names::shell_word(&glob::Pattern::escape(&text))
 }
 
 fn file_name(path: &Path) -> &[u8] {

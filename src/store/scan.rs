@@ -15,8 +15,9 @@ use parking_lot::{Condvar, Mutex};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Backend, DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, OpenDirectory, OpenObject};
 
+use super::control_dir::is_own_name;
 use super::describe::{DetectedContent, MIN_HEADER_LEN, describe};
-use super::intents::is_own_name;
+use super::file_names::{INVALIDATED_EXTENSION, has_extension};
 use super::leftovers::is_draft;
 use super::names::OWN_PREFIX;
 use super::plain::{PlainFile, PlainList, birth_of};
@@ -95,8 +96,6 @@ pub(super) struct ScanContext<'a> {
     pub visit: &'a (dyn Fn(&Path, &dyn OpenDirectory) + Sync),
 }
 
-/// The suffix of files that a commit has left and that are invalid.
-pub const INVALIDATED_EXTENSION: &str = "invalid";
 /// Retries of listing a directory that changes meanwhile.
 const LISTINGS: usize = 8;
 /// Maximum depth of directories; deeper ones are a problem.
@@ -381,11 +380,6 @@ pub(super) fn describe_place(
         (content, is_plain)
     };
     Ok(ScannedFile { place: place.clone(), stat, content, is_plain, is_hidden: false })
-}
-
-/// Whether `path` ends in `.extension`, in any case.
-pub(super) fn has_extension(path: &Path, extension: &str) -> bool {
-    path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
 }
 
 /// Whether the name indicates a disk image.

@@ -22,10 +22,12 @@ use crate::io::{
 };
 
 use super::Store;
-use super::catalog::{Catalog, ImageEntry, ImageIndex, shown};
+use super::catalog::{Catalog, ImageEntry, ImageIndex};
+use super::encoded;
+use super::evidence::FileRef;
 use super::evidence::identity;
+use super::file_names::shown;
 use super::freeze_list::write;
-use super::intents::{FileRef, encoded};
 use super::leftovers::DRAFT;
 use super::options::Format;
 

@@ -9,7 +9,8 @@ use std::path::Path;
 use crate::error::{Error, ErrorKind};
 use crate::format::Snapshot;
 
-use super::catalog::{Catalog, ImageIndex, shown};
+use super::catalog::{Catalog, ImageIndex};
+use super::file_names::shown;
 use super::names::{ViewForm, view_names};
 
 /// One view of a chain.

@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::build::next_serial;
-use super::catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex, count_chains, shown};
+use super::catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex, count_chains};
+use super::file_names::shown;
 use super::judge::AccessJudge;
 use super::resolve::{BrokenLink, StorePath};
 use super::rights::Subject;

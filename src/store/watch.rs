@@ -17,8 +17,8 @@ use parking_lot::Mutex;
 use crate::io::{Backend, Change, ChangeKind, Changes, Interrupt, OpenDirectory, WatchId};
 
 use super::Store;
+use super::control_dir::{LOCK_NAME, MARKER, is_own_name};
 use super::describe::{DetectedContent, header_digest};
-use super::intents::{LOCK_NAME, MARKER, is_own_name};
 use super::leftovers::is_draft;
 use super::plain::PLAIN_NAME;
 use super::resolve::StorePath;

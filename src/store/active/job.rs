@@ -17,8 +17,9 @@ use crate::image::{Image, Layer};
 use crate::io::{Expect, ObjectId, ReadLock, Storage, WriteLock, WriterKind};
 use crate::units::Stability;
 
-use super::super::catalog::{Catalog, ImageIndex, shown as shown_path};
+use super::super::catalog::{Catalog, ImageIndex};
 use super::super::describe::{DetectedContent, describe};
+use super::super::file_names::shown as shown_path;
 use super::super::open::OpenImage;
 use super::super::open_view::{NewView, OpenView, ViewPart, ViewStack};
 use super::super::options::Format;
