@@ -471,9 +471,7 @@ fn dirty_and_corrupt_images_can_be_read() {
     image.put_u64(header::INCOMPATIBLE, image.u64(header::INCOMPATIBLE) | 2);
     let mount = Mount::new(&store);
     assert_same(&mount.path("corrupt/active.raw"), &store.oracle("corrupt.qcow2", "qcow2"));
-    assert!(
-        mount.text("corrupt/info/problem.txt").contains("is marked as corrupt: it is read, and not written")
-    );
+    assert!(mount.text("corrupt/info/problem.txt").contains("is marked as corrupt, so it is read-only"));
     mount.umount();
 }
 

@@ -216,7 +216,7 @@ fn layers_that_others_depend_on_are_not_changed() {
         ("commit top=sn2 base=sn3", ErrorKind::Usage, "above"),
         ("commit top=sn2 base=sn2", ErrorKind::Usage, "same"),
         ("commit top=nobody", ErrorKind::NotFound, "nobody"),
-        ("commit top=base", ErrorKind::Usage, "stands on nothing"),
+        ("commit top=base", ErrorKind::Usage, "has no backing file"),
         ("commit top=sn2@inner", ErrorKind::Usage, "internal snapshot"),
         ("pull base=active", ErrorKind::Usage, "same"),
         ("snapshot sn1", ErrorKind::Exists, "sn1"),

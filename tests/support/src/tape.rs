@@ -198,9 +198,9 @@ pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, 
     let log = FileChanges { start, events };
     let effort = Effort {
         width: 20,
-        draws: 2,
-        pairs: false,
-        tears: 3,
+        draws: 8,
+        pairs: true,
+        tears: 8,
         at_syncs: true,
         always_flushed: false,
         limit: usize::MAX,
