@@ -331,7 +331,7 @@ fn pull_refuses_to_leave_a_damaged_snapshot_behind() {
     image.put_u64(image.u64(header::SNAPSHOTS_OFFSET), 0x0040_0200);
     let mount = Mount::with(&store, "nofiles");
     let said = Control::of(&mount, "vm").refused("pull", Errno::IO);
-    assert!(said.contains("internal snapshot whose entry is damaged"), "{said}");
+    assert!(said.contains("internal snapshot with a damaged entry"), "{said}");
 }
 
 #[test]
