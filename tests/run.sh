@@ -23,6 +23,9 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -eq 0 ] || shift
 
+# Tests wait for tools, the kernel and disks in a good part of their time.
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) * 2))}
+
 . tests/setup.sh
 need "${ALL_PROGRAMS[@]}"
 need_rust
