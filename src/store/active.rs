@@ -71,7 +71,7 @@ pub struct ActiveAttributes {
 pub(super) struct ActiveDisks {
     /// A leaf among locks.
     disks: Mutex<Numbered>,
-    /// Images that could not be written any more, until the store is opened anew.
+    /// Images whose writing has failed, until the store is reopened.
     poisoned: Mutex<HashMap<ObjectId, Error>>,
     flush_count: AtomicU64,
 }
@@ -99,10 +99,10 @@ impl Numbered {
 /// One active disk in use.
 struct ActiveDisk {
     number: u64,
-    /// Its top image and what that is called. A leaf.
+    /// Its top image and the name of that image. A leaf.
     top: Mutex<(ObjectId, String)>,
-    /// Held while the disk begins or ends to be written, which may take its time; readers go on
-    /// meanwhile. Taken before every other lock of a store.
+    /// Held while writing begins or ends, which may take long; readers continue meanwhile. Taken before every
+    /// other lock of a store.
     openings: Mutex<Openings>,
     // W3: all handles read and write through this.
     /// Held shared during a read or write, exclusively only to change the state.
@@ -156,7 +156,7 @@ struct WritingDisk {
     mirror: Option<Arc<dyn Mirror>>,
 }
 
-/// That nobody may stand on an image without its being known.
+/// Checks that no file may use an image without being known as its user.
 fn is_unclaimed(catalog: &Catalog, id: ObjectId) -> Result<()> {
     let Some(index) = catalog.images.iter().position(|image| image.stat.id == id) else { return Ok(()) };
     match catalog.claims_on(index).next() {
@@ -254,15 +254,15 @@ impl Store {
         done
     }
 
-    /// Lets nobody write the active disk whose top is the image `id`, until the store is opened anew: its
-    /// name may not be durable.
+    /// Refuses writes to the active disk whose top is the image `id`, until the store is reopened: its name
+    /// may not be durable.
     pub(crate) fn poison_active(&self, id: ObjectId, name: &str, error: &Error) {
         let fact = "takes no writes until it is mounted again, for its new name may not be durable";
         let poison = Error::new(ErrorKind::Poisoned, format!("{name} {fact}: {error}"));
         self.active.poisoned.lock().insert(id, poison);
     }
 
-    /// Whether somebody has the active disk open whose top is the image `id`.
+    /// Whether the active disk whose top is the image `id` is open.
     pub(crate) fn is_active_open(&self, id: ObjectId) -> bool {
         let number = self.active.disks.lock().by_image.get(&id).copied();
         number.and_then(|number| self.active.find(number)).is_some_and(|disk| disk.openings.lock().count > 0)
@@ -424,8 +424,8 @@ impl ActiveDisks {
         self.disks.lock().disks.values().filter_map(Weak::upgrade).collect()
     }
 
-    /// Says in the log which images have been taken away from under their writers, and forgets what
-    /// was wrong with those that nobody can open any more: another file may get their number.
+    /// Logs a warning for each image that was removed while being written, and drops the errors of images
+    /// that can no longer be opened: another file may get their number.
     pub(super) fn tell_of_gone(&self, catalog: &Catalog) {
         let there: HashSet<ObjectId> = catalog.images.iter().map(|image| image.stat.id).collect();
         self.poisoned.lock().retain(|id, _| there.contains(id));
@@ -492,7 +492,7 @@ impl ActiveDisk {
                 unreachable!("it has just been opened for reading")
             }
         };
-        // M6: the locks come first; only then the image is opened read-write.
+        // M6: the locks come first; only then is the image opened read-write.
         let lock =
             |file: &Arc<StoreFile>| file.lock_for_writing(WriterKind::Guest, store.options.lock_support());
         let locks = top.files().map(lock).collect::<Result<Vec<_>>>()?;
@@ -517,7 +517,7 @@ impl ActiveDisk {
         }
         let size = writer.size();
         let last_look = self.attributes();
-        // Readers wait from here on; nothing that follows takes long.
+        // Readers wait from here on; the next steps are short.
         let mut state = self.state.write();
         let DiskState::Writing(WritingDisk { writer: last, locks, mut open, .. }) =
             std::mem::replace(&mut *state, DiskState::Closed(last_look))
@@ -531,7 +531,7 @@ impl ActiveDisk {
                 tracing::warn!("{}: {error}", self.name());
             }
         }
-        // Also if nobody reads on: its next opening must be through the same descriptor.
+        // Also without readers: the next opening must use the same descriptor.
         *state = match store.with_top_described_anew(&mut open, &self.name()) {
             Ok(open) if has_readers => DiskState::Reading(open),
             Ok(_) => DiskState::Closed(last_look),
@@ -543,7 +543,7 @@ impl ActiveDisk {
         };
         drop(state);
         drop((open, locks));
-        // Whoever looks next must find the size that he has made.
+        // The next lookup must find the size that the writer has set.
         let catalog = store.catalog();
         let id = self.id();
         let seen = catalog.images.iter().find(|image| image.stat.id == id).and_then(ImageEntry::virtual_size);
@@ -585,13 +585,13 @@ impl ActiveDisk {
 pub(super) fn unchanged(top: &OpenImage, leaf: &ImageEntry) -> Result<()> {
     let seen = std::iter::once(&leaf.stat).chain(leaf.data_file.as_ref().map(|(_, stat)| stat));
     for (file, seen) in top.files().zip(seen) {
-        // The catalog may be older than what our own last writer has made of it, of which all is known.
+        // The catalog may be older than the last writer of this process, whose changes are known.
         if file.stat()?.version != seen.version && !file.is_untouched()? {
             return Err(changed(file));
         }
     }
     let (Some(qcow2), Some(known)) = (leaf.qcow2(), top.image.header()) else { return Ok(()) };
-    // Times of files are coarse.
+    // Timestamps of files are coarse.
     if header_digest(&*top.file, leaf.stat.size)? == qcow2.digest {
         return Ok(());
     }

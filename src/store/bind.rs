@@ -36,7 +36,7 @@ impl FileBinding {
     }
 }
 
-/// Finds the files of an intent, and notes in it which they are. `thoroughly`: evidence is asked for also
+/// Finds the files of an intent, and records in it which they are. `thoroughly`: evidence is checked even
 /// where identity could be enough.
 pub(super) fn bind(
     root: &dyn Backend,
@@ -51,7 +51,7 @@ pub(super) fn bind(
     let mut findings = Vec::new();
     for ExpectedFile { file: named, names, allowed } in &mut wanted {
         let here = names.iter().find_map(|name| {
-            // I1: only the file that was meant.
+            // I1: only the intended file.
             let found = root.identify(name).ok()?;
             named.file.is_met_as(&found).then_some((name, found))
         });
@@ -66,7 +66,7 @@ pub(super) fn bind(
     findings
 }
 
-/// Why the file at `name` is not proven to be the one that is meant, if so.
+/// Why the file at `name` is not proven to be the intended one, if so.
 fn against(root: &dyn Backend, name: &Path, named: &FileRef, allowed: AllowedChange) -> Option<String> {
     let Some(evidence) = &named.evidence else { return Some(format!("nothing is known of {}", shown(name))) };
     match evidence.against(root, name, allowed, named.data.is_some()) {
@@ -77,7 +77,7 @@ fn against(root: &dyn Backend, name: &Path, named: &FileRef, allowed: AllowedCha
 }
 
 fn bind_copies(root: &dyn Backend, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileBinding> {
-    // Each file that is there, by its name, and what speaks against it.
+    // Each existing file, by its name, and the evidence against it.
     let candidates: Vec<Vec<(PathBuf, Identity, Option<String>)>> = wanted
         .iter()
         .map(|ExpectedFile { file: named, names, allowed }| {
@@ -136,8 +136,8 @@ fn bind_copies(root: &dyn Backend, wanted: &mut [ExpectedFile<'_>]) -> Vec<FileB
     findings
 }
 
-/// The files of an intent that may have been changed or copied: what lies outside of the store is never
-/// changed, nor copied with it.
+/// The files of an intent that may have been changed or copied: a file outside of the store is never changed,
+/// nor copied with it.
 fn expected<'a>(root: &dyn Backend, intent: &'a mut Intent) -> Vec<ExpectedFile<'a>> {
     let is_free = |path: &Path| root.stat(path).is_err_and(|error| error.kind() == ErrorKind::NotFound);
     let mut expected = intent.operation.expected(&is_free);

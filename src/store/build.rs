@@ -28,7 +28,7 @@ use super::possible_uses::{PossibleUse, UseReach, pattern};
 use super::resolve::{BrokenLink, StorePath, UnresolvedName, climbed, resolve};
 use super::scan::{KnownFiles, Problem, Scan, ScanContext, ScannedFile, describe_place, known_of};
 
-/// Files of a scan, and those that headers name besides, on their way to a catalog.
+/// The files of a scan, and those that headers name besides, while a catalog is built.
 pub(super) struct CatalogBuilder<'a> {
     pub(super) roots: &'a [Arc<dyn Backend>],
     pub(super) options: &'a StoreOptions,
@@ -37,7 +37,7 @@ pub(super) struct CatalogBuilder<'a> {
     pub(super) by_place: HashMap<StorePath, ImageIndex>,
     pub(super) by_id: HashMap<ObjectId, ImageIndex>,
     pub(super) problems: Vec<Problem>,
-    /// Who may stand on what.
+    /// Possible users.
     pub(super) claims: Vec<PossibleUse>,
     is_single: bool,
     /// The link by which the user has named the single image.
@@ -51,8 +51,8 @@ pub(super) struct CatalogBuilder<'a> {
     found_by: HashMap<ImageIndex, StorePath>,
 }
 
-/// Builds the catalog, and says what the next scan need not read again, and in which directories
-/// besides those of the scan the files lie that headers name.
+/// Builds the catalog. Also returns what the next scan need not read again, and the directories outside the
+/// scan with files that headers name.
 pub(super) fn build(
     roots: &[Arc<dyn Backend>],
     guard: &ControlDir,
@@ -189,7 +189,7 @@ pub(super) fn build(
     (catalog, next_known, directories)
 }
 
-/// Whether the file at a place is the one that an intent names. One of which that cannot be asked may be it.
+/// Whether the file at a place is the one that an intent names. If it cannot be checked, it may be.
 fn is_file(roots: &[Arc<dyn Backend>], place: &StorePath, id: ObjectId, named: &FileRef) -> bool {
     let is_born = || roots[place.root].identify(&place.path).map_or(true, |found| found.is(&named.file));
     id == named.file.id() && (named.file.birth().is_none() || is_born())
@@ -273,7 +273,7 @@ fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it
     }
 }
 
-/// Files that commands have left to be removed.
+/// Files that commands have left for removal.
 fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<ObjectId> {
     let now = ScannedFiles { files: &scan.files, prefix, is_it };
     let affected = intents.iter().flat_map(|found| found.intent.operation.affected(&now).superseded);
@@ -614,7 +614,7 @@ impl CatalogBuilder<'_> {
         self.add(file)
     }
 
-    /// Looks at a file by its place.
+    /// Reads a file by its path.
     pub(super) fn look_at(&self, place: &StorePath) -> Result<ScannedFile> {
         describe_place(&*self.roots[place.root], place, self.ways)
     }
@@ -717,7 +717,7 @@ impl CatalogBuilder<'_> {
     }
 }
 
-/// Why a file that a header names is not there, as the rest of a sentence.
+/// Why a file that a header names is missing, as the rest of a sentence.
 fn not_there(root: &dyn Backend, path: &Path, error: &Error) -> UnresolvedName {
     let path = root.canonical().join(path);
     match error.kind() {

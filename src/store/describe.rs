@@ -12,7 +12,7 @@ use crate::format::{Header, Malformed, header};
 use crate::image::read_readable_snapshots;
 use crate::io::Storage;
 
-/// A file's own word.
+/// The detected content of a file.
 #[derive(Clone, Debug)]
 pub enum DetectedContent {
     /// Unread: only its name is known.
@@ -71,7 +71,7 @@ pub struct Qcow2Description {
     pub digest: u64,
 }
 
-/// Reads what `file`, of `len` bytes, says of itself. `Err` only if it cannot be read.
+/// Detects the content of `file`, of `len` bytes. `Err` only if it cannot be read.
 pub(super) fn describe(file: &dyn Storage, len: u64) -> Result<DetectedContent> {
     let mut bytes = vec![0; foreign::PROBE_LEN];
     let got = read(file, 0, &mut bytes)?;
@@ -147,8 +147,7 @@ fn damaged_snapshots(snapshots: &[Snapshot]) -> Option<String> {
     Some(format!("has {what} that cannot be read, {names}{more}: {reason}"))
 }
 
-/// What a file stands on that ought to begin with qcow2's magic and does not: as far as its header says it
-/// all the same.
+/// The files that an image without the expected qcow2 magic needs, as far as its header still shows.
 pub(super) fn parents_without_magic(file: &dyn Storage, len: u64) -> Result<Parents> {
     let mut head = vec![0; header::PROBE_LEN];
     let got = read(file, 0, &mut head)?;
@@ -173,7 +172,7 @@ fn lost_snapshot(snapshots: &[Snapshot], len: u64) -> Option<String> {
     ))
 }
 
-/// The digest of a file's header now, to be compared with [`Qcow2Description::digest`].
+/// The current digest of a file's header, to compare with [`Qcow2Description::digest`].
 pub(super) fn header_digest(file: &dyn Storage, len: u64) -> Result<u64> {
     let mut bytes = vec![0; header::PROBE_LEN];
     read(file, 0, &mut bytes)?;

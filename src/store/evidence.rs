@@ -1,10 +1,10 @@
 //! Identifies the file that an intent or a note names, when it is found later.
 //!
-//! Promises: a file counts as the one that was named only if device, inode and birth agree, and what the note
-//! has kept of its content as well; in a store that was copied as a whole, where none of the former can, the
-//! name and the content. The evidence is what no step of the command itself changes: the shape of a qcow2
-//! image and what it stands on, the tables and a few sectors of a layer that nobody writes, a few of what is
-//! written with what the command makes of them.
+//! Promises: a file counts as the named one only if device, inode and birth time agree, and the recorded
+//! evidence of its content as well; in a copied store, where the former cannot agree, the name and the
+//! content. The evidence covers content that no step of the command itself changes: the properties of a qcow2
+//! image and its backing file name; the tables and a few sectors of a layer that is not written; and a few
+//! sectors of a written layer with their future content.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,8 +74,8 @@ impl DataFileRef {
         Ok(Self { path: name, file: file.identity()?, size: stat.size, samples, written })
     }
 
-    /// What speaks against the file of its name being it, as a sentence. Of a copy the name and the content
-    /// have to do.
+    /// The evidence against the file of its name, as a sentence. For a copy only name and content are
+    /// compared.
     pub(super) fn against(&self, root: &dyn Backend, allowed: AllowedChange) -> Option<String> {
         if self.path.is_absolute() {
             return None;
@@ -97,7 +97,7 @@ impl DataFileRef {
     }
 }
 
-/// What speaks against a file without a header holding what it did.
+/// The evidence against a file without a header having its old content.
 fn other_bytes(
     file: &dyn OpenObject,
     allowed: AllowedChange,
@@ -265,8 +265,8 @@ impl FileRef {
         Self { path, file, evidence: None, data: None }
     }
 
-    /// The file at `path` beneath `root`, with evidence. `fixed`: nobody writes it until the command is done,
-    /// which itself writes at most its header.
+    /// The file at `path` beneath `root`, with evidence. `fixed`: it is not written until the command is
+    /// done, which itself writes at most its header.
     pub fn witness(root: &dyn Backend, path: &Path, format: Format, fixed: bool) -> Result<Self> {
         let file = root.open_file(path)?;
         let evidence = evidence(&*file, path, format, fixed)?;
@@ -381,7 +381,7 @@ fn backing(header: &Header) -> Digest {
     Digest::of(&backing.name).and(&[0]).and(format.as_bytes())
 }
 
-/// All that a change of the header may touch.
+/// The part of the file that a change of the header may touch.
 fn head(file: &dyn OpenObject, header: &Header) -> Result<Digest> {
     let mut bytes = vec![0; header.cluster.size().min(PIECE) as usize];
     let read = file.read_at(0, &mut bytes).map_err(|error| error.within("reading its header"))?;
@@ -409,7 +409,7 @@ fn samples(file: &dyn OpenObject, len: u64) -> Result<Vec<SectorSample>> {
     let mut found: Vec<SectorSample> = Vec::new();
     for place in places {
         let place = place * SECTOR as u64;
-        // Where there is data it tells more than a hole does.
+        // A sector with data is better evidence than a hole.
         let first = file.extent(place, len.max(place + 1))?;
         let data = (first.value == BlockStatus::Zero).then(|| place + first.len).filter(|data| *data < len);
         let at = data.map_or(place, |data| data / SECTOR as u64 * SECTOR as u64);
@@ -420,7 +420,7 @@ fn samples(file: &dyn OpenObject, len: u64) -> Result<Vec<SectorSample>> {
     Ok(found)
 }
 
-/// The digest of a sector; behind the end of the file are zeroes.
+/// The digest of a sector; zeroes beyond the end of the file.
 fn sector(file: &dyn OpenObject, at: u64) -> Result<Digest> {
     let mut bytes = [0; SECTOR];
     file.read_at(at, &mut bytes).map_err(|error| error.within("reading a sector of it"))?;
@@ -471,8 +471,8 @@ impl Evidence {
                 {
                     Some("holds other bytes than it did")
                 } else if !allowed.is_time(*written, stat.modified) && head(&*file, &header)? == *old_head {
-                    // Steps of the command itself write its header, and it alone. One that was cut off midway
-                    // may have changed nothing yet that the header says.
+                    // Steps of the command itself write its header only. An interrupted one may have changed
+                    // no field of the header yet.
                     Some("has been written since")
                 } else {
                     None
@@ -483,13 +483,13 @@ impl Evidence {
     }
 }
 
-/// Whether too many of the sectors hold neither what they did nor what they were to hold: a guest that wrote
-/// meanwhile changes a few of those that become something, and none of the others.
+/// Whether too many of the sectors have neither their old nor their future content: a guest that wrote
+/// meanwhile changes a few of those that change, and none of the others.
 fn has_others(file: &dyn OpenObject, samples: &[SectorSample]) -> Result<bool> {
     are_others(samples, |at| sector(file, at))
 }
 
-/// The same of places in the disk of a qcow2 image, as far as the image itself says what is there.
+/// The same for offsets in the disk of a qcow2 image, as far as the image itself holds them.
 fn is_other_disk(
     root: &dyn Backend,
     path: &Path,

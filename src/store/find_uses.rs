@@ -54,7 +54,7 @@ pub(super) fn claims_of(
     is_drawn: bool,
     options: &StoreOptions,
 ) -> (Option<FileReference>, Vec<UseReach>) {
-    // Nothing of less bytes than a header can be read by anybody.
+    // A file smaller than a header cannot be read by any program.
     let is_too_short = file.stat.size < MIN_HEADER_LEN;
     let is_standalone = is_too_short || options.is_standalone(&file.place.path);
     let is_read = matches!(file.content, DetectedContent::Qcow2(_));

@@ -182,7 +182,7 @@ impl ControlDir {
         let file = self.root.open_file_for_writing(&path)?;
         let seen = file.identity()?;
         let claim = FileLock::take(file, &path, Duration::ZERO)?;
-        // He may have finished it in between.
+        // Its owner may have finished it in between.
         if self.root.identify(&path)? != seen {
             return Err(Error::new(ErrorKind::Stale, format!("{} has another owner now", path.display())));
         }
@@ -322,7 +322,7 @@ impl ControlDir {
                     if is_trusted {
                         self.has_seen(&entry.name, &intent, is_copied, file);
                     } else if !self.is_owners(&*file, &intent) {
-                        // Nobody's images are hidden by what another says of them.
+                        // An untrusted intent does not hide images of other users.
                         continue;
                     }
                     bind(&*self.root, &mut intent, is_copied, false);
@@ -375,16 +375,16 @@ impl ControlDir {
         }
     }
 
-    /// Whether a note is of somebody who could have carried it out: of whom the directory of notes would be
-    /// trusted, or of the owner of all files that it names.
+    /// Whether a note is of a user who could have given the command: one who is trusted with the control
+    /// directory, or the owner of all files that it names.
     fn is_owners(&self, note: &dyn OpenObject, intent: &Intent) -> bool {
         let Ok(note) = note.stat() else { return false };
         let is_own = |named: &&FileRef| self.root.stat(&named.path).map_or(true, |stat| stat.uid == note.uid);
         trust::is_known(&*self.root, note.uid) || intent.files().iter().all(is_own)
     }
 
-    /// An intent, and whether the store was copied since it was written: then the file is not the one that it
-    /// says.
+    /// An intent, and whether the store was copied since it was written: then the file is not the recorded
+    /// one.
     fn read_one(&self, path: &Path) -> std::result::Result<(Intent, bool, Arc<dyn OpenObject>), String> {
         let file = self.root.open_file(path).map_err(|error| error.to_string())?;
         let now = file.identity().map_err(|error| error.to_string())?;
@@ -393,7 +393,7 @@ impl ControlDir {
         let was = intent.own.unwrap_or(now);
         let is_copied = now.is_copy_of(&was);
         if !is_copied && !was.id().is_near(now.id()) {
-            // The same file system goes by another number after the next start of the machine.
+            // The same file system may have another number after the next start of the machine.
             for expected in intent.operation.expected(&|_| false) {
                 expected.file.file.follow(&was, &now);
             }

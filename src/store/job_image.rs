@@ -52,7 +52,7 @@ impl Store {
 }
 
 impl JobImage {
-    /// Which file it is.
+    /// The identity of its file.
     pub fn id(&self) -> ObjectId {
         self.image.file.id()
     }
@@ -62,12 +62,12 @@ impl JobImage {
         self.image.format
     }
 
-    /// Its file, for changing its header where nothing else of it is changed.
+    /// Its file, for changes of its header only.
     pub fn file(&self) -> Result<Arc<dyn WriteStorage>> {
         self.image.file.open_for_writing()
     }
 
-    /// Follows it to the name that it has by now, at `path` beneath the store.
+    /// Records its new name: it is at `path` relative to the store by now.
     pub fn renamed(&mut self, path: &Path) {
         self.image.renamed(path);
     }

@@ -37,7 +37,7 @@ pub struct AccessJudge {
 }
 
 impl AccessJudge {
-    /// Judges of files beneath these.
+    /// For files beneath these roots.
     pub(super) fn new(roots: &[Arc<dyn Backend>]) -> Self {
         let above = |root: &Arc<dyn Backend>| {
             let found = root.permissions_above().inspect_err(|error| tracing::warn!("{error}")).ok()?;

@@ -1,5 +1,5 @@
-//! What a process knows of the intents of a store, besides their files: its own, those of other processes that
-//! it has seen, and those that it could not resume.
+//! What a process knows of the intents of a store besides their files: which are its own, which ones of other
+//! processes it has seen, and which it could not resume.
 
 use std::collections::HashMap;
 use std::ffi::OsString;

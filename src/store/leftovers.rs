@@ -21,7 +21,7 @@ use super::file_names::shown;
 use super::operation::Effects;
 use super::plain::birth_of;
 
-/// How the names of drafts end.
+/// The suffix of drafts.
 pub(super) const DRAFT: &str = "new";
 
 /// How much later than its name says a draft may have been made: its process may have been stopped meanwhile.
@@ -86,7 +86,7 @@ fn doubt(root: &dyn Backend, path: &Path) -> Result<Option<&'static str>> {
     }
     let mut head = [0; 512];
     let len = file.read_at(0, &mut head)?;
-    // Of what was written right before a power failure there may be zeroes.
+    // Bytes written right before a power failure may be zeroes.
     let is_image = head[..len].starts_with(&MAGIC.to_be_bytes()) || head[..len].iter().all(|byte| *byte == 0);
     Ok((!is_image).then_some("holds other data than a new image"))
 }

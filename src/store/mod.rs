@@ -118,18 +118,18 @@ const VIEWS_KEPT: usize = 256;
 /// How many files that commands have named are remembered.
 const INTRODUCED: usize = 16;
 
-/// A store that is being looked at.
+/// An open store.
 pub struct Store {
     given: PathBuf,
     roots: Vec<Arc<dyn Backend>>,
     options: StoreOptions,
     /// Whether its names can be changed.
     can_change: bool,
-    /// For a store that is one image: where that is by now. A leaf.
+    /// For a store that is one image: its current path. A leaf.
     single: RwLock<Option<StorePath>>,
     guard: ControlDir,
     catalog: RwLock<Arc<Catalog>>,
-    /// What the last scan knew. Held during a scan: one at a time.
+    /// The results of the last scan. Held during a scan: one at a time.
     known: Mutex<Arc<KnownFiles>>,
     /// The files that have been seen without qcow2's magic. A leaf.
     plain: Mutex<PlainList>,
@@ -267,7 +267,7 @@ impl Store {
         names_of(&*self.roots[0])
     }
 
-    /// The names beneath the directory of the guard.
+    /// The names beneath the guarded directory.
     pub fn guard_names(&self) -> Arc<dyn Names> {
         names_of(&*self.guard.root)
     }
@@ -330,7 +330,7 @@ impl Store {
         self.remember_plain();
         *known = now_known;
         for place in directories {
-            // One that is not there yet cannot be watched.
+            // A missing directory cannot be watched.
             if let (Some(watches), Ok(Some(fd))) =
                 (&self.watches, self.roots[place.root].open_directory(&place.path, MountPoints::Skip))
             {
@@ -373,9 +373,9 @@ impl Store {
         views
     }
 
-    /// Notes that a job of ours has changed `files` and left every layer of `before` that is still there as
-    /// it was, but for `changed`: their disks stay the same to those who have them open. Not where any other
-    /// file of theirs has changed as well.
+    /// Records that a job of this process has changed `files` and kept the bytes of every layer of `before`
+    /// that still exists, except `changed`: their disks keep their identities for open handles. Not where any
+    /// other file of theirs has changed as well.
     pub(crate) fn keep_states(&self, before: &Catalog, files: &[ObjectId], changed: Option<ObjectId>) {
         let after = self.catalog();
         let states = |catalog: &Catalog| -> HashMap<ObjectId, (u64, Vec<u64>)> {
@@ -416,7 +416,7 @@ impl Store {
         }
     }
 
-    /// The attributes of an image file now, or as of the scan if it has gone.
+    /// The current attributes of an image file, or those of the scan if it is gone.
     pub fn stat_now(&self, image: &ImageEntry) -> ObjectStat {
         match self.roots[image.place.root].stat(&image.place.path) {
             Ok(stat) if stat.id == image.stat.id => stat,
@@ -424,13 +424,13 @@ impl Store {
         }
     }
 
-    /// The names of open views to which a change of the image `base` would show, unless all of `cover` lie
-    /// above it.
+    /// The names of open views to which a change of the image `base` would be visible, unless all of `cover`
+    /// lie above it.
     pub fn exposed(&self, base: ObjectId, cover: &[ObjectId]) -> Vec<String> {
         self.opened.exposed(base, cover)
     }
 
-    /// The disk that the layers `from..to` of a view make by themselves; `None` if that is none.
+    /// The disk that the layers `from..to` of a view make by themselves; `None` if the range is empty.
     pub fn part_of(&self, view: &View, from: usize, to: usize) -> Option<Arc<View>> {
         let stability = Stability::live_if(view.is_live() && from == 0);
         (from < to).then(|| View::new(view.layers()[from..to].to_vec(), stability, &self.flat))
@@ -456,7 +456,7 @@ impl Store {
         FreezeList::change(&self.guard, &*self.guard_names(), path, frozen)
     }
 
-    /// A file of the store, to be opened when it is read.
+    /// A file of the store, opened on its first read.
     pub fn file(&self, place: &StorePath, seen: &ObjectStat, expect: Expect) -> Arc<StoreFile> {
         StoreFile::new(&self.descriptors, &self.roots[place.root], &place.path, seen, expect)
     }
@@ -530,8 +530,8 @@ fn names_of(tree: &dyn Backend) -> Arc<dyn Names> {
     tree.names().unwrap_or_else(|| Arc::new(NoNames))
 }
 
-/// The directory and name of the link by which the user names an image that lies in another directory: names
-/// in its header are meant from there, as QEMU has it.
+/// The directory and name of the link by which the user names an image in another directory: names in its
+/// header are relative to that directory, as in QEMU.
 fn link_of(path: &Path, directory: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
     let fail = |error| Error::io("finding the image", error);
     let absolute = std::path::absolute(path).map_err(fail)?;

@@ -38,13 +38,13 @@ enum Loss {
     Salvage,
 }
 
-/// Images and views that are kept open.
+/// Images and views that are open.
 pub(super) struct OpenImages {
     images: Mutex<HashMap<ObjectId, OpenImage>>,
     pub(super) views: Mutex<LruCache<ViewKey, Arc<View>>>,
     /// Views that are open now. A leaf.
     shown: Mutex<Vec<Weak<OpenState>>>,
-    /// Internal snapshots, by image and id, that nobody opens any more. A leaf.
+    /// Internal snapshots, by image and id, that must not be opened any more. A leaf.
     leaving: Mutex<Vec<(ObjectId, Vec<u8>)>>,
 }
 
@@ -88,7 +88,7 @@ impl OpenImage {
 
     /// Whether this still matches the catalog's entry of the image.
     fn is_current(&self, entry: &ImageEntry) -> bool {
-        // What we write ourselves is ahead of every scan, and no other file can have its identity.
+        // A file that this process writes is ahead of every scan, and no other file can have its identity.
         let data = entry.data_file.as_ref().map(|(_, stat)| Some(stat.version));
         let is_unchanged = self.file.expected() == Some(entry.stat.version)
             && self.data_file.as_ref().map(|file| file.expected()) == data;
@@ -147,7 +147,7 @@ impl OpenImages {
         self.images.lock().insert(open.file.id(), open.clone());
     }
 
-    /// Notes what is shown.
+    /// Registers an open view.
     pub(super) fn show(&self, state: OpenState) -> Arc<OpenState> {
         let state = Arc::new(state);
         let mut all = self.shown.lock();
@@ -167,8 +167,8 @@ impl OpenImages {
         Err(Error::new(ErrorKind::Busy, format!("{name}@{id} {fact}")))
     }
 
-    /// The names of open views to which a change of `base` would show: those that do not have all of `cover`
-    /// above it, or that have opened it before it was last changed.
+    /// The names of open views to which a change of `base` would be visible: those without all of `cover`
+    /// above it, or that have opened it before its last change.
     pub(super) fn exposed(&self, base: ObjectId, cover: &[ObjectId]) -> Vec<String> {
         let serial = self.images.lock().get(&base).map(|open| open.image.serial());
         let all = self.shown.lock();
@@ -201,7 +201,7 @@ impl OpenImages {
         open.shows(changed) && (old.iter().any(is_other) || !old.iter().map(|(id, _)| *id).eq(now))
     }
 
-    /// Lets go of an image of which nothing that is kept may be used any more.
+    /// Drops the cached opening of an image.
     pub(super) fn forget(&self, id: ObjectId) {
         self.images.lock().remove(&id);
     }
@@ -215,8 +215,8 @@ impl OpenImages {
         let current: HashMap<ObjectId, &ImageEntry> =
             catalog.images.iter().map(|image| (image.stat.id, image)).collect();
         let before = images.len();
-        // A scan may be older than a name that a job has given since. What is in use carries the locks of
-        // this process, and stays; whether it is what an entry says is asked again when it is opened.
+        // A scan may be older than a rename by a job. An image in use has the locks of this process, and
+        // stays; its next opening checks it against the entry again.
         let is_needed = |id: &ObjectId, open: &OpenImage| {
             let is_good = |entry: &&ImageEntry| open.is_current(entry) || open.is_ahead(entry);
             open.file.is_locked() || current.get(id).is_some_and(is_good)
@@ -278,7 +278,7 @@ impl Store {
         let top = &catalog.images[*top];
         let mut locks = Vec::with_capacity(layers.len());
         let mut forced = None;
-        // The active disk may change, and an internal snapshot does not whatever is written around it.
+        // The active disk may change; an internal snapshot does not, whatever is written around it.
         let promised = match part {
             ViewPart::Active => stability,
             ViewPart::Snapshot(_) | ViewPart::VmState(_) => Stability::Live,
@@ -338,8 +338,8 @@ impl Store {
         Ok(open)
     }
 
-    /// Why an image could not be opened now, to be read or to be written by a command, because of what other
-    /// processes have locked. Nothing is opened for that and nothing locked.
+    /// Why an image could not be opened now, for reading or for writing by a command, because of other
+    /// processes' locks. Opens and locks nothing.
     pub(crate) fn locked_out(&self, entry: &ImageEntry, kind: LockKind) -> Option<Error> {
         if self.options.force_share && kind == LockKind::Reader {
             return None;
@@ -373,7 +373,7 @@ impl Store {
         Err(Error::new(ErrorKind::Stale, format!("{}@{name} was deleted; look it up again", image.shown())))
     }
 
-    /// Keeps everybody from opening an internal snapshot; `Busy` if somebody has it open.
+    /// Keeps an internal snapshot from being opened; `Busy` if it is open.
     pub(crate) fn leave_inner(&self, image: ObjectId, id: &[u8]) -> Result<DeletionGuard<'_>> {
         self.opened.leaving.lock().push((image, id.to_vec()));
         let leaving = DeletionGuard { store: self, image, id: id.to_vec() };
@@ -386,8 +386,8 @@ impl Store {
         }
     }
 
-    /// Does `rename`, which gives the image a name at `path`: whoever opens it by that finds it as we have it
-    /// open.
+    /// Runs `rename`, which gives the image a name at `path`: an opener that finds it there uses the same
+    /// open image.
     pub(crate) fn rename_open(
         &self,
         id: ObjectId,
@@ -470,8 +470,8 @@ impl Store {
         };
         match lock(&open, stability, locks) {
             Ok(()) => {}
-            // Somebody writes it, and the user wants to see it all the same: nothing that is read
-            // of it may be remembered for the next who opens it.
+            // Another process writes it, and the user wants to read it by force: nothing read from it may be
+            // cached for its next opener.
             Err(error)
                 if error.kind() == ErrorKind::Busy && self.options.force_share && !open.file.is_written() =>
             {

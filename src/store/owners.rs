@@ -18,7 +18,7 @@ use super::users::groups_of;
 /// The rule, as of one scan.
 pub(super) struct Owners<'a> {
     roots: &'a [Arc<dyn Backend>],
-    /// Whether it holds: where whoever looks may read more than each owner.
+    /// Whether it applies: when the mounting user may read more than each owner.
     holds: bool,
     /// Made when a file is found that is not root's.
     judge: OnceCell<AccessJudge>,

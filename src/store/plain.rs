@@ -32,7 +32,7 @@ pub(super) struct PlainFile {
     pub number: u64,
     /// When it was made; zero where its file system does not say.
     pub birth: Timestamp,
-    /// Its path beneath the guarded directory.
+    /// Its path relative to the guarded directory.
     pub path: PathBuf,
 }
 
@@ -41,7 +41,7 @@ pub(super) struct PlainFile {
 pub(super) struct PlainList {
     files: HashSet<(u64, Timestamp)>,
     paths: HashSet<PathBuf>,
-    /// Whether the list came with a copy of the store, so that paths are what there is to go by.
+    /// Whether the list came with a copy of the store, so that paths are compared.
     is_copied: bool,
     /// Why it is damaged, if so.
     damage: Option<String>,
@@ -66,7 +66,7 @@ impl PlainList {
 
     fn try_refresh(&mut self, guard: &ControlDir) -> Result<()> {
         let file = match guard.root.open_file(Path::new(PLAIN)) {
-            // What was known stays known.
+            // Known entries stay known.
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 self.read_len = 0;
                 return Ok(());
@@ -103,7 +103,7 @@ impl PlainList {
         Ok(())
     }
 
-    /// Whether a file is one that was seen without the magic, as far as anybody can tell.
+    /// Whether a file was seen without the magic, as far as known.
     pub(super) fn knows(&self, trace: &PlainFile) -> bool {
         let has_no_birth = trace.birth == Timestamp::default();
         self.damage.is_some()
@@ -111,7 +111,7 @@ impl PlainList {
             || (self.is_copied || has_no_birth) && self.paths.contains(&trace.path)
     }
 
-    /// Notes a file that is seen without the magic.
+    /// Adds a file that is seen without the magic.
     pub(super) fn note(&mut self, trace: PlainFile) {
         if self.files.insert((trace.number, trace.birth)) {
             self.paths.insert(trace.path.clone());
@@ -143,12 +143,12 @@ impl PlainList {
             }
         }
         let file = guard.root.open_file_for_writing(path)?;
-        // Whoever comes second adds behind what the first has written.
+        // A second process appends after the first one's lines.
         file.locks().wait_for_turn().map_err(|error| Error::io(format!("writing {PLAIN}"), error))?;
         let (number, birth) = (file.stat()?.id.number(), birth_of(&*file));
         let own = PlainFile { number, birth, path: "".into() };
         let bytes = read_all(&*file, MAX_LEN)?;
-        // Replaced by others since it was read, it is not ours to cut.
+        // A list that another process has replaced since is not truncated.
         let mut lines = bytes.split_inclusive(|byte| *byte == b'\n');
         let is_whole = |line: &[u8]| parsed(line).is_some() || line.last() != Some(&b'\n');
         // Or the very first line was truncated.
@@ -160,7 +160,7 @@ impl PlainList {
             self.read_len = 0;
             return Err(Error::new(ErrorKind::Stale, format!("{PLAIN} has been replaced by something else")));
         }
-        // What a crash has cut off is not followed by anything.
+        // No line may follow a truncated one.
         let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) as u64;
         file.set_len(whole)?;
         let title = if whole == 0 { line(&own, TITLE) } else { String::new() };
@@ -177,7 +177,7 @@ pub(super) fn birth_of(file: &dyn OpenObject) -> Timestamp {
     file.identity().ok().and_then(|found| found.birth()).unwrap_or_default()
 }
 
-/// Whether that file's list is the one it was begun as.
+/// Whether that file is the list that its first line records.
 fn is_of(found: &PlainFile, file: &dyn OpenObject) -> bool {
     let number = file.stat().map(|stat| stat.id.number());
     number.is_ok_and(|number| number == found.number) && birth_of(file) == found.birth

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::io::Backend;
 
-/// A file's place: which root, and the path beneath it.
+/// The path of a file: a root, and the path beneath it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StorePath {
     /// Index of the root; 0 is the store itself.
@@ -106,8 +106,8 @@ pub(super) fn resolve(
     Err(UnresolvedName::new(BrokenLink::OutsideStore, sentence))
 }
 
-/// The directories from which `name` goes up again, as absolute paths: what `..` means there is
-/// only plain where none of them is a symbolic link.
+/// The directories from which `name` goes up again, as absolute paths: `..` is only unambiguous there if none
+/// of them is a symbolic link.
 pub(super) fn climbed(
     roots: &[Arc<dyn Backend>],
     maps: &[(PathBuf, PathBuf)],
@@ -132,9 +132,9 @@ pub(super) fn climbed(
 /// Maximum number of links that are followed, as in the kernel.
 const MAX_LINKS: usize = 40;
 
-/// Where `name` in the header of the image at `from` leads, links and `..` followed as the kernel would, if
-/// that is beneath a root. Nothing is opened, and outside of the roots nothing is asked: `None` also where it
-/// cannot be told.
+/// The target of `name` in the header of the image at `from`, with links and `..` followed as the kernel
+/// would, if it is beneath a root. Nothing is opened, and nothing outside of the roots is accessed: `None`
+/// also if it is unknown.
 pub(super) fn traced(
     roots: &[Arc<dyn Backend>],
     maps: &[(PathBuf, PathBuf)],
@@ -191,7 +191,7 @@ fn absolute(roots: &[Arc<dyn Backend>], from: &StorePath, name: &Path) -> PathBu
     roots[from.root].canonical().join(from.path.parent().unwrap_or(Path::new(""))).join(name)
 }
 
-/// Where an absolute path lies beneath the roots.
+/// The path of an absolute path beneath the roots.
 fn beneath(roots: &[Arc<dyn Backend>], absolute: &Path) -> Option<StorePath> {
     let inside = |(root, directory): (usize, &Arc<dyn Backend>)| {
         Some(StorePath { root, path: directory.relative(absolute)? })

@@ -30,7 +30,7 @@ pub(super) struct ScannedFile {
     pub place: StorePath,
     /// Its attributes.
     pub stat: ObjectStat,
-    /// What it says of itself.
+    /// Its detected content.
     pub content: DetectedContent,
     /// Whether it has once been seen without qcow2's magic: its header may be a guest's.
     pub is_plain: bool,
@@ -73,10 +73,10 @@ pub(super) struct Scan {
     pub introduced: Vec<StorePath>,
 }
 
-/// What the last scan knew of each file.
+/// The results of the last scan for each file.
 pub(super) type KnownFiles = HashMap<ObjectId, KnownFile>;
 
-/// What was seen of one file.
+/// The result for one file.
 #[derive(Clone, Debug)]
 pub(super) struct KnownFile {
     stat: ObjectStat,
@@ -92,7 +92,7 @@ pub(super) struct ScanContext<'a> {
     pub plain: &'a Mutex<PlainList>,
     /// The path from the guarded directory to the store's own.
     pub prefix: &'a Path,
-    /// Told of every directory before it is listed, so that no change falls between.
+    /// Called for every directory before it is listed, so that no change is missed in between.
     pub visit: &'a (dyn Fn(&Path, &dyn OpenDirectory) + Sync),
 }
 
@@ -107,7 +107,7 @@ const MAX_THREADS: usize = 8;
 struct ScanWork<'a> {
     root: &'a dyn Backend,
     ways: &'a ScanContext<'a>,
-    /// Directories to be listed, and how many are being listed now.
+    /// Directories to list, and how many are being listed now.
     queue: Mutex<(Vec<PathBuf>, usize)>,
     changed: Condvar,
     found: Mutex<Scan>,
@@ -115,8 +115,8 @@ struct ScanWork<'a> {
     failed: Mutex<Option<Error>>,
 }
 
-/// Walks the whole store. `Exhausted` if the system has run out of something: what could not be looked at for
-/// that is no fact about the store.
+/// Walks the whole store. `Exhausted` if the system lacks a resource: a file that could not be read for that
+/// reason says nothing about the store.
 pub(super) fn scan(root: &dyn Backend, ways: &ScanContext<'_>) -> Result<Scan> {
     let work = ScanWork {
         root,
@@ -252,7 +252,7 @@ impl ScanWork<'_> {
         path: &Path,
         files: &mut Vec<ScannedFile>,
     ) {
-        // The attributes are asked for without opening, for most files have been seen before.
+        // The attributes are read without opening, since most files have been seen before.
         let stat = match directory.stat_entry(name) {
             Ok(Some(stat)) => stat,
             Ok(None) => return,
@@ -298,10 +298,10 @@ impl ScanWork<'_> {
     }
 }
 
-/// What was seen of a file that has not changed since.
+/// The known result for a file that has not changed since.
 fn seen(known: &KnownFiles, stat: &ObjectStat) -> Option<(DetectedContent, bool)> {
     let seen = known.get(&stat.id).filter(|seen| seen.stat.version == stat.version)?;
-    // One that could not be opened is tried again.
+    // A file that could not be opened is tried again.
     (!matches!(seen.content, DetectedContent::Unseen)).then(|| (seen.content.clone(), seen.is_plain))
 }
 
@@ -331,9 +331,9 @@ fn is_hidden(path: &Path) -> bool {
     path.iter().any(|name| name.as_bytes().starts_with(OWN_PREFIX))
 }
 
-/// The entries of a directory. What is renamed while it is listed may be met under neither name, and its
-/// chain would be gone until the next scan: one that does not keep still is listed again, and every name
-/// counts that was met.
+/// The entries of a directory. A file that is renamed during the listing may be found under neither name, and
+/// its chain would be gone until the next scan: a directory that changes is listed again, and every name
+/// counts that was found.
 fn list_still(directory: &dyn OpenDirectory) -> Result<Vec<DirEntry>> {
     let mut before = directory.version()?;
     let mut entries = directory.list()?;
@@ -350,8 +350,8 @@ fn list_still(directory: &dyn OpenDirectory) -> Result<Vec<DirEntry>> {
     Ok(entries)
 }
 
-/// Of files that were met under two names, those that have lost one of them since: a file that is renamed
-/// while its directory is looked at is not two.
+/// Removes files from the list that were found under two names and have lost one of them since: a file that
+/// is renamed during a scan is not two.
 fn drop_former_names(directory: &dyn OpenDirectory, files: &mut Vec<ScannedFile>) {
     let mut names: HashMap<ObjectId, usize> = HashMap::new();
     for file in files.iter() {
@@ -375,7 +375,7 @@ pub(super) fn describe_place(
         seen
     } else {
         let content = describe(&*file, stat.size)?;
-        // What lies outside of the store is not remembered there.
+        // Files outside of the store are not recorded there.
         let is_plain = place.root == 0 && recall(ways, &*file, &place.path, &stat, &content);
         (content, is_plain)
     };
@@ -387,7 +387,7 @@ pub(super) fn looks_like_image(path: &Path) -> bool {
     ["qcow2", "raw", "img"].iter().any(|extension| has_extension(path, extension))
 }
 
-/// Shared by those who follow [`KnownFiles`].
+/// The known results of these files, shared.
 pub(super) fn known_of<'a>(files: impl IntoIterator<Item = &'a ScannedFile>) -> Arc<KnownFiles> {
     let seen = |file: &ScannedFile| KnownFile {
         stat: file.stat,

@@ -118,7 +118,7 @@ impl Store {
     /// Whether removed layers go to the trash that lie where `file` does: not from another file system than
     /// that of the store's own directory.
     pub(crate) fn keeps_trash(&self, file: ObjectId) -> bool {
-        // Where nobody can tell, whatever is wrong keeps it from being removed.
+        // If that is unknown, the error prevents the removal.
         let is_near = || self.guard.root.stat(Path::new(".")).map_or(true, |own| own.id.is_near(file));
         self.options.trash.is_some() && self.guard.is_marked() && is_near()
     }
@@ -128,7 +128,7 @@ impl Store {
         self.options.trash.is_some() && self.guard.is_marked()
     }
 
-    /// Whether a copy of an image that shares its blocks can be kept, as far as its file system tells.
+    /// Whether a copy of an image that shares its blocks can be kept, as far as its file system shows.
     pub(crate) fn can_keep_copy(&self, image: &ImageEntry) -> bool {
         let is_near = self.keeps_trash(image.stat.id) && image.place.root == 0 && image.data_file.is_none();
         is_near && self.guard.root.shares_blocks()
@@ -225,7 +225,7 @@ impl Store {
         let look = |index: &ImageIndex| {
             let image = &catalog.images[*index];
             let file = self.roots[image.place.root].identify(&image.place.path);
-            // What cannot be asked is not known later either, and then the item says so.
+            // A file that cannot be checked is unknown later as well, and then the item has a problem.
             let file = file.unwrap_or(Identity::of_id(image.stat.id));
             TrashBacking::of(file, &self.stat_now(image))
         };
@@ -493,7 +493,7 @@ impl Store {
         if is_changed { names.sync(Path::new(TRASH)) } else { Ok(()) }
     }
 
-    /// What in the trash would show something else if any of these images were changed or gone.
+    /// The items that would become invalid if any of these images were changed or removed.
     pub(crate) fn trash_on(&self, catalog: &Catalog, changed: &[ObjectId]) -> Result<Vec<TrashItem>> {
         let items = self.trash()?;
         let stands_on_changed = |item: &TrashItem| {

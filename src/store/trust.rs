@@ -13,8 +13,8 @@ use crate::io::{Backend, ObjectStat};
 /// The bit of a directory in which only owners may remove and rename.
 const STICKY: u32 = 0o1000;
 
-/// Fails with `Denied` if the directory `path` beneath the store, which is ours if it is there, may be
-/// another's.
+/// Fails with `Denied` if the directory `path` relative to the store, which is chainfs' own if it exists, may
+/// be another user's.
 pub(super) fn check(root: &dyn Backend, path: &Path) -> Result<()> {
     let kept = match root.stat(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -35,7 +35,7 @@ pub(super) fn check(root: &dyn Backend, path: &Path) -> Result<()> {
     Err(Error::new(ErrorKind::Denied, format!("{} {fact}", path.display())))
 }
 
-/// Whether that user is one of those who are trusted.
+/// Whether that user is trusted.
 pub(super) fn is_known(root: &dyn Backend, uid: u32) -> bool {
     let own = rustix::process::geteuid().as_raw();
     root.stat(Path::new(".")).map_or(true, |store| is_one_of_us(uid, &store, own))

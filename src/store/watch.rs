@@ -1,4 +1,4 @@
-//! Following changes behind our back.
+//! Detects changes by other processes.
 //!
 //! The backend tells of names that come and go and of files that were written; a thread gathers that
 //! for a moment and looks again. A file that is only being written (a running guest's disk) costs
@@ -23,7 +23,7 @@ use super::leftovers::is_draft;
 use super::plain::PLAIN_NAME;
 use super::resolve::StorePath;
 
-/// How long events are gathered before anything is done about them.
+/// How long events are collected before they are handled.
 const GATHER: Duration = Duration::from_millis(100);
 
 /// The interval of retries after a failed scan.
@@ -33,9 +33,9 @@ const AGAIN: Duration = Duration::from_secs(1);
 pub(super) struct Watches {
     changes: Arc<dyn Changes>,
     directories: Mutex<HashMap<WatchId, StorePath>>,
-    /// Where chainfs keeps what was begun: who else works on the store is told of there.
+    /// The directory of intents: changes there show other processes' commands.
     own: Mutex<HashSet<WatchId>>,
-    /// Set when a directory could not be watched: then the store is scanned every so often.
+    /// Set when a directory could not be watched: then the store is scanned periodically.
     incomplete: AtomicBool,
 }
 
@@ -50,7 +50,7 @@ impl Watches {
         })
     }
 
-    /// Watches a directory; one that is watched already only once.
+    /// Watches a directory; one that is watched already is not added again.
     pub(super) fn add(&self, place: StorePath, directory: &dyn OpenDirectory) {
         match self.changes.watch(directory) {
             Ok(watch) => {
@@ -67,7 +67,7 @@ impl Watches {
         }
     }
 
-    /// Watches a directory of our own.
+    /// Watches a directory of chainfs itself.
     pub(super) fn add_own(&self, directory: &dyn OpenDirectory) {
         if let Ok(watch) = self.changes.watch(directory) {
             self.own.lock().insert(watch);
@@ -167,7 +167,7 @@ fn follow(store: &Arc<Store>, stop: &Interrupt) {
             // An intent that another process has removed is missing for others, and is all that remains of a
             // command if this process is killed: it is restored at once.
             store.restore_intents();
-            // What belongs together comes together: a rename, a burst of writes.
+            // Related events come together: a rename, a burst of writes.
             if stop.wait(GATHER) {
                 return;
             }
@@ -180,7 +180,7 @@ fn follow(store: &Arc<Store>, stop: &Interrupt) {
             let scanned = store.rescan();
             is_behind = scanned.is_err();
             match scanned {
-                // A large store that changes all the time is not scanned all the time.
+                // A large store that changes continuously is not scanned continuously.
                 Ok(took) if took > GATHER && stop.wait(3 * took) => return,
                 Ok(_) => {}
                 Err(error) => tracing::warn!("the store cannot be scanned: {error}"),
@@ -204,7 +204,7 @@ fn describes_itself_anew(store: &Store, place: &StorePath) -> bool {
             header_digest(&*file, stat.size).map_or(true, |now| now != qcow2.digest)
         }
         DetectedContent::Malformed(_) | DetectedContent::Foreign(_) => true,
-        // What ought to have a header may get it.
+        // A file that should have a header may get it.
         DetectedContent::Plain if image.problem.is_some() => true,
         DetectedContent::Plain | DetectedContent::Unseen => stat.size != image.stat.size,
     }

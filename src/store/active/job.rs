@@ -111,7 +111,7 @@ pub struct PreparedOverlay {
     open: OpenView,
 }
 
-/// All that a disk needs to fall onto a layer below, made before anything is renamed.
+/// The resources for an active commit, prepared before any rename.
 pub struct PreparedActiveCommit {
     locks: Vec<WriteLock>,
     writer: Arc<Writer>,
@@ -164,7 +164,7 @@ impl ActiveJob {
         }
     }
 
-    /// The image on top of it.
+    /// The disk's top image.
     pub fn top(&self) -> ObjectId {
         self.disk().id()
     }
@@ -224,11 +224,11 @@ impl ActiveJob {
 }
 
 impl Store {
-    /// Lets active disks in use stand on their layers as they are now, where any of `changed` is among them:
-    /// the same bytes show, but what they had opened was described before a job was at it.
+    /// Replaces the layers below active disks in use, where any of `changed` is among them: the bytes are the
+    /// same, but the open images were opened before a job changed the files.
     pub(in crate::store) fn refresh_active(&self, catalog: &Catalog, changed: &[ObjectId]) {
         for disk in self.active.all() {
-            // From here on it neither begins nor ends to be written.
+            // From here on writing neither begins nor ends.
             let openings = disk.openings.lock();
             if openings.count > 0
                 && let Err(error) = disk.look_again(self, catalog, changed)
@@ -261,7 +261,7 @@ impl ActiveDisk {
         }
         let open = store.open_shown(catalog, &layers, ViewPart::Active, Stability::Live)?;
         let old = std::mem::replace(&mut *self.state.write(), DiskState::Reading(open));
-        // Not under the gate: it may let go of many files.
+        // Not under the gate: it may close many files.
         drop(old);
         Ok(())
     }
@@ -342,8 +342,7 @@ impl Quiesced<'_> {
         let (locks, forced) = (Vec::new(), None);
         let mut open =
             store.new_open_view(NewView { stack, top, images, inner: None, name: &name, locks, forced });
-        // From a guest's file it becomes one that stays as it is, whatever a job may still write to its
-        // header.
+        // A guest's file becomes a frozen one; a job may still write its header.
         for lock in &writing.locks {
             lock.become_for(WriterKind::Job)?;
         }
@@ -381,7 +380,7 @@ impl Quiesced<'_> {
         let image = open.top.clone();
         writer.set_backing(store.view_below(&open.view).map(|view| view as Arc<dyn BackingDisk>));
         let writing = self.writing();
-        // The locks of the layers below go on as they are.
+        // The locks of the layers below stay as they are.
         open.locks.push(read_lock);
         let old = std::mem::replace(writing, WritingDisk { writer, locks: vec![lock], open, mirror: None });
         let WritingDisk { writer, locks, open: OpenView { locks: mut lower, .. }, .. } = old;
@@ -416,7 +415,7 @@ impl Quiesced<'_> {
             locks: kept,
             forced,
         });
-        // Its reader, the disk, was promised that it stays as it is: no more.
+        // Its reader, the disk, had it frozen: no longer.
         let is_base = |lock: &ReadLock| open.top.files().any(|file| file.id() == lock.file().id());
         writing.open.locks.iter_mut().filter(|lock| is_base(lock)).for_each(ReadLock::thaw);
         locks.iter().try_for_each(|lock| lock.become_for(WriterKind::Guest))?;
@@ -451,10 +450,10 @@ impl Quiesced<'_> {
 }
 
 impl ActiveDisk {
-    /// Has another image on top from now on, which is at `path`.
+    /// Makes another image the disk's top from now on, which is at `path`.
     fn take_top(&self, store: &Store, image: ObjectId, path: &Path) {
         store.follow_single(path);
-        // Both are the disk's until a scan has seen what has become of the old one.
+        // Both are the disk's until a scan has seen the change of the old one.
         store.active.disks.lock().by_image.insert(image, self.number);
         *self.top.lock() = (image, shown_path(path));
     }
