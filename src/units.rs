@@ -111,7 +111,7 @@ impl<T> Run<T> {
     }
 }
 
-/// What is known of bytes that nobody has read.
+/// What is known of bytes that have not been read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BlockStatus {
     /// They may be anything.

@@ -103,7 +103,7 @@ impl GuestNumbers {
         node.encoded().unwrap_or_else(|| self.table.lock().number(node))
     }
 
-    /// The file of a number; `None` if it is none, or was given back.
+    /// The file of a number; `None` if there is no such number, or it was released.
     pub(super) fn node(&self, number: u64) -> Option<GuestNode> {
         let tabled = || self.table.lock().files.get(&number).map(|file| file.node);
         GuestNode::decoded(number).or_else(|| if number & TABLED == 0 { None } else { tabled() })

@@ -248,10 +248,10 @@ pub trait ObjectLocks: Send + Sync {
     /// Gives up a lock: [`LockKind::Writer`] keeps the reader's, [`LockKind::Reader`] gives up both.
     fn release(&self, kind: LockKind);
 
-    /// Whether somebody else writes it as an image now. Takes no lock.
+    /// Whether another opening writes it as an image now. Takes no lock.
     fn is_written_by_others(&self) -> bool;
 
-    /// Waits until nobody else adds to a list of chainfs; it ends with this opening.
+    /// Waits until no other process adds to a list of chainfs. The turn ends with this opening.
     fn wait_for_turn(&self) -> std::io::Result<()>;
 
     /// The other processes that hold a lock, as far as they can be found.
@@ -269,7 +269,7 @@ pub struct LockOwners {
     pub processes: Vec<LockHolder>,
 }
 
-/// The locks of a backend that has none: nobody is kept out, and nobody is found.
+/// The locks of a backend that has none: no other process is excluded or found.
 #[derive(Clone, Copy, Debug)]
 pub struct NoLocks;
 

@@ -23,7 +23,7 @@ pub struct WatchId(i32);
 /// What happened to an entry of a watched directory.
 #[derive(Clone, Copy, Debug)]
 pub struct Change<'a> {
-    /// The directory; one that nobody watches if news were lost.
+    /// The directory; an unwatched one if events were lost.
     pub watch: WatchId,
     /// What happened.
     pub kind: ChangeKind,

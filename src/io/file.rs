@@ -127,7 +127,7 @@ pub enum Expect {
 pub enum LockSupport {
     /// Locks: without them nothing excludes a second writer.
     Required,
-    /// Nothing: the user has said that nobody else uses the file.
+    /// Nothing: the user has declared that no other process uses the file.
     Optional,
 }
 
@@ -297,7 +297,7 @@ impl StoreFile {
         if holders.writer.is_some() {
             return busy("is being written through this mount already");
         }
-        // C2, W1: a file that somebody reads as frozen takes no guest's writes.
+        // C2, W1: a file that is being read as frozen takes no guest's writes.
         if holders.frozen > 0 && kind == WriterKind::Guest {
             return busy("is open as a snapshot in this mount; close that first");
         }

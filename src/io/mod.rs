@@ -68,7 +68,7 @@ pub trait Storage: Send + Sync {
     }
 
     /// The file of this machine behind it, for what only the kernel can do with one: copy, share blocks, pass
-    /// reads through. `None` if there is none; whoever asks does without then.
+    /// reads through. `None` if there is none: callers then copy through a buffer.
     fn local_file(&self) -> Option<LocalFile> {
         None
     }

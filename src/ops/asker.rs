@@ -42,7 +42,7 @@ pub fn as_user(store: &Store, subject: &Subject) -> AsUser {
     AsUser { before: ASKER.replace(Some(asker)), _here: PhantomData }
 }
 
-/// Judges the commands of this thread without a user: an accepted command continues, whoever repeats it.
+/// Judges the commands of this thread without a user: an accepted command continues without one.
 pub(super) fn without_user() -> AsUser {
     AsUser { before: ASKER.take(), _here: PhantomData }
 }

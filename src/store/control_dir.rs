@@ -220,7 +220,7 @@ impl ControlDir {
             };
             let opened = file.identity()?;
             let claim = FileLock::take_while(file, path, patience, &go_on)?;
-            // One that was removed while it was waited for keeps nobody away who comes later.
+            // A lock file that was removed during the wait excludes no later process.
             match self.root.identify(path) {
                 Ok(now) if now == opened => return Ok(claim),
                 Ok(_) => {}

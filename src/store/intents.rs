@@ -349,7 +349,7 @@ impl ControlDir {
             })
             .collect();
         found.extend(lost);
-        // Commands of other processes stay begun, whoever has removed their intents.
+        // Commands of other processes stay begun even if their intents were removed.
         let mut seen = self.known.seen.lock();
         let is_here = |found: &[FoundIntent], name: &OsStr| found.iter().any(|found| *found.name == *name);
         seen.retain(|name, entry| is_here(&found, name) && !live.contains_key(name) || entry.is_lost());

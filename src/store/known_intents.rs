@@ -58,7 +58,7 @@ pub(super) struct SeenIntent {
 impl SeenIntent {
     /// Whether another process has removed its file, and its owner has not.
     pub(super) fn is_lost(&self) -> bool {
-        // One that has a name was given another, which says that nobody wants it any more.
+        // A file that has a name was renamed on purpose: the command is discarded.
         let has_name = self.file.stat().is_ok_and(|stat| stat.link_count > 0);
         let mut start = [0; ENDED.len()];
         let is_read = self.file.read_at(0, &mut start).is_ok_and(|len| len == start.len());

@@ -344,7 +344,7 @@ impl Store {
         FileRef::known(path, found.unwrap_or(Identity::of_id(image.stat.id)))
     }
 
-    /// Notes for what stands on a file in the trash that a command has written it and left what it shows as
+    /// Notes for items backed by a file in the trash that a command has written it and left what it shows as
     /// it was.
     pub(super) fn touched(&self, file: ObjectId, before: &ObjectStat, after: &ObjectStat) {
         if before.version == after.version || self.guard.root.stat(Path::new(TRASH)).is_err() {

@@ -1,6 +1,6 @@
 //! Lists of words in one word: mount options, chains of a snapshot.
 //!
-//! The one reader and the one writer of them, whoever has typed the list: a comma ends a word, `\\,` and
+//! The one reader and the one writer of lists, also of those that users type: a comma ends a word, `\\,` and
 //! `\\\\` stand for a comma and a backslash within one, and any other backslash is itself, as mount(8) has
 //! it.
 
