@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -18,7 +18,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::chainfs_binary;
 use super::store::Store;
-use super::tools::{Outcome as _, eventually, hang};
+use super::tools::{Outcome as _, eventually, hang, tool};
 
 #[derive(Debug)]
 pub struct Refusal {
@@ -203,26 +203,12 @@ impl Mount {
     fn leave(&mut self) -> Result<(), String> {
         let mut result = Ok(());
         if connection_of(&self.dir).is_some() {
-            // A process that another test has just forked holds these descriptors until it executes its
-            // program.
-            let start = Instant::now();
-            loop {
-                let mut umount = Command::new("timeout");
-                umount
-                    .args(["--kill-after=2", &hang().as_secs().to_string(), chainfs_binary(), "umount"])
-                    .arg(&self.dir);
-                let output = umount.output().expect("timeout(1) runs");
+            let mut umount = tool(chainfs_binary());
+            umount.arg("umount").arg(&self.dir);
+            let output = unmounting(&mut umount);
+            if !output.status.success() {
                 let said = String::from_utf8_lossy(&output.stderr);
-                let is_passing =
-                    said.contains("by a process that cannot be seen") && start.elapsed() < hang();
-                if !output.status.success() && is_passing {
-                    thread::sleep(Duration::from_millis(50));
-                    continue;
-                }
-                if !output.status.success() {
-                    result = Err(format!("{}: {said}", output.status));
-                }
-                break;
+                result = Err(format!("{}: {said}", output.status));
             }
             if connection_of(&self.dir).is_some() {
                 abort(&self.dir);
@@ -272,6 +258,20 @@ pub fn connection_of(dir: &Path) -> Option<u32> {
 
 fn unescape(field: &str) -> String {
     field.replace("\\040", " ").replace("\\134", "\\")
+}
+
+/// Runs a command that unmounts. A process that another test has just forked holds this one's descriptors
+/// until it executes its program: meanwhile the mount is in use, and the command is run again.
+pub fn unmounting(umount: &mut Command) -> Output {
+    let start = Instant::now();
+    loop {
+        let output = umount.output().expect("timeout(1) runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        if !said.contains("by a process that cannot be seen") || start.elapsed() > hang() {
+            return output;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Aborts a connection whatever its daemon is doing; every call that hangs in it returns. Where the control
