@@ -24,7 +24,7 @@ done
 [ $# -eq 0 ] || shift
 
 # Tests wait for tools, the kernel and disks in a good part of their time.
-export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) * 2))}
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 1))}
 
 . tests/setup.sh
 need "${ALL_PROGRAMS[@]}"

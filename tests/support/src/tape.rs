@@ -14,7 +14,7 @@ use chainfs::image::{Caches, Image, Layer};
 use chainfs::io::{Expect, Storage, WriteStorage};
 use chainfs::units::Stability;
 
-use crate::crash::{CrashLog, Effect, Effort, each_state};
+use crate::crash::{CrashLog, Effect, Effort, Visited, each_state};
 use crate::sim::Random;
 
 /// A disk writes whole sectors, in any order.
@@ -194,7 +194,7 @@ impl CrashLog for FileChanges<'_> {
 }
 
 /// States in which a crash could leave the file: all that are worth making, each content once.
-pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, &[u8])) {
+pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, &[u8])) -> Visited {
     let log = FileChanges { start, events };
     let effort = Effort {
         width: 20,
@@ -208,7 +208,7 @@ pub fn crash_states(start: &[u8], events: &[Event], mut judge: impl FnMut(&str, 
     each_state(&log, &effort, 1, |candidate, file| {
         judge(&format!("{:?} at {}", candidate.choice, candidate.cut), &file);
         true
-    });
+    })
 }
 
 /// The reads of an image's disks: the active one and those of its snapshots, in pieces; `None` where they
