@@ -198,9 +198,8 @@ fn is_file(roots: &[Arc<dyn Backend>], place: &StorePath, id: ObjectId, named: &
 /// Problems for intents that cannot be parsed.
 fn unreadable(senseless: &[(PathBuf, String)]) -> impl Iterator<Item = Problem> {
     let fact = "records a command that was begun, and cannot be parsed";
-    let remedy = "nothing of the store is shown, for nobody can tell what that has spoilt; restore it, or \
-        see what \
-                  chainfs recover STORE says of it";
+    let remedy = "nothing of the store is shown, because the views that it has invalidated are unknown; \
+                  restore it, or see what chainfs recover STORE says of it";
     senseless.iter().map(move |(path, reason)| Problem {
         path: path.clone(),
         sentence: format!("{fact}: {reason}; {remedy}"),
@@ -221,8 +220,8 @@ fn not_finished(guard: &ControlDir, found: &FoundIntent) -> Problem {
         (None, true) => "is not finished, in the store of which this is a copy".to_owned(),
         (None, false) => "is not finished".to_owned(),
     };
-    let remedy = "what it has spoilt is hidden until the store is mounted without ro, or chainfs recover has \
-        seen to it";
+    let remedy = "the views that it has invalidated are hidden until the store is mounted without ro, or \
+                  chainfs recover has resumed it";
     let sentence = format!("holds a chain whose command {state}; {remedy}: {}", found.intent.command);
     Problem { path: found.intent.chain.clone(), sentence }
 }
