@@ -116,9 +116,10 @@ run_tests() {
 }
 
 failed=0
-# The build is not the tests' time. The profile is a release with all checks on.
-cargo build --profile checked --workspace --locked
+# The build is not the tests' time. The profile is an optimised one with all checks on.
+# All targets in one command first, so that both processors have work.
 cargo test --profile checked --workspace --locked --no-run --message-format=json-render-diagnostics "${options[@]}" >"$logs/built"
+cargo build --profile checked --workspace --locked
 binaries=$(jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable)
     | [.target.name + (if .target.kind == ["test"] then "" else " (unit tests)" end), .executable, (.manifest_path | rtrimstr("/Cargo.toml"))]
     | @tsv' "$logs/built")

@@ -11,6 +11,7 @@ use std::time::Duration;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Backend, Directory, FileLock, MountPoints, OpenDirectory};
 
+use super::freeze_list;
 use super::known_intents::KnownIntents;
 use super::trust;
 
@@ -182,9 +183,14 @@ impl ControlDir {
         }
     }
 
-    /// Takes the store's lock: its holder may look up the users of images, and change files.
+    /// Takes the store's lock: its holder may look up the users of images, and change files. Creates the
+    /// freeze list if missing: two processes that did that at once could discard what one has recorded.
     pub fn lock(&self, names: &dyn Directory) -> Result<FileLock> {
-        self.lock_within(names, PATIENCE, &|| Ok(()))
+        let lock = self.lock_within(names, PATIENCE, &|| Ok(()))?;
+        if self.is_marked {
+            freeze_list::prepare(self, names)?;
+        }
+        Ok(lock)
     }
 
     /// The same for a job, which would not discard its work because another process is slow; `go_on` is

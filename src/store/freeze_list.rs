@@ -159,7 +159,8 @@ pub(super) fn is_draft(path: &Path) -> bool {
     path == Path::new(DRAFT) || path == Path::new(LAYOUT).with_extension("new")
 }
 
-/// Writes a small file, durably: at every moment there is the old one or the new.
+/// Writes a small file, durably: at every moment there is the old one or the new. No two threads or processes
+/// write one file at once: they would share its draft.
 pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str) -> Result<()> {
     // A crash may have left a draft.
     let _ = names.unlink(draft);
@@ -170,8 +171,7 @@ pub(super) fn write(names: &dyn Directory, draft: &Path, path: &Path, text: &str
     names.sync(&directory_of(path))
 }
 
-/// Makes sure that there is a list, so that its removal is detected. Under the store's lock, or before any
-/// image is frozen.
+/// Makes sure that there is a list, so that its removal is detected. Under the store's lock.
 pub(super) fn prepare(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     let is_missing =
         |path: &str| guard.root.stat(Path::new(path)).is_err_and(|e| e.kind() == ErrorKind::NotFound);
@@ -194,4 +194,41 @@ pub(super) fn forget(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
     }
     write(names, Path::new(DRAFT), Path::new(FROZEN_NOTES), NOTHING)?;
     prepare(guard, names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::LocalDirectory;
+
+    /// A scan prepares the store's directory without the lock, while a command records a frozen image.
+    #[test]
+    fn a_list_is_created_only_under_the_lock_and_loses_no_record() {
+        for round in 0..20 {
+            let place = tempfile::tempdir().unwrap();
+            let root = LocalDirectory::open(place.path()).unwrap();
+            let names = root.names().unwrap();
+            let guard = || ControlDir::of_directory(&root, &LocalDirectory::open).unwrap();
+            guard().prepare(&*names).unwrap();
+            assert!(!place.path().join(FROZEN_NOTES).exists(), "no lock was held");
+            let frozen = Frozen { seconds: 1, nanoseconds: 0, description: String::new() };
+            let record = |path: &str| {
+                let guard = guard();
+                guard.prepare(&*names).unwrap();
+                let _lock = guard.lock(&*names).unwrap();
+                assert!(place.path().join(FROZEN_NOTES).exists(), "{path}");
+                FreezeList::change(&guard, &*names, Path::new(path), Some(&frozen)).unwrap();
+            };
+            std::thread::scope(|scope| {
+                for path in ["a.raw", "b.raw"] {
+                    scope.spawn(move || record(path));
+                }
+                for _ in 0..2 {
+                    scope.spawn(|| guard().prepare(&*names).unwrap());
+                }
+            });
+            let list = FreezeList::read(&guard());
+            assert_eq!((list.frozen.len(), list.problem()), (2, None), "round {round}");
+        }
+    }
 }

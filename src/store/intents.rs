@@ -53,7 +53,8 @@ pub struct FoundIntent {
 }
 
 impl ControlDir {
-    /// Creates the directories for intents and notes, and the freeze list, if missing.
+    /// Creates the directories for intents and notes, if missing. Without the store's lock: whoever takes that
+    /// creates the freeze list.
     pub fn prepare(&self, names: &dyn Directory) -> Result<()> {
         let has_place = self.root.stat(self.intents()).is_ok();
         if !has_place {
@@ -65,7 +66,7 @@ impl ControlDir {
             self.is_new_place.store(true, Ordering::Release);
             names.sync(self.intents().parent().unwrap_or(Path::new("")))?;
         }
-        if self.is_marked { freeze_list::prepare(self, names) } else { Ok(()) }
+        Ok(())
     }
 
     /// Writes an intent, durably, and owns it.

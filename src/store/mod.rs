@@ -150,6 +150,8 @@ pub struct Store {
     /// leaf.
     same_states: Mutex<HashMap<u64, u64>>,
     chain_views: Mutex<Weighted<(u64, ImageIndex), Arc<ChainViews>>>,
+    /// Held while notes of the trash are rewritten: jobs end without the store's lock. A leaf.
+    trash_notes: Mutex<()>,
 }
 
 impl std::fmt::Debug for Store {
@@ -237,6 +239,7 @@ impl Store {
             introduced: Mutex::new(LruCache::new(NonZero::new(INTRODUCED).expect("not zero"))),
             same_states: Mutex::default(),
             chain_views: Mutex::new(Weighted::new(CHAINS_KEPT_LEN)),
+            trash_notes: Mutex::default(),
         });
         store.rescan()?;
         Ok(store)

@@ -350,6 +350,7 @@ impl Store {
         if before.version == after.version || self.guard.root.stat(Path::new(TRASH)).is_err() {
             return;
         }
+        let _turn = self.trash_notes.lock();
         let noted = self.trash().and_then(|items| {
             for mut item in items {
                 let Some(note) = &mut item.note else { continue };
