@@ -1,6 +1,19 @@
-//! Reads fields of on-disk structures, and computes the checksum that most of them use.
+//! Reads fields of on-disk structures, computes the checksum that most of them use, and makes the errors
+//! about them.
 //!
 //! A field outside the given bytes reads as 0. Parsers check lengths and checksums themselves.
+
+use crate::error::{Error, ErrorKind};
+
+/// The error for a structure that violates its format.
+pub(super) fn corrupt(fact: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Corrupt, fact)
+}
+
+/// The error for a valid structure that is not supported.
+pub(super) fn unsupported(fact: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Unsupported, fact)
+}
 
 /// `N` bytes at `at`.
 pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {

@@ -15,6 +15,7 @@ pub mod partition;
 mod readers;
 pub mod source;
 pub mod volumes;
+pub mod xfs;
 
 pub use filesystem::{
     DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,

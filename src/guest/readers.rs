@@ -13,6 +13,7 @@ use super::content::VolumeContent;
 use super::ext::Ext;
 use super::fat::Fat;
 use super::volumes::{Volume, VolumeLayout, volume_source};
+use super::xfs::Xfs;
 use super::{FileSystem, Source};
 
 /// The reader of some contents.
@@ -69,6 +70,11 @@ pub const READERS: &[Reader] = &[
         contents: &[VolumeContent::Fat12, VolumeContent::Fat16, VolumeContent::Fat32],
         sources: SourceSet::Single,
         open: |sources| Ok(Subvolume::only(Fat::open(Arc::clone(&sources[0]))?)),
+    },
+    Reader {
+        contents: &[VolumeContent::Xfs],
+        sources: SourceSet::Single,
+        open: |sources| Ok(Subvolume::only(Xfs::open(Arc::clone(&sources[0]))?)),
     },
 ];
 

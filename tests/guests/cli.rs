@@ -248,7 +248,7 @@ fn time(text: &Value) -> (i64, i64) {
 #[test]
 fn ls_and_cp_show_the_same_as_the_kernel() {
     let guest = Guest::install();
-    guest.works(|dir| crate::ext::content::Content::ext4().fill(dir));
+    guest.works(|dir| crate::content::Content::ext4().fill(dir));
     guest.freeze("base.qcow2", None);
     guest.store.overlay("vm.qcow2", "base.qcow2", "qcow2", "");
     let judge = guest.judge("vm.qcow2", None, "judge");

@@ -2,8 +2,10 @@
 //! look into them.
 
 mod cli;
+mod content;
 mod counted;
 mod damage;
+mod disk;
 mod ext;
 mod fat;
 mod groups;
@@ -12,3 +14,4 @@ mod mount;
 mod scramble;
 mod volumes;
 mod worker;
+mod xfs;

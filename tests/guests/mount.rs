@@ -224,8 +224,33 @@ fn kernel_mount(store: &Store, shown: &Path, name: &str) -> (Loop, Mounted) {
 fn every_view_matches_the_kernel_including_journals() {
     let store = Store::new();
     let tree = small_tree(&store);
-    chain_on(&store, &disk(&store, "disk", &tree));
-    let mount = Mount::with(&store, "symlinks=verbatim");
+    let disk = disk(&store, "disk", &tree);
+    every_view_matches_the_kernel(&store, &disk);
+}
+
+#[test]
+fn every_view_of_an_xfs_guest_matches_the_kernel_including_the_log() {
+    let store = Store::new();
+    let tree = small_tree(&store);
+    let volume = store.beside("volume");
+    File::create(&volume).and_then(|file| file.set_len(310 * MIB)).expect("a volume");
+    tool("mkfs.xfs").args(["-q", "-L", "system"]).arg(&volume).succeeds();
+    let device = Loop::new(&volume);
+    let mounted = Mounted::new(&device.0, store.beside("filled"));
+    tool("cp").arg("-a").arg(tree.join(".")).arg(&mounted.0).succeeds();
+    mounted.umount();
+    device.detach();
+    let disk = store.beside("disk");
+    File::create(&disk).and_then(|file| file.set_len(312 * MIB)).expect("a disk");
+    tool("sgdisk").args(["-n1:2048:+310M", "-t1:8300"]).arg(&disk).succeeds();
+    let (from, to) = (format!("if={}", volume.display()), format!("of={}", disk.display()));
+    tool("dd").args(["status=none", "bs=1M", "seek=1", "conv=notrunc,sparse", &from, &to]).succeeds();
+    every_view_matches_the_kernel(&store, &disk);
+}
+
+fn every_view_matches_the_kernel(store: &Store, disk: &Path) {
+    chain_on(store, disk);
+    let mount = Mount::with(store, "symlinks=verbatim");
     let control = Control::of(&mount, "vm");
     // The guest: the kernel, with the partition on a loop device, snapshots being taken while it writes.
     let device = Loop::new(&mount.path("vm/partitions/active/p1.raw"));
@@ -256,7 +281,7 @@ fn every_view_matches_the_kernel_including_journals() {
     device.detach();
     for (round, view) in ["live0", "live1", "live2", "base", "active"].into_iter().enumerate() {
         let (device, kernel) =
-            kernel_mount(&store, &mount.path(format!("vm/partitions/{view}/p1.raw")), view);
+            kernel_mount(store, &mount.path(format!("vm/partitions/{view}/p1.raw")), view);
         assert_same_tree(&mount.path(format!("vm/files/{view}/p1")), &kernel.0);
         if view.starts_with("live") {
             assert_eq!(mount.text(format!("vm/files/{view}/p1/etc/hostname")), format!("round{round}\n"));

@@ -7,9 +7,8 @@ use std::sync::Arc;
 
 use crate::cache::Cache;
 use crate::error::Result;
+use crate::guest::bytes::corrupt;
 use crate::guest::source::Source;
-
-use super::bytes::corrupt;
 
 /// Bytes of metadata cached per file system. The chunks they come from are cached as well, for all views of a
 /// chain together.

@@ -4,10 +4,10 @@
 //! is used if its references lie within the file system. The inode read through it has a checksum of its own.
 
 use crate::error::Result;
-use crate::guest::bytes::{le16, le32};
+use crate::guest::bytes::{corrupt, le16, le32};
 
 use super::blocks::{Block, Blocks};
-use super::bytes::{corrupt, join};
+use super::bytes::join;
 use super::checksum::{crc16, crc32c, crc32c_without_field};
 use super::superblock::{Checksums, Superblock, incompat};
 

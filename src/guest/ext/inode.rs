@@ -1,10 +1,10 @@
 //! An inode: its raw bytes, verified, and its stat(2) attributes.
 
 use crate::error::Result;
-use crate::guest::bytes::{le16, le32};
+use crate::guest::bytes::{corrupt, le16, le32};
 use crate::guest::filesystem::{FileAttributes, FileKind, Time};
 
-use super::bytes::{corrupt, join};
+use super::bytes::join;
 use super::checksum::crc32c;
 use super::superblock::Superblock;
 

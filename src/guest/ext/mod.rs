@@ -36,6 +36,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
+use super::bytes::{corrupt, unsupported};
 use crate::cache::Cache;
 use crate::error::{Error, Result};
 
@@ -47,7 +48,6 @@ use super::source::Source;
 pub use superblock::{SuperblockProbe, probe};
 
 use blocks::{Block, Blocks};
-use bytes::{corrupt, unsupported};
 use directory::NameIndex;
 use fast::FastCommits;
 use inode::{Inode, flags};

@@ -7,10 +7,10 @@ use parking_lot::Mutex;
 
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::bytes::corrupt;
 use crate::guest::source::Source;
 
 use super::blocks::{Blocks, JournalOverlay};
-use super::bytes::corrupt;
 use super::fast::FastCommits;
 use super::journal::{self, Log, Replayed};
 use super::superblock::{JournalPlace, SUPERBLOCK_AT, SUPERBLOCK_LEN, Superblock, incompat};

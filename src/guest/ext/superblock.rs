@@ -4,9 +4,9 @@
 //! limits, no divisor is zero. Whether its references lie on the disk is checked when they are read.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::bytes::{le16, le32};
+use crate::guest::bytes::{corrupt, le16, le32, unsupported};
 
-use super::bytes::{corrupt, join, unsupported};
+use super::bytes::join;
 use super::checksum::crc32c;
 
 /// Where the first superblock is, and how long each is.

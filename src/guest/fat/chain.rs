@@ -5,9 +5,9 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::cache::Cache;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::guest::Source;
-use crate::guest::bytes::{le16, le32};
+use crate::guest::bytes::{corrupt, le16, le32};
 
 use super::volume::{FIRST_CLUSTER, FatVolume, FatWidth};
 
@@ -186,8 +186,4 @@ impl ChainWalk<'_> {
             FatWidth::Fat32 => le32(page, within) & 0x0fff_ffff,
         })
     }
-}
-
-pub(super) fn corrupt(fact: String) -> Error {
-    Error::new(ErrorKind::Corrupt, fact)
 }

@@ -16,13 +16,13 @@ use std::sync::{Arc, OnceLock};
 use crate::cache::Cache;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::Source;
-use crate::guest::bytes::le32;
+use crate::guest::bytes::{corrupt, le32};
 use crate::guest::filesystem::{
     DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,
     Statistics, Time,
 };
 
-use chain::{Chains, ClusterRun, corrupt};
+use chain::{Chains, ClusterRun};
 use entry::{EntryReader, FatEntry, NamedFatEntry};
 use names::folded;
 use volume::ENTRY_LEN;
@@ -161,7 +161,7 @@ impl Fat {
                 )));
             };
             if left == 0 {
-                return Err(corrupt("a directory has no end".to_owned()));
+                return Err(corrupt("a directory has no end"));
             }
             left -= 1;
             self.read_entries(&mut reader, at, cluster_len, entries)?;

@@ -9,9 +9,9 @@ use chainfs::error::ErrorKind;
 use chainfs::guest::ext::Ext;
 use chainfs::guest::{FileSystem as _, Ino, Source};
 
-use super::content::*;
-use super::disk::*;
 use super::journals::{small_changes, work};
+use crate::content::*;
+use crate::disk::*;
 use crate::scramble::{scramble, telling_blocks};
 use support::Rng;
 

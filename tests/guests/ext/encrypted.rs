@@ -11,7 +11,7 @@ use chainfs::guest::ext::Ext;
 use chainfs::guest::{FileKind, FileSystem as _, Ino};
 
 use super::MIB;
-use super::disk::*;
+use crate::disk::*;
 
 /// Linux's view of encrypted directories without the key: names, kinds and targets of links.
 #[test]

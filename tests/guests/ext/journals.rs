@@ -11,9 +11,9 @@ use chainfs::error::ErrorKind;
 use chainfs::guest::ext::{Ext, probe};
 use chainfs::guest::{FileKind, FileSystem as _, Source, Time};
 
-use super::content::*;
 use super::damage::{find, victim};
-use super::disk::*;
+use crate::content::*;
+use crate::disk::*;
 use support::Rng;
 use support::{Outcome as _, tool};
 

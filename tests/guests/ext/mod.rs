@@ -1,11 +1,9 @@
 //! ext2, ext3 and ext4, compared with the kernel: whole trees as its mount shows them, dirty journals as it
 //! replays them, and damage. Needs root and loop devices.
 
-pub(crate) mod content;
 mod damage;
-mod disk;
 mod encrypted;
-mod journals;
+pub(crate) mod journals;
 
 use std::fs::{self};
 use std::os::unix::ffi::OsStrExt as _;
@@ -16,12 +14,18 @@ use std::sync::Arc;
 use chainfs::guest::ext::{Ext, probe};
 use chainfs::guest::{FileKind, FileSystem as _, Source};
 
+use crate::content::*;
 use crate::counted::Counted;
-use content::*;
-use disk::*;
+use crate::disk::*;
 use support::{Outcome as _, tool};
 
 const MIB: u64 = 1 << 20;
+
+impl Disk {
+    fn open(&self) -> Ext {
+        Ext::open(self.source()).expect("our reader opens it")
+    }
+}
 
 fn long() -> bool {
     std::env::var_os("CHAINFS_LONG").is_some()

@@ -3,11 +3,11 @@
 use std::ops::Range;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::bytes::{le16, le32};
+use crate::guest::bytes::{corrupt, le16, le32};
 
 use super::super::Ext;
 use super::super::blocks::Block;
-use super::super::bytes::{corrupt, join};
+use super::super::bytes::join;
 use super::super::checksum::crc32c;
 use super::super::inode::{BLOCK_AREA, OLD_LEN, flags};
 use super::super::journal::Log;

@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::guest::bytes::be32;
+use crate::guest::bytes::{be32, corrupt, unsupported};
 use crate::guest::filesystem::FileKind;
 use crate::guest::source::Source;
 
 use super::super::Ext;
 use super::super::blocks::{Block, JOURNAL_MAGIC};
-use super::super::bytes::{corrupt, unsupported};
 use super::super::checksum::{crc32c, crc32c_without_field};
 use super::super::map::{ExtMapping, MapWalk};
 

@@ -11,10 +11,9 @@ mod tags;
 use std::collections::HashMap;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::bytes::{be32, be64};
+use crate::guest::bytes::{be32, be64, corrupt};
 
 use super::blocks::{Block, JournalOverlay, Journaled};
-use super::bytes::corrupt;
 
 pub(super) use log::Log;
 use scan::JournalScan;

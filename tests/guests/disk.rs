@@ -1,5 +1,5 @@
-//! Disks with ext2, ext3 and ext4, made and mounted by the kernel, and comparison of whole trees: the
-//! kernel's view of a disk with that of chainfs.
+//! Disks with a file system, made by its own tools and mounted by the kernel, and comparison of whole trees:
+//! the kernel's view of a disk with that of chainfs.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chainfs::error::{Error, ErrorKind, Result};
-use chainfs::guest::ext::Ext;
 use chainfs::guest::{FileAttributes, FileKind, FileSystem, Ino, RunKind, Source, Time};
 use rustix::fs::{SeekFrom, XattrFlags};
 
@@ -50,28 +49,41 @@ impl Source for FileSource {
 pub(crate) struct Disk {
     dir: tempfile::TempDir,
     pub(crate) image: PathBuf,
+    /// The kernel's name of the file system, and the options with which it is mounted beside a copy of it.
+    kind: &'static str,
+    options: &'static str,
 }
 
 impl Disk {
     /// A disk formatted by `mkfs`, a program and its options.
     pub(crate) fn format(mkfs: &str, size: u64) -> Self {
-        let disk = Self::blank(size);
+        Self::format_in(&std::env::temp_dir(), mkfs, size)
+    }
+
+    /// The same in a directory.
+    pub(crate) fn format_in(parent: &Path, mkfs: &str, size: u64) -> Self {
         let mut words = mkfs.split(' ');
-        let mut command = tool(words.next().expect("a program"));
-        command.args(["-q", "-F"]).args(words).arg(&disk.image).succeeds();
+        let program = words.next().expect("a program");
+        let (kind, options, force) = match program {
+            "mkfs.xfs" => ("xfs", "nouuid", "-f"),
+            _ => ("ext4", "noatime", "-F"),
+        };
+        let disk = Self::blank(parent, size, kind, options);
+        tool(program).args(["-q", force]).args(words).arg(&disk.image).succeeds();
         disk
     }
 
-    fn blank(size: u64) -> Self {
-        let dir = tempfile::Builder::new().prefix("chainfs-ext-").tempdir().expect("a directory");
+    fn blank(parent: &Path, size: u64, kind: &'static str, options: &'static str) -> Self {
+        let dir = tempfile::Builder::new().prefix("chainfs-disk-").tempdir_in(parent).expect("a directory");
         let image = dir.path().join("disk");
         File::create(&image).and_then(|file| file.set_len(size)).expect("a disk");
-        Self { dir, image }
+        Self { dir, image, kind, options }
     }
 
     /// Mounts the disk while `work` is done in it.
     pub(crate) fn mounted<T>(&self, options: &str, work: impl FnOnce(&Path) -> T) -> T {
-        let mount = Mounted::new(&self.image, &self.dir.path().join("mnt"), options);
+        let options = format!("loop,noatime,{},{options}", self.options);
+        let mount = Mounted::new(&self.image, &self.dir.path().join("mnt"), self.kind, &options);
         let result = work(&mount.dir);
         mount.end();
         result
@@ -82,7 +94,7 @@ impl Disk {
         // Copying takes time, and the kernel may write meanwhile. A copy that is unchanged afterwards is of
         // one moment.
         for _ in 0..20 {
-            let copy = Self::blank(0);
+            let copy = self.blank_copy();
             tool("cp").arg("--sparse=always").arg(&self.image).arg(&copy.image).succeeds();
             if tool("cmp").arg("--silent").arg(&self.image).arg(&copy.image).outcome().0 == 0 {
                 return copy;
@@ -91,8 +103,21 @@ impl Disk {
         panic!("{} changes all the time", self.image.display());
     }
 
-    pub(crate) fn open(&self) -> Ext {
-        Ext::open(Arc::new(FileSource::open(&self.image))).expect("our reader opens it")
+    /// The disk at the moment of the call, while a kernel works on it: its directory is on a file system that
+    /// can share blocks, and does that in one step.
+    pub(crate) fn instant(&self) -> Self {
+        let copy = self.blank_copy();
+        tool("cp").arg("--reflink=always").arg(&self.image).arg(&copy.image).succeeds();
+        copy
+    }
+
+    fn blank_copy(&self) -> Self {
+        Self::blank(self.dir.path().parent().expect("a parent"), 0, self.kind, self.options)
+    }
+
+    /// The disk as a source.
+    pub(crate) fn source(&self) -> Arc<dyn Source> {
+        Arc::new(FileSource::open(&self.image))
     }
 
     /// Runs a debugfs command on the disk.
@@ -136,13 +161,9 @@ struct Mounted {
 }
 
 impl Mounted {
-    fn new(image: &Path, dir: &Path, options: &str) -> Self {
+    fn new(image: &Path, dir: &Path, kind: &str, options: &str) -> Self {
         fs::create_dir_all(dir).expect("a mount point");
-        tool("mount")
-            .args(["-t", "ext4", "-o", &format!("loop,noatime,{options}")])
-            .arg(image)
-            .arg(dir)
-            .succeeds();
+        tool("mount").args(["-t", kind, "-o", options]).arg(image).arg(dir).succeeds();
         Self { dir: dir.to_owned(), ended: false }
     }
 
@@ -295,15 +316,15 @@ fn hash_of(size: u64, data: &[(u64, u64)], mut read: impl FnMut(u64, &mut [u8]))
 }
 
 /// The tree of chainfs' reader. Every name is looked up, and every content is read in both ways.
-pub(crate) fn our_tree(ext: &Ext, image: &Path) -> Tree {
+pub(crate) fn our_tree(files: &dyn FileSystem, image: &Path) -> Tree {
     let source = FileSource::open(image);
     let mut tree = Tree::new();
-    let mut left = vec![(Vec::new(), ext.root())];
+    let mut left = vec![(Vec::new(), files.root())];
     while let Some((path, ino)) = left.pop() {
         let say = |e: Error| -> ! { panic!("{} (inode {}): {e}", String::from_utf8_lossy(&path), ino.0) };
-        let node = our_node(ext, &source, ino).unwrap_or_else(|e| say(e));
+        let node = our_node(files, &source, ino).unwrap_or_else(|e| say(e));
         if node.attributes.kind == FileKind::Directory {
-            for (name, ino) in entries(ext, ino).unwrap_or_else(|e| say(e)) {
+            for (name, ino) in entries(files, ino).unwrap_or_else(|e| say(e)) {
                 left.push(([path.as_slice(), b"/", &name].concat(), ino));
             }
         }
@@ -314,56 +335,57 @@ pub(crate) fn our_tree(ext: &Ext, image: &Path) -> Tree {
 }
 
 /// The names in a directory; each looked up, and the listing continued from one of its middle as well.
-fn entries(ext: &Ext, directory: Ino) -> Result<Vec<(Vec<u8>, Ino)>> {
+fn entries(files: &dyn FileSystem, directory: Ino) -> Result<Vec<(Vec<u8>, Ino)>> {
     let mut all = Vec::new();
-    ext.list(directory, 0, &mut |entry| {
+    files.list(directory, 0, &mut |entry| {
         all.push(entry);
         true
     })?;
     if let Some(middle) = all.get(all.len() / 2) {
         let mut rest = Vec::new();
-        ext.list(directory, middle.next, &mut |entry| {
+        files.list(directory, middle.next, &mut |entry| {
             rest.push(entry);
             true
         })?;
         assert_eq!(rest, all[all.len() / 2 + 1..], "the listing goes on after {middle:?}");
     }
     for entry in &all {
-        assert_eq!(ext.lookup(directory, &entry.name)?, Some(entry.ino), "{entry:?}");
+        assert_eq!(files.lookup(directory, &entry.name)?, Some(entry.ino), "{entry:?}");
         assert_ne!(entry.next, 0);
-        if let (Some(said), Ok(attributes)) = (entry.kind, ext.attributes(entry.ino)) {
+        if let (Some(said), Ok(attributes)) = (entry.kind, files.attributes(entry.ino)) {
             assert_eq!(said, attributes.kind, "{entry:?}");
         }
     }
-    assert_eq!(ext.lookup(directory, b"no such name here")?, None);
+    assert_eq!(files.lookup(directory, b"no such name here")?, None);
     Ok(all.into_iter().map(|entry| (entry.name, entry.ino)).collect())
 }
 
-fn our_node(ext: &Ext, source: &FileSource, ino: Ino) -> Result<Node> {
-    let attributes = ext.attributes(ino)?;
+fn our_node(files: &dyn FileSystem, source: &FileSource, ino: Ino) -> Result<Node> {
+    let attributes = files.attributes(ino)?;
     let (mut data, mut hash) = (Vec::new(), 0);
     if attributes.kind == FileKind::File {
-        let runs = our_runs(ext, ino, attributes.size)?;
+        let runs = our_runs(files, ino, attributes.size)?;
         data = data_of(&runs);
         hash = hash_of(attributes.size, &data, |at, buf| {
             assert_eq!(
-                ext.read_at(ino, at, buf).unwrap_or_else(|e| panic!("inode {}: {e}", ino.0)),
+                files.read_at(ino, at, buf).unwrap_or_else(|e| panic!("inode {}: {e}", ino.0)),
                 buf.len()
             );
         });
-        let by_runs = hash_of(attributes.size, &data, |at, buf| read_runs(ext, source, ino, &runs, at, buf));
+        let by_runs =
+            hash_of(attributes.size, &data, |at, buf| read_runs(files, source, ino, &runs, at, buf));
         assert_eq!(hash, by_runs, "inode {}: the runs are not what is read", ino.0);
     }
-    let target = if attributes.kind == FileKind::Symlink { Some(ext.read_link(ino)?) } else { None };
-    let xattrs = ext.extended_attributes(ino)?.into_iter().map(|found| (found.name, found.value)).collect();
+    let target = if attributes.kind == FileKind::Symlink { Some(files.read_link(ino)?) } else { None };
+    let xattrs = files.extended_attributes(ino)?.into_iter().map(|found| (found.name, found.value)).collect();
     Ok(Node { ino: ino.0, attributes, target, xattrs, data, hash })
 }
 
 /// The runs of a file from its beginning, asked for in windows as an adapter would.
-fn our_runs(ext: &Ext, ino: Ino, size: u64) -> Result<Vec<(u64, u64, RunKind)>> {
+fn our_runs(files: &dyn FileSystem, ino: Ino, size: u64) -> Result<Vec<(u64, u64, RunKind)>> {
     let (mut runs, mut at) = (Vec::new(), 0);
     while at < size {
-        let window = ext.runs(ino, at, u64::MAX, 512)?;
+        let window = files.runs(ino, at, u64::MAX, 512)?;
         assert!(!window.is_empty() && window.len() <= 512, "inode {}: {} runs", ino.0, window.len());
         for run in window {
             assert!(run.len > 0);
@@ -388,7 +410,7 @@ fn data_of(runs: &[(u64, u64, RunKind)]) -> Vec<(u64, u64)> {
 }
 
 fn read_runs(
-    ext: &Ext,
+    files: &dyn FileSystem,
     source: &FileSource,
     ino: Ino,
     runs: &[(u64, u64, RunKind)],
@@ -405,7 +427,9 @@ fn read_runs(
             RunKind::Stored(offset) => {
                 source.read_at(offset + (from - start), part).expect("it lies on the disk");
             }
-            RunKind::Opaque => assert_eq!(ext.read_at(ino, from, part).expect("it can be read"), part.len()),
+            RunKind::Opaque => {
+                assert_eq!(files.read_at(ino, from, part).expect("it can be read"), part.len());
+            }
         }
     }
 }
@@ -453,10 +477,10 @@ pub(crate) fn assert_same_trees(what: &str, theirs: &Tree, ours: &Tree) {
 }
 
 /// Everything of a file system is asked for, each question with a limit; an error is an answer.
-pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> usize {
-    let (mut seen, mut left) = (std::collections::HashSet::new(), vec![ext.root()]);
+pub(crate) fn walk_everything(files: &dyn FileSystem, mut asked: impl FnMut(&str, Ino)) -> usize {
+    let (mut seen, mut left) = (std::collections::HashSet::new(), vec![files.root()]);
     let mut errors = 0;
-    ext.statistics();
+    files.statistics();
     while let Some(ino) = left.pop() {
         if !seen.insert(ino) || seen.len() > 3000 {
             continue;
@@ -471,13 +495,13 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
                 errors += 1;
             }
         };
-        let attributes = ext.attributes(ino);
+        let attributes = files.attributes(ino);
         asked("attributes", ino);
         count(attributes.as_ref().err().map(Error::kind));
-        count(ext.extended_attributes(ino).err().map(|e| e.kind()));
+        count(files.extended_attributes(ino).err().map(|e| e.kind()));
         asked("attributes of its own", ino);
         let mut names = Vec::new();
-        let listed = ext.list(ino, 0, &mut |entry| {
+        let listed = files.list(ino, 0, &mut |entry| {
             let name = &entry.name;
             assert!(
                 !name.is_empty()
@@ -494,17 +518,17 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
             count(listed.err().map(|e| e.kind()));
         }
         for name in names.iter().step_by(names.len() / 8 + 1) {
-            count(ext.lookup(ino, name).err().map(|e| e.kind()));
+            count(files.lookup(ino, name).err().map(|e| e.kind()));
             asked("lookup", ino);
         }
-        count(ext.read_link(ino).err().map(|e| e.kind()).filter(|kind| *kind != ErrorKind::Corrupt));
+        count(files.read_link(ino).err().map(|e| e.kind()).filter(|kind| *kind != ErrorKind::Corrupt));
         asked("read_link", ino);
         let Ok(FileAttributes { kind: FileKind::File, size, .. }) = attributes else { continue };
         let mut buf = vec![0; 128 << 10];
         for at in [0, size / 2, size.saturating_sub(1000)] {
-            count(ext.read_at(ino, at, &mut buf).err().map(|e| e.kind()));
+            count(files.read_at(ino, at, &mut buf).err().map(|e| e.kind()));
             asked("read_at", ino);
-            count(ext.runs(ino, at, u64::MAX, 512).err().map(|e| e.kind()));
+            count(files.runs(ino, at, u64::MAX, 512).err().map(|e| e.kind()));
             asked("runs", ino);
         }
     }

@@ -26,11 +26,23 @@ pub(crate) struct Content {
     pub(crate) value_len: usize,
     /// Whether there are holes punched and space reserved, as extents can.
     pub(crate) punched: bool,
+    /// The longest target of a symbolic link.
+    pub(crate) target_len: usize,
+    /// The largest minor number of a device.
+    pub(crate) minor: u32,
 }
 
 impl Content {
     pub(crate) fn small() -> Self {
-        Self { files: 0, names: 700, pieces: 40, value_len: 900, punched: false }
+        Self {
+            files: 0,
+            names: 700,
+            pieces: 40,
+            value_len: 900,
+            punched: false,
+            target_len: 4095,
+            minor: 0x45678,
+        }
     }
 
     pub(crate) fn ext4() -> Self {
@@ -42,8 +54,8 @@ impl Content {
         let blocks = rustix::fs::statvfs(dir).expect("statvfs").f_bsize;
         sizes(dir);
         names(dir);
-        links(dir, blocks.min(4096) as usize);
-        devices(dir);
+        links(dir, self.target_len.min(blocks as usize - 1));
+        devices(dir, self.minor);
         many_names(&dir.join("many"), self.names);
         fragmented(&dir.join("fragmented"), self.pieces, blocks, self.punched);
         self.attributes(dir);
@@ -146,10 +158,10 @@ fn names(dir: &Path) {
     fs::create_dir(dir.join("empty")).expect("a directory");
 }
 
-fn links(dir: &Path, block_len: usize) {
+fn links(dir: &Path, longest: usize) {
     let dir = dir.join("links");
     fs::create_dir(&dir).expect("a directory");
-    for len in [1, 58, 59, 60, 61, 150, 255, 1000, block_len - 1] {
+    for len in [1, 58, 59, 60, 61, 150, 255, 1000.min(longest - 1), longest] {
         symlink("t".repeat(len), dir.join(len.to_string())).expect("a link");
     }
     fs::write(dir.join("one"), "several names").expect("a file");
@@ -159,7 +171,7 @@ fn links(dir: &Path, block_len: usize) {
     fs::hard_link(dir.join("60"), dir.join("the same link")).expect("a hard link");
 }
 
-fn devices(dir: &Path) {
+fn devices(dir: &Path, minor: u32) {
     let dir = dir.join("devices");
     fs::create_dir(&dir).expect("a directory");
     let make = |name: &str, kind, device| {
@@ -167,7 +179,7 @@ fn devices(dir: &Path) {
     };
     let number = rustix::fs::makedev;
     make("old", FileType::BlockDevice, number(8, 3));
-    make("new", FileType::CharacterDevice, number(0x123, 0x45678));
+    make("new", FileType::CharacterDevice, number(0x123, minor));
     make("zero", FileType::CharacterDevice, number(0, 0));
     make("fifo", FileType::Fifo, 0);
     drop(UnixListener::bind(dir.join("socket")).expect("a socket"));
