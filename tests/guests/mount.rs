@@ -280,8 +280,7 @@ fn every_view_matches_the_kernel(store: &Store, disk: &Path) {
     guest.umount();
     device.detach();
     for (round, view) in ["live0", "live1", "live2", "base", "active"].into_iter().enumerate() {
-        let (device, kernel) =
-            kernel_mount(store, &mount.path(format!("vm/partitions/{view}/p1.raw")), view);
+        let (device, kernel) = kernel_mount(store, &mount.path(format!("vm/partitions/{view}/p1.raw")), view);
         assert_same_tree(&mount.path(format!("vm/files/{view}/p1")), &kernel.0);
         if view.starts_with("live") {
             assert_eq!(mount.text(format!("vm/files/{view}/p1/etc/hostname")), format!("round{round}\n"));

@@ -157,6 +157,8 @@ fn copies_of_any_moment_are_shown_as_after_a_replay() {
         for mkfs in ["mkfs.xfs", "mkfs.xfs -m rmapbt=1 -i sparse=0"] {
             let disk = Disk::format_in(host, mkfs, SIZE);
             let copies: Vec<Disk> = disk.mounted("rw", |dir| {
+                fs::write(dir.join("first"), "content").expect("a file");
+                tool("sync").arg("-f").arg(dir).succeeds();
                 let worker = |name| {
                     let mut worker = tool("sh");
                     worker.args(["-c", WORKER, "sh"]).arg(dir).arg(name).spawn().expect("a worker")
