@@ -132,7 +132,8 @@ impl Xfs {
     ) -> Result<()> {
         let bits = self.superblock.block_bits;
         let per_block = 1 << (self.superblock.directory_bits - bits);
-        let end = INDEX_AT >> bits;
+        // A directory ends where its size says, and cannot have more blocks than there are.
+        let end = inode.size.min(INDEX_AT).div_ceil(1 << bits).min(self.superblock.block_count);
         let mut walk = ExtentWalk::new(self, inode, Fork::Data);
         let mut block = (from.saturating_mul(UNIT) >> bits).min(end) / per_block * per_block;
         let mut damage: Option<Error> = None;

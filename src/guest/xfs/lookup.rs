@@ -13,8 +13,9 @@ use super::inode::{Fork, ForkFormat, Inode};
 
 /// Levels of an index (`XFS_DA_NODE_MAXDEPTH`).
 const LEVEL_LIMIT: u16 = 5;
-/// Leaves with one hash that are read. A hash of 32 bits has few names.
+/// Leaves with one hash that are read, and names of one hash. A hash of 32 bits has few of them.
 const LEAF_LIMIT: usize = 1024;
+const NAME_LIMIT: usize = 1 << 14;
 
 /// Magics without and with checksums.
 const NODE: [u16; 2] = [0xfebe, 0x3ebe];
@@ -113,7 +114,7 @@ impl Xfs {
             if !continues {
                 break;
             }
-            if leaves >= LEAF_LIMIT {
+            if leaves >= LEAF_LIMIT || positions.len() > NAME_LIMIT {
                 return Err(damaged());
             }
             block = next.into();

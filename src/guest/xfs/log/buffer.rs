@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::guest::bytes::{array, be32, be64, corrupt};
 use crate::guest::xfs::superblock::Superblock;
 
@@ -22,6 +22,9 @@ const MAP_AT: usize = 20;
 /// Bytes of the largest buffer of metadata (`XFS_MAX_BLOCKSIZE`).
 const BUFFER_LIMIT: usize = 1 << 16;
 
+/// Buffers that a log frees. The largest log has room for some millions.
+const CANCELLED_LIMIT: usize = 1 << 22;
+
 /// The place of a buffer: its first sector, and its length in sectors.
 type Place = (u64, u16);
 
@@ -31,10 +34,14 @@ pub(super) struct Cancelled(HashMap<Place, u32>);
 
 impl Cancelled {
     /// First pass: counts a cancellation.
-    pub(super) fn note(&mut self, item: &Item, machine: Machine) {
+    pub(super) fn note(&mut self, item: &Item, machine: Machine) -> Result<()> {
         if flags(item, machine) & CANCEL != 0 {
             *self.0.entry(place(item, machine)).or_default() += 1;
         }
+        if self.0.len() > CANCELLED_LIMIT {
+            return Err(Error::new(ErrorKind::Limit, "it frees more blocks than a log has room for"));
+        }
+        Ok(())
     }
 
     /// Second pass: behind the last cancellation of a buffer its items count again.

@@ -7,8 +7,8 @@ use super::kind;
 use super::machine::Machine;
 use super::transaction::Item;
 
-/// Intents that are open at once. A log has room for fewer.
-const LIMIT: usize = 1 << 16;
+/// Intents that are open at once: each thread of a machine has a few.
+const LIMIT: usize = 1 << 12;
 /// Bytes before the extents of an intent to map, and of an extent.
 const MAP_HEADER_LEN: usize = 16;
 const MAP_LEN: usize = 32;

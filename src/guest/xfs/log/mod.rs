@@ -77,7 +77,7 @@ pub(super) fn replay(source: &dyn Source, superblock: &Superblock) -> Result<Opt
     each_transaction(&ring, superblock, &ends, &mut |transaction, machine| {
         for item in &transaction.items {
             if item.kind(machine) == kind::BUFFER {
-                cancelled.note(item, machine);
+                cancelled.note(item, machine)?;
             }
         }
         Ok(())

@@ -17,6 +17,8 @@ const HEADER_LEN: usize = 12;
 const TRANSACTION_HEADER_LEN: usize = 16;
 /// Bytes of the operations of unfinished transactions. A log reserves less.
 const PENDING_LIMIT: usize = 128 << 20;
+/// Memory that an operation takes beside its bytes.
+const OVERHEAD: usize = 64;
 /// `XFS_TRANSACTION`.
 const CLIENT: u8 = 0x69;
 
@@ -46,6 +48,8 @@ pub(super) struct Transaction {
 struct Pending {
     lsn: Lsn,
     regions: Vec<Vec<u8>>,
+    /// Bytes that it takes.
+    len: usize,
 }
 
 /// The transactions whose commit was not seen yet.
@@ -78,18 +82,20 @@ impl Pendings {
             }
             if flags & COMMIT != 0 {
                 if let Some(pending) = self.all.remove(&id) {
-                    self.len -= pending.regions.iter().map(Vec::len).sum::<usize>();
+                    self.len -= pending.len;
                     each(Transaction { lsn: pending.lsn, items: items(pending.regions, machine)? })?;
                 }
                 continue;
             }
             if flags & START != 0 {
                 self.forget(id);
-                self.all.insert(id, Pending { lsn, regions: Vec::new() });
+                self.all.insert(id, Pending { lsn, regions: Vec::new(), len: 0 });
             }
             // One whose beginning is before the tail is on the disk already.
             let Some(pending) = self.all.get_mut(&id) else { continue };
-            self.len += data.len();
+            let taken = data.len() + OVERHEAD;
+            pending.len += taken;
+            self.len += taken;
             if self.len > PENDING_LIMIT {
                 return Err(Error::new(ErrorKind::Limit, "its transactions are larger than a log allows"));
             }
@@ -105,7 +111,7 @@ impl Pendings {
 
     fn forget(&mut self, id: u32) {
         if let Some(old) = self.all.remove(&id) {
-            self.len -= old.regions.iter().map(Vec::len).sum::<usize>();
+            self.len -= old.len;
         }
     }
 }
