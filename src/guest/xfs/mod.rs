@@ -32,7 +32,7 @@ use crate::error::Result;
 
 use super::bytes::corrupt;
 use super::filesystem::{
-    DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, FileSystem, Ino, Statistics,
+    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, Statistics,
 };
 use super::source::Source;
 
@@ -111,7 +111,13 @@ impl FileSystem for Xfs {
     }
 
     fn attributes(&self, ino: Ino) -> Result<FileAttributes> {
-        Ok(self.inode(ino.0)?.attributes(&self.superblock))
+        let mut attributes = self.inode(ino.0)?.attributes(&self.superblock);
+        if attributes.kind == FileKind::File && !self.unfinished.is_empty() {
+            let sectors = self.superblock.block_bits - 9;
+            let blocks = self.finished_blocks(ino.0, attributes.blocks >> sectors)?;
+            attributes.blocks = blocks.saturating_mul(1 << sectors);
+        }
+        Ok(attributes)
     }
 
     fn read_link(&self, ino: Ino) -> Result<Vec<u8>> {

@@ -26,13 +26,14 @@ impl ExtentWalk<'_> {
         if self.fork() == Fork::Attributes {
             return self.stored(at, limit);
         }
-        let (resolved, limit) = resolve(self.xfs(), own, at, limit)?;
+        let xfs = self.xfs();
+        let (resolved, limit) = resolve(xfs, &xfs.unfinished, own, at, limit)?;
         match resolved {
             Resolved::Changed(mapping) => Ok(Segment { count: limit, mapping }),
             Resolved::Stored { inode, at } if inode == own => self.stored(at, limit),
             Resolved::Stored { inode, at } => {
-                let other = self.xfs().inode(inode)?;
-                ExtentWalk::new(self.xfs(), &other, Fork::Data).stored(at, limit)
+                let other = xfs.inode(inode)?;
+                ExtentWalk::new(xfs, &other, Fork::Data).stored(at, limit)
             }
         }
     }
@@ -40,11 +41,11 @@ impl ExtentWalk<'_> {
 
 /// Asks the changes, the last one first, about block `at` of a file. The answer is valid for the returned
 /// number of blocks, at most `limit`.
-fn resolve(xfs: &Xfs, inode: u64, at: u64, limit: u64) -> Result<(Resolved, u64)> {
+fn resolve(xfs: &Xfs, changes: &[Unfinished], inode: u64, at: u64, limit: u64) -> Result<(Resolved, u64)> {
     let (mut inode, mut at, mut limit) = (inode, at, limit.max(1));
-    for change in xfs.unfinished.iter().rev() {
+    for change in changes.iter().rev() {
         match change {
-            Unfinished::Map { inode: changed, start, count, place } if *changed == inode => {
+            Unfinished::Map { inode: owner, start, count, place } if *owner == inode => {
                 if let Some(skip) = covered(*start, *count, at, &mut limit) {
                     let mapping = match place {
                         None => Mapping::Hole,
@@ -93,6 +94,51 @@ fn covered(start: u64, count: u64, at: u64, limit: &mut u64) -> Option<u64> {
 }
 
 impl Xfs {
+    /// The number of blocks of a file with the unfinished changes, from the one without them.
+    pub(super) fn finished_blocks(&self, number: u64, blocks: u64) -> Result<u64> {
+        let mut blocks = blocks;
+        for (index, change) in self.unfinished.iter().enumerate() {
+            let before = &self.unfinished[..index];
+            match change {
+                Unfinished::Map { inode, start, count, place } if *inode == number => {
+                    let added = if place.is_some() { *count } else { 0 };
+                    let removed = self.allocated(before, number, *start, *count)?;
+                    blocks = blocks.saturating_add(added).saturating_sub(removed);
+                }
+                Unfinished::Map { .. } => {}
+                Unfinished::Exchange { inodes, starts, count, .. } => {
+                    let Some(own) = inodes.iter().position(|inode| *inode == number) else { continue };
+                    let other = 1 - own;
+                    let added = self.allocated(before, inodes[other], starts[other], *count)?;
+                    let removed = self.allocated(before, number, starts[own], *count)?;
+                    blocks = blocks.saturating_add(added).saturating_sub(removed);
+                }
+            }
+        }
+        Ok(blocks)
+    }
+
+    /// How many blocks of a range of a file have a place after some changes.
+    fn allocated(&self, changes: &[Unfinished], inode: u64, start: u64, count: u64) -> Result<u64> {
+        let end = start.saturating_add(count);
+        let (mut at, mut allocated) = (start, 0);
+        while at < end {
+            let (resolved, limit) = resolve(self, changes, inode, at, end - at)?;
+            let segment = match resolved {
+                Resolved::Changed(mapping) => Segment { count: limit, mapping },
+                Resolved::Stored { inode, at } => {
+                    let stored = self.inode(inode)?;
+                    ExtentWalk::new(self, &stored, Fork::Data).stored(at, limit)?
+                }
+            };
+            if segment.mapping != Mapping::Hole {
+                allocated += segment.count;
+            }
+            at += segment.count;
+        }
+        Ok(allocated)
+    }
+
     /// The size that an unfinished exchange gives a file.
     pub(super) fn exchanged_size(&self, number: u64) -> Option<u64> {
         self.unfinished.iter().rev().find_map(|change| match change {
@@ -141,7 +187,7 @@ mod tests {
         let mut shown = Vec::new();
         let mut at = 0;
         while at < count {
-            let (resolved, valid) = resolve(xfs, inode, at, count - at).unwrap();
+            let (resolved, valid) = resolve(xfs, &xfs.unfinished, inode, at, count - at).unwrap();
             assert!((1..=count - at).contains(&valid));
             for step in 0..valid {
                 shown.push(match &resolved {
@@ -169,7 +215,19 @@ mod tests {
         ];
         let shown = all(&file_system(changes), 1, 8);
         assert_eq!(shown, ["1:0", "1:1", "at 4", "Hole", "at 6", "1:5", "Unwritten", "1:7"]);
-        assert!(resolve(&file_system(vec![map(1, 0, 3, Some((14, false)))]), 1, 0, 9).is_err());
+        let outside = file_system(vec![map(1, 0, 3, Some((14, false)))]);
+        assert!(resolve(&outside, &outside.unfinished, 1, 0, 9).is_err());
+        // No earlier change and no inode is asked: all of it is mapped by changes.
+        let blocks = |changes| file_system(changes).finished_blocks(1, 10).unwrap();
+        let first = map(1, 0, 8, Some((0, false)));
+        assert_eq!(blocks(vec![map(2, 0, 8, None)]), 10);
+        assert_eq!(blocks(vec![map(2, 0, 8, None), map(2, 2, 3, Some((1, true)))]), 10);
+        let after = |change| {
+            let xfs = file_system(vec![first.clone(), change]);
+            (xfs.allocated(&xfs.unfinished[..1], 1, 0, 8).unwrap(), xfs.allocated(&xfs.unfinished, 1, 0, 8))
+        };
+        assert_eq!(after(map(1, 2, 3, None)).1.unwrap(), 5);
+        assert_eq!(after(map(1, 2, 3, Some((9, true)))).0, 8);
     }
 
     #[test]
