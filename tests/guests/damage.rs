@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::{DirEntryExt as _, FileExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::scramble::{scramble, telling_blocks};
@@ -37,16 +37,35 @@ fn plant(store: &Store, kind: &str, size: u64) -> Vec<u8> {
             .arg(&tree)
             .arg("::/")
             .succeeds();
+    } else if kind.starts_with("mkfs.xfs") {
+        let prototype = store.beside("prototype");
+        let lines = format!("/dev/null\n0 0\nd--755 0 0\n{}$\n", prototype_of(&tree));
+        fs::write(&prototype, lines).expect("a file");
+        mkfs.arg("-p").arg(&prototype).arg(&path).succeeds();
     } else {
         mkfs.arg("-d").arg(&tree).arg(&path).succeeds();
     }
     fs::read(&path).expect("the disk")
 }
 
+/// The lines by which mkfs.xfs copies a directory's content.
+fn prototype_of(dir: &Path) -> String {
+    let entries = fs::read_dir(dir).expect("a directory").map(|entry| entry.expect("an entry").path());
+    let line = |path: PathBuf| {
+        let name = path.file_name().expect("a name").to_str().expect("a plain name");
+        if path.is_dir() {
+            format!("{name} d--755 0 0\n{}$\n", prototype_of(&path))
+        } else {
+            format!("{name} ---644 0 0 {}\n", path.display())
+        }
+    };
+    entries.map(line).collect()
+}
+
 fn fill(dir: &Path) {
     fs::create_dir_all(dir.join("sub/deeper")).expect("a directory");
     for number in 0..60 {
-        fs::write(dir.join(format!("sub/file with number {number}")), vec![number; 5000]).expect("a file");
+        fs::write(dir.join(format!("sub/file-with-number-{number}")), vec![number; 5000]).expect("a file");
     }
     fs::write(dir.join("sub/deeper/large"), Rng::new(3).bytes(300_000)).expect("a file");
     let pieces = File::create(dir.join("pieces")).expect("a file");
@@ -125,6 +144,9 @@ fn damaged_guests_cause_no_crash_or_hang() {
         ("mkfs.ext4 -q -F -b 1024 -O ^metadata_csum,inline_data", 24 * MIB),
         ("mkfs.vfat -F 16 -s 1", 8 * MIB),
         ("mkfs.vfat -F 32 -s 1", 34 * MIB),
+        ("mkfs.xfs -q", 300 * MIB),
+        // Without checksums, damage is found by those who read it.
+        ("mkfs.xfs -q -m crc=0,finobt=0 -b size=1024", 300 * MIB),
     ];
     for (kind, size) in kinds {
         let good = plant(&seeds, kind, size);
