@@ -140,7 +140,12 @@ pub fn each_state<L: CrashLog>(
 
 /// The state without losses.
 pub fn last_state<L: CrashLog>(log: &L) -> (Candidate, L::State) {
-    let candidate = Candidate { cut: log.len(), choice: Choice::All, seed: 1 };
+    state_after(log, log.len())
+}
+
+/// The state after `cut` changes of which none is lost.
+pub fn state_after<L: CrashLog>(log: &L, cut: usize) -> (Candidate, L::State) {
+    let candidate = Candidate { cut, choice: Choice::All, seed: 1 };
     (candidate, at(log, &candidate))
 }
 

@@ -16,7 +16,7 @@ use super::scene::Scene;
 use super::shape::{Shape, by_qemu, checked_by_qemu, is_qcow2, pages, seen};
 use super::strace;
 use super::tape::{Event, Recorder, Tape};
-use support::crash::{Candidate, each_state, last_state};
+use support::crash::{Candidate, each_state, last_state, state_after};
 use support::lab::{Kind, Lab, run};
 use support::sim::history::{History, Moment};
 use support::sim::{is_long, mix, seed};
@@ -230,6 +230,9 @@ impl Scenario {
         let (tape, judge) = self.record(|root| Recorder::new(root, true));
         let tally = walk(&tape, &judge, if is_long() { 60 * self.states } else { self.states }, 3);
         let mut failures = tally.failures;
+        if failures.is_empty() && self.has_intent() {
+            failures.extend(judge_both_ways(&tape, &judge));
+        }
         let mut recoveries = 0;
         if failures.is_empty() {
             let (count, states) = if is_long() { (60, 60) } else { RECOVERIES };
@@ -294,7 +297,8 @@ fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<()
     let root = place.path().join("store");
     fs::create_dir(&root).expect("a directory");
     // Every other time it is resumed in a copy of the store.
-    scene.save_as(&root, mix(candidate.seed ^ 0xC0).is_multiple_of(2));
+    let (own, copied) = judge.resumed.get();
+    scene.save_as(&root, own > copied);
     judge.judge(&root, candidate.cut, candidate.seed).map_err(|error| {
         // For any error, QEMU's message on it helps.
         let theirs = judge.ask_qemu(&root, candidate.cut).err();
@@ -312,6 +316,31 @@ fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<()
     })
 }
 
+/// Judges states with an intent until one was resumed in the store itself and one in a copy: the visited states
+/// may have had none. Returns what is bad.
+fn judge_both_ways(tape: &Tape, judge: &Judge) -> Option<String> {
+    for cut in 0..=tape.events.len() {
+        let (own, copied) = judge.resumed.get();
+        if own > 0 && copied > 0 {
+            break;
+        }
+        let (candidate, scene) = state_after(tape, cut);
+        if has_intent(&scene)
+            && let Err(error) = judge_scene(&scene, &candidate, judge)
+        {
+            return Some(format!("{error}\nafter {cut} events, of which none was lost\n"));
+        }
+    }
+    None
+}
+
+/// Whether there is something to resume.
+fn has_intent(scene: &Scene) -> bool {
+    scene.names.keys().any(|path| {
+        path.starts_with(".chainfs/intents") && path.extension().is_some_and(|extension| extension == "toml")
+    })
+}
+
 /// Cuts off recoveries: from `count` states of the tape, `limit` states of each.
 fn cut_recoveries(
     tape: &Tape,
@@ -322,12 +351,6 @@ fn cut_recoveries(
 ) -> usize {
     let mut scenes = Vec::new();
     // Only where there is something to resume.
-    let has_intent = |scene: &Scene| {
-        scene.names.keys().any(|path| {
-            path.starts_with(".chainfs/intents")
-                && path.extension().is_some_and(|extension| extension == "toml")
-        })
-    };
     each_state(tape, &effort(12 * count), seed() ^ 1, |candidate, scene| {
         if has_intent(&scene) {
             scenes.push((*candidate, scene));
