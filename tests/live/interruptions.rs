@@ -13,7 +13,7 @@ use support::active::rw;
 use support::block_guest::{BLOCK, BlockGuest as Guest, PLACE};
 use support::command::Control;
 use support::foreign::{Loop, Mounted, Qemu, amount};
-use support::jobs::{assert_snapshots, at_work, contents, intents, kill, settled, slow};
+use support::jobs::{assert_snapshots, at_work, contents, intents, interrupted, kill, settled, slow};
 use support::lab::{Kind, Lab, extension};
 use support::*;
 
@@ -217,18 +217,18 @@ fn an_unmount_during_a_job_leaves_it_to_the_next_mount() {
         let ways = [merged.is_none(), merged.is_some()];
         for by_signal in &ways[..amount(1, 2) as usize] {
             let by_signal = *by_signal;
-            let (lab, before) = slow(!by_signal);
             let context = format!("{command}, by signal {by_signal}");
-            let mount = at_work(&lab, command);
-            if by_signal {
-                let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
-                kill_process(daemon, Signal::TERM).expect("the daemon is ours");
-                eventually("it ends", || mount::daemon_of(mount.dir()).is_none());
-                drop(mount);
-            } else {
-                mount.umount();
-            }
-            assert_eq!(intents(&lab), 1, "{context}");
+            let unmount = |mount: Mount| {
+                if by_signal {
+                    let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
+                    kill_process(daemon, Signal::TERM).expect("the daemon is ours");
+                    eventually("it ends", || mount::daemon_of(mount.dir()).is_none());
+                    drop(mount);
+                } else {
+                    mount.umount();
+                }
+            };
+            let (lab, before) = interrupted(|| slow(!by_signal), command, unmount);
             // A read-only mount does not resume it, and shows no invalidated view.
             let mount = Mount::with(&lab.store, "ro");
             assert_snapshots(&mount, &before, None, &context);
@@ -399,10 +399,7 @@ fn names_of(store: &Store) -> Vec<String> {
 /// Commits into raw bases cannot be rolled back.
 #[test]
 fn a_read_only_mount_hides_views_of_an_interrupted_commit() {
-    let (lab, before) = slow(true);
-    let mount = at_work(&lab, "commit top=sn2 base=base");
-    kill(mount);
-    assert_eq!(intents(&lab), 1);
+    let (lab, before) = interrupted(|| slow(true), "commit top=sn2 base=base", kill);
     let mount = Mount::with(&lab.store, "ro");
     let names = mount.names("web/snapshots");
     assert_eq!(names, ["sn2.raw", "sn3.raw"]);

@@ -12,7 +12,7 @@ use chainfs::io::{FileLock, LocalDirectory};
 use rustix::process::{Pid, Signal, kill_process};
 use support::command::Control;
 use support::foreign::amount;
-use support::jobs::{assert_snapshots, at_work, intents, kill, settled, slow};
+use support::jobs::{assert_snapshots, at_work, intents, interrupted, kill, settled, slow};
 use support::lab::Lab;
 use support::*;
 
@@ -414,9 +414,7 @@ fn in_a_copied_store_an_image_made_alike_is_neither_written_nor_removed() {
     let command = "commit top=sn3 base=base";
     for replaced in ["base.qcow2", "sn2.qcow2", "sn3.qcow2"] {
         let context = format!("{replaced} replaced");
-        let lab = Lab::slow(false);
-        kill(at_work(&lab, command));
-        assert_eq!(intents(&lab), 1, "{context}");
+        let (lab, ()) = interrupted(|| (Lab::slow(false), ()), command, kill);
         replace_by_one_alike(&lab, replaced);
         let copy = lab.store.beside("copy");
         tool("cp").args(["-a", "--sparse=always"]).args([&lab.store.root(), &copy]).succeeds();
@@ -425,16 +423,6 @@ fn in_a_copied_store_an_image_made_alike_is_neither_written_nor_removed() {
         fs::create_dir(&at).expect("a directory");
         let mount = Mount::try_new(&lab.store, &copy, &at, "").expect("a mount of the copy");
         let fact = format!("{replaced} holds other bytes than it did");
-        eprintln!(
-            "DBG {context}: {} {:?} {:?} {:?}",
-            mount.text(".chainfs/problems.txt"),
-            mount.names("."),
-            fs::read_dir(copy.join(".chainfs/intents"))
-                .unwrap()
-                .map(|e| fs::read_to_string(e.unwrap().path()))
-                .collect::<Vec<_>>(),
-            mount::names_in(&copy)
-        );
         eventually("it says so", || mount.text(".chainfs/problems.txt").contains(&fact));
         mount.umount();
         assert!(bytes_in(&lab, &copy) == before, "{context}: something was written or removed");
@@ -466,11 +454,13 @@ fn a_data_file_that_was_replaced_keeps_a_command_from_going_on() {
     {
         for same_bytes in [true, false] {
             let context = format!("{command}, with the same bytes: {same_bytes}");
-            let lab = Lab::slow(false);
-            make(&lab);
-            let web = lab.content("web.qcow2");
-            kill(at_work(&lab, command));
-            assert_eq!(intents(&lab), 1, "{context}");
+            let made = || {
+                let lab = Lab::slow(false);
+                make(&lab);
+                let web = lab.content("web.qcow2");
+                (lab, web)
+            };
+            let (lab, web) = interrupted(made, command, kill);
             let (data, kept) = (lab.store.path(data), lab.store.beside("kept.data"));
             fs::rename(&data, &kept).expect("put aside");
             if same_bytes {

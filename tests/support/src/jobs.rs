@@ -20,6 +20,9 @@ pub fn contents(lab: &Lab) -> Contents {
     LAYERS.iter().map(|layer| ((*layer).to_owned(), lab.content(&lab.file(layer)))).collect()
 }
 
+/// How often an interruption is tried.
+const ATTEMPTS: u32 = 10;
+
 /// A slow chain, and the bytes of its layers, which QEMU reads once.
 pub fn slow(raw_base: bool) -> (Lab, Arc<Contents>) {
     static SHOWN: [OnceLock<Arc<Contents>>; 2] = [OnceLock::new(), OnceLock::new()];
@@ -89,4 +92,19 @@ pub fn at_work(lab: &Lab, command: &str) -> Mount {
     assert_eq!(control.give(command), None, "{command}: {}", control.status("error"));
     control.begun();
     mount
+}
+
+/// A chain of which a command was interrupted by `interrupt`, and what `make` gave with the chain. On a machine
+/// that is busy enough, the command may end before it is interrupted: then it is tried again.
+pub fn interrupted<T>(make: impl Fn() -> (Lab, T), command: &str, interrupt: impl Fn(Mount)) -> (Lab, T) {
+    for _ in 0..ATTEMPTS {
+        let (lab, extra) = make();
+        interrupt(at_work(&lab, command));
+        match intents(&lab) {
+            0 => {}
+            1 => return (lab, extra),
+            many => panic!("{command}: {many} intents are left"),
+        }
+    }
+    panic!("{command} has ended {ATTEMPTS} times before it was interrupted");
 }
