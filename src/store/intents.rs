@@ -53,7 +53,7 @@ pub struct FoundIntent {
 }
 
 impl ControlDir {
-    /// Creates the directories for intents and notes, if missing. Without the store's lock: whoever takes that
+    /// Creates the directories for intents and notes, if missing. Without the store's lock; taking that lock
     /// creates the freeze list.
     pub fn prepare(&self, names: &dyn Directory) -> Result<()> {
         let has_place = self.root.stat(self.intents()).is_ok();

@@ -187,8 +187,8 @@ fn copies_of_any_moment_are_shown_as_after_a_replay() {
 /// A log that cannot be replayed is reported, and the volume is shown anyway.
 #[test]
 fn an_old_state_is_never_shown_silently() {
-    // Behind the last records that are whole, incomplete ones are no damage: a crash leaves them. So there have to
-    // be more of them than the kernel writes side by side.
+    // Behind the last whole records, incomplete ones are no damage: a crash leaves them. So there have to be
+    // more of them than the kernel writes side by side.
     let dirty = copies("mkfs.xfs", 3, small_changes).pop().expect("a copy");
     let is_old = |remark: &String| remark.contains("missing or old");
     let said = |ours: &Xfs| ours.remarks().iter().any(is_old) && ours.stale().iter().any(is_old);

@@ -94,8 +94,8 @@ pub fn at_work(lab: &Lab, command: &str) -> Mount {
     mount
 }
 
-/// A chain of which a command was interrupted by `interrupt`, and what `make` gave with the chain. On a machine
-/// that is busy enough, the command may end before it is interrupted: then it is tried again.
+/// A chain of which a command was interrupted by `interrupt`, and what `make` gave with the chain. On a busy
+/// machine the command may end before it is interrupted: then it is tried again.
 pub fn interrupted<T>(make: impl Fn() -> (Lab, T), command: &str, interrupt: impl Fn(Mount)) -> (Lab, T) {
     for _ in 0..ATTEMPTS {
         let (lab, extra) = make();

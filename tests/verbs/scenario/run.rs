@@ -316,8 +316,8 @@ fn judge_scene(scene: &Scene, candidate: &Candidate, judge: &Judge) -> Result<()
     })
 }
 
-/// Judges states with an intent until one was resumed in the store itself and one in a copy: the visited states
-/// may have had none. Returns what is bad.
+/// Judges states with an intent until one was resumed in the store itself and one in a copy: the visited
+/// states may have had none. Returns what is bad.
 fn judge_both_ways(tape: &Tape, judge: &Judge) -> Option<String> {
     for cut in 0..=tape.events.len() {
         let (own, copied) = judge.resumed.get();
