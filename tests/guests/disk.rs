@@ -45,6 +45,22 @@ impl Source for FileSource {
     }
 }
 
+/// A disk of which a range cannot be read at this moment, for this reason.
+pub(crate) struct Troubled(pub(crate) FileSource, pub(crate) std::ops::Range<u64>, pub(crate) ErrorKind);
+
+impl Source for Troubled {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
+        if at < self.1.end && at + buf.len() as u64 > self.1.start {
+            return Err(Error::new(self.2, "not at this moment"));
+        }
+        self.0.read_at(at, buf)
+    }
+}
+
 /// A disk in a directory of its own.
 pub(crate) struct Disk {
     dir: tempfile::TempDir,
@@ -474,6 +490,20 @@ pub(crate) fn assert_same_trees(what: &str, theirs: &Tree, ours: &Tree) {
         lines[..lines.len().min(8)].join("\n")
     );
     assert!(theirs.len() > 1, "{what}: nothing was compared");
+}
+
+/// Compares a reader's view of a disk with that of the kernel: the tree, the sizes, and that nothing is said.
+#[track_caller]
+pub(crate) fn compare(disk: &Disk, files: &dyn FileSystem, what: &str) {
+    let tree = our_tree(files, &disk.image);
+    let (theirs, sizes) =
+        disk.mounted("ro", |dir| (kernel_tree(dir), rustix::fs::statvfs(dir).expect("statvfs")));
+    assert_same_trees(what, &theirs, &tree);
+    let counted = files.statistics();
+    let our =
+        (counted.blocks, counted.free_blocks, counted.available_blocks, counted.inodes, counted.free_inodes);
+    assert_eq!(our, (sizes.f_blocks, sizes.f_bfree, sizes.f_bavail, sizes.f_files, sizes.f_ffree), "{what}");
+    assert_eq!(files.remarks(), Vec::<String>::new(), "{what}");
 }
 
 /// Everything of a file system is asked for, each question with a limit; an error is an answer.

@@ -130,14 +130,7 @@ impl Xfs {
     fn attribute_block(&self, inode: &Inode, walk: &mut ExtentWalk<'_>, block: u64) -> Result<Arc<Buffer>> {
         let pieces = self.pieces(walk, block, 1)?;
         let pieces = pieces.ok_or_else(|| inode.corrupt("has a hole in its extended attributes"))?;
-        let read = self.blocks.metadata(&pieces, |buffer| {
-            if self.superblock.has_checksums {
-                let (bytes, at) = (&buffer.bytes, pieces[0].0);
-                INDEX.check(&self.superblock, bytes, buffer.is_replayed, at, inode.number)?;
-            }
-            Ok(())
-        });
-        read.map_err(|error| inode.about(error))
+        self.owned(inode, &pieces, &INDEX).map_err(|error| inode.about(error))
     }
 
     /// The attributes of a leaf.
@@ -185,14 +178,7 @@ impl Xfs {
         while value.len() < len {
             let pieces = self.pieces(walk, block, 1)?;
             let pieces = pieces.ok_or_else(|| inode.corrupt("has a hole in an extended attribute"))?;
-            let at = pieces[0].0;
-            let buffer = self.blocks.metadata(&pieces, |buffer| {
-                if superblock.has_checksums {
-                    REMOTE.check(superblock, &buffer.bytes, buffer.is_replayed, at, inode.number)?;
-                }
-                Ok(())
-            });
-            let buffer = buffer.map_err(|error| inode.about(error))?;
+            let buffer = self.owned(inode, &pieces, &REMOTE).map_err(|error| inode.about(error))?;
             let is_part = be32(&buffer.bytes, 0) == VALUE && be32(&buffer.bytes, 4) as usize == value.len();
             if superblock.has_checksums && !is_part {
                 return Err(inode.corrupt("has a damaged extended attribute"));

@@ -200,15 +200,8 @@ impl Xfs {
         let superblock = &self.superblock;
         let count = 1 << (superblock.directory_bits - superblock.block_bits);
         let Some(pieces) = self.pieces(walk, block, count)? else { return Ok(None) };
-        let at = pieces[0].0;
         let layout = if has_entries { &DIRECTORY } else { &INDEX };
-        let read = self.blocks.metadata(&pieces, |buffer| {
-            if superblock.has_checksums {
-                layout.check(superblock, &buffer.bytes, buffer.is_replayed, at, inode.number)?;
-            }
-            Ok(())
-        });
-        read.map(Some).map_err(|error| inode.about(error))
+        self.owned(inode, &pieces, layout).map(Some).map_err(|error| inode.about(error))
     }
 
     /// The entries of a block that begins at the byte `start` of its directory, until `each` returns false.

@@ -184,12 +184,7 @@ impl<'a> ExtentWalk<'a> {
         let at =
             at.ok_or_else(|| corrupt(format!("has an extent block {number:#x}, which does not exist")))?;
         let magic = if superblock.has_checksums { *b"BMA3" } else { *b"BMAP" };
-        let block = self.xfs.blocks.metadata(&[(at, superblock.block_len())], |buffer| {
-            if superblock.has_checksums {
-                BTREE.check(superblock, &buffer.bytes, buffer.is_replayed, at, self.inode.number)?;
-            }
-            Ok(())
-        })?;
+        let block = self.xfs.owned(self.inode, &[(at, superblock.block_len())], &BTREE)?;
         if be32(&block.bytes, 0) != u32::from_be_bytes(magic) || be16(&block.bytes, 4) != level {
             return Err(corrupt(format!("has a damaged extent block at {at:#x}")));
         }

@@ -10,6 +10,8 @@ use crate::guest::bytes::unsupported;
 use crate::guest::filesystem::{FileKind, FileRun, RunKind};
 
 use super::Xfs;
+use super::blocks::Buffer;
+use super::checksum::HeaderLayout;
 use super::extents::{ExtentWalk, Mapping, Segment};
 use super::inode::{Fork, Inode};
 
@@ -106,6 +108,22 @@ impl Xfs {
             done += segment.count;
         }
         Ok(Some(pieces))
+    }
+
+    /// Metadata of an inode that consist of these pieces; with checksums, their header has this layout.
+    pub(super) fn owned(
+        &self,
+        inode: &Inode,
+        pieces: &[(u64, usize)],
+        layout: &HeaderLayout,
+    ) -> Result<Arc<Buffer>> {
+        self.blocks.metadata(pieces, |buffer| {
+            if self.superblock.has_checksums {
+                let at = pieces[0].0;
+                layout.check(&self.superblock, &buffer.bytes, buffer.is_replayed, at, inode.number)?;
+            }
+            Ok(())
+        })
     }
 }
 

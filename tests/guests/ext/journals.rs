@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use chainfs::error::ErrorKind;
 use chainfs::guest::ext::{Ext, probe};
-use chainfs::guest::{FileKind, FileSystem as _, Source, Time};
+use chainfs::guest::{FileKind, FileSystem as _, Time};
 
 use super::damage::{find, victim};
 use crate::content::*;
@@ -335,22 +335,6 @@ fn an_old_state_is_never_shown_silently() {
         let ours = damaged.open();
         assert!(said(&ours), "{at:#x}: {:?}", ours.remarks());
         assert!(ours.attributes(ours.root()).is_ok());
-    }
-}
-
-/// A disk of which a range cannot be read at this moment.
-struct Troubled(FileSource, std::ops::Range<u64>, ErrorKind);
-
-impl Source for Troubled {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn read_at(&self, at: u64, buf: &mut [u8]) -> chainfs::error::Result<()> {
-        if at < self.1.end && at + buf.len() as u64 > self.1.start {
-            return Err(chainfs::error::Error::new(self.2, "not at this moment"));
-        }
-        self.0.read_at(at, buf)
     }
 }
 

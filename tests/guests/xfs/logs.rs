@@ -215,28 +215,12 @@ fn an_old_state_is_never_shown_silently() {
     }
 }
 
-/// A disk of which a range cannot be read at this moment.
-struct Troubled(FileSource, std::ops::Range<u64>);
-
-impl Source for Troubled {
-    fn size(&self) -> u64 {
-        self.0.size()
-    }
-
-    fn read_at(&self, at: u64, buf: &mut [u8]) -> chainfs::error::Result<()> {
-        if at < self.1.end && at + buf.len() as u64 > self.1.start {
-            return Err(chainfs::error::Error::new(ErrorKind::Io, "not at this moment"));
-        }
-        self.0.read_at(at, buf)
-    }
-}
-
 /// A read error is no property of the log: an old state must not be shown for it.
 #[test]
 fn a_log_with_a_read_error_is_retried() {
     let dirty = copies("mkfs.xfs", 1, work).pop().expect("a copy");
     let size = FileSource::open(&dirty.image).size();
-    let trouble = Troubled(FileSource::open(&dirty.image), 4096..size);
+    let trouble = Troubled(FileSource::open(&dirty.image), 4096..size, ErrorKind::Io);
     assert_eq!(Xfs::open(Arc::new(trouble)).expect_err("not now").kind(), ErrorKind::Io);
     assert!(open(&dirty).stale().is_empty());
 }

@@ -74,24 +74,10 @@ fn fill(dir: &Path, content: &Content) {
     more(dir);
 }
 
-fn compare(disk: &Disk, what: &str) -> Xfs {
-    let ours = open(disk);
-    let tree = our_tree(&ours, &disk.image);
-    let (theirs, sizes) =
-        disk.mounted("ro", |dir| (kernel_tree(dir), rustix::fs::statvfs(dir).expect("statvfs")));
-    assert_same_trees(what, &theirs, &tree);
-    let counted = ours.statistics();
-    let our =
-        (counted.blocks, counted.free_blocks, counted.available_blocks, counted.inodes, counted.free_inodes);
-    assert_eq!(our, (sizes.f_blocks, sizes.f_bfree, sizes.f_bavail, sizes.f_files, sizes.f_ffree), "{what}");
-    assert_eq!(ours.remarks(), Vec::<String>::new(), "{what}");
-    ours
-}
-
 fn shown_as_by_the_kernel(mkfs: &str, size: u64, content: &Content) -> Disk {
     let disk = Disk::format(mkfs, size);
     disk.mounted("rw", |dir| fill(dir, content));
-    compare(&disk, mkfs);
+    compare(&disk, &open(&disk), mkfs);
     disk
 }
 
