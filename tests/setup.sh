@@ -10,7 +10,7 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs fio strace e2fsck fstrim cc pkg-config setfattr
     setfacl jq python3 sfdisk sgdisk partx losetup blkid mkfs.vfat mcopy pvcreate mkswap cryptsetup mkntfs mkfs.exfat mkfs.f2fs mkfs.jfs
-    mkfs.nilfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage)
+    mkfs.nilfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage mdadm dmsetup busybox)
 
 # The Debian package of a program.
 package_of() {
@@ -39,6 +39,7 @@ package_of() {
         mkfs.erofs) echo erofs-utils ;;
         mkfs.cramfs) echo util-linux-extra ;;
         cc) echo "gcc libc6-dev" ;;
+        busybox) echo busybox-static ;;
         setfattr) echo attr ;;
         setfacl) echo acl ;;
         *) echo "$1" ;;

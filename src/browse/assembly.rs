@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::guest::volumes::{MissingVolumeGroup, PhysicalVolumeName};
+use crate::guest::volumes::{MissingMembers, SetKind, SetMember};
 use crate::store::{ACTIVE, Catalog, ViewId, shown};
 
 use super::disk::BrowsedDisk;
@@ -17,21 +17,21 @@ use super::worker::Worker;
 use super::worker::protocol::{Answer, Request};
 use super::{Browser, validate};
 
-/// Chains that are searched for the other disks of a volume group, at most.
+/// Chains that are searched for the other disks of a volume group or an array, at most.
 const CANDIDATES: usize = 256;
 /// Disks of one set, at most.
 const DISKS: usize = 32;
 
 impl Browser {
-    /// Disks of other chains that hold the missing physical volumes, in the view of the same moment, and
-    /// remarks about the search. A guest's other disks are identified by their metadata of the group. Clones
+    /// Disks of other chains that hold the missing members, in the view of the same moment, and remarks about
+    /// the search. A guest's other disks are identified by their metadata of the group or array. Clones
     /// of guests have the same metadata, so a disk in the same directory has precedence; if that leaves a
     /// choice, none is used.
     pub(super) fn more_disks(
         &self,
         worker: &Worker,
         disks: &[BrowsedDisk],
-        missing: &[MissingVolumeGroup],
+        missing: &[MissingMembers],
         remarks: &mut Vec<String>,
     ) -> Option<Vec<BrowsedDisk>> {
         if missing.is_empty() || disks.len() >= DISKS {
@@ -46,10 +46,10 @@ impl Browser {
             }
             // A disk that cannot be opened now counts as absent, which is reported.
             let Ok(disk) = BrowsedDisk::new(&self.store, &other, &self.read) else { continue };
-            let request = Request::PhysicalVolumes { size: disk.size() };
+            let request = Request::SetMembers { size: disk.size() };
             let exchange = Exchange::new(std::slice::from_ref(&disk), &self.digests);
-            if let Ok((Answer::PhysicalVolumes(held), _)) = worker.ask(&request, &exchange)
-                && validate::check_physical_volumes(&held).is_ok()
+            if let Ok((Answer::SetMembers(held), _)) = worker.ask(&request, &exchange)
+                && validate::check_set_members(&held).is_ok()
             {
                 drop(exchange);
                 candidates.push((disk, held));
@@ -58,9 +58,10 @@ impl Browser {
         let mut chosen = BTreeSet::new();
         for group in missing {
             for absent in &group.absent {
-                let is_it = |held: &PhysicalVolumeName| {
-                    let is_of_group = held.group.as_ref().is_none_or(|id| *id == group.id);
-                    held.id == *absent && is_of_group && held.state.is_none_or(|state| state == group.state)
+                let is_it = |held: &SetMember| {
+                    let is_of_group = held.set.as_ref().is_none_or(|id| *id == group.id);
+                    let has_state = |state| group.state.is_none_or(|expected| state == expected);
+                    held.id == *absent && is_of_group && held.state.is_none_or(has_state)
                 };
                 let mut found: Vec<usize> =
                     (0..candidates.len()).filter(|at| candidates[*at].1.iter().any(is_it)).collect();
@@ -76,8 +77,16 @@ impl Browser {
                     _ => {
                         let names: Vec<_> =
                             found.iter().map(|at| shown(&candidates[*at].0.id().chain)).collect();
-                        let fact = format!("physical volume {absent} of {} is on several disks", group.name);
-                        remarks.push(format!("{fact}, and none of them is used: {}", names.join(", ")));
+                        let what = match group.kind {
+                            SetKind::VolumeGroup => "physical volume",
+                            SetKind::Array => "member",
+                        };
+                        let fact = format!("{what} {absent} of {} is on several disks", group.name);
+                        let names = names.join(", ");
+                        remarks.push(format!(
+                            "{fact}, and none of them is used: {names}; keep the disks of each guest in a \
+                                directory of its own, which tells clones apart"
+                        ));
                     }
                 }
             }

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
-use crate::guest::volumes::{Volume, VolumeLayout};
+use crate::guest::volumes::{RunPlace, Volume, VolumeLayout};
 use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind, TreeId};
 use crate::store::ViewId;
 
@@ -31,7 +31,7 @@ pub struct DiskContents {
     pub(super) worker: Arc<Worker>,
     pub(super) digests: Arc<Digests>,
     pub(super) set: u32,
-    /// The disk itself, and the other disks of its volume groups.
+    /// The disk itself, and the other disks of its volume groups and arrays.
     pub(super) disks: Vec<BrowsedDisk>,
     pub(super) layout: VolumeLayout,
     /// Facts about how the disks were found that the user should know.
@@ -316,7 +316,7 @@ impl DiskContents {
         Ok(())
     }
 
-    /// Reads bytes of a volume.
+    /// Reads bytes of a volume: from the disks where they lie there unchanged, and else by the worker.
     pub fn read_volume(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
         let exchange = Exchange::new(&self.disks, &self.digests);
         let described = &self.layout.volumes[volume];
@@ -328,8 +328,24 @@ impl DiskContents {
                 return Err(Error::new(ErrorKind::Corrupt, fact));
             };
             let end = done + run.len as usize;
-            exchange.read(run.disk, run.offset, &mut buf[done..end])?;
+            let piece = &mut buf[done..end];
+            match run.place {
+                RunPlace::Disk(position) => exchange.read(position.disk, position.offset, piece)?,
+                RunPlace::Zero => piece.fill(0),
+                RunPlace::Computed => self.read_computed(volume, here, piece)?,
+            }
             done = end;
+        }
+        Ok(())
+    }
+
+    fn read_computed(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
+        for (part, at) in buf.chunks_mut(READ_LEN).zip((at..).step_by(READ_LEN)) {
+            let request = Request::ReadVolume(self.set, volume as u32, at, part.len() as u32);
+            match self.ask(&request)? {
+                (Answer::Bytes, bytes) if bytes.len() == part.len() => part.copy_from_slice(&bytes),
+                _ => return Err(protocol_violation()),
+            }
         }
         Ok(())
     }
@@ -338,17 +354,20 @@ impl DiskContents {
     /// `None` where it is unknown without reading. `Corrupt` where the volume has no bytes.
     pub fn origin(&self, volume: usize, at: u64, max: u64) -> Result<(Option<Origin>, u64)> {
         let described = &self.layout.volumes[volume];
-        let run = described.locate(at, max);
-        let found = run.and_then(|run| Some((run, self.disks.get(run.disk as usize)?)));
-        let Some((run, disk)) = found else {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                format!("{} has no bytes at {at:#x}", described.name),
-            ));
+        let absent = || {
+            let fact = format!("{} has no bytes at {at:#x}", described.name);
+            Error::new(ErrorKind::Corrupt, fact)
         };
-        let origin = disk.lease()?.origin(run.offset, run.len)?;
-        let len = origin.map_or(run.len, |origin| origin.len);
-        Ok((origin, len))
+        let run = described.locate(at, max).ok_or_else(absent)?;
+        match run.place {
+            RunPlace::Disk(position) => {
+                let disk = self.disks.get(position.disk as usize).ok_or_else(absent)?;
+                let origin = disk.lease()?.origin(position.offset, run.len)?;
+                Ok((origin, origin.map_or(run.len, |origin| origin.len)))
+            }
+            RunPlace::Zero => Ok((Some(Origin { image: 0, place: 0, within: None, len: run.len }), run.len)),
+            RunPlace::Computed => Ok((None, run.len)),
+        }
     }
 
     /// Whether the disks' point in time is still known, for a new client.

@@ -8,9 +8,7 @@ use std::collections::HashSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
-use crate::guest::volumes::{
-    MissingVolumeGroup, Partition, PhysicalVolumeName, Volume, VolumeLayout, VolumeMapping, VolumeSegment,
-};
+use crate::guest::volumes::{MissingMembers, Partition, SetMember, Volume, VolumeLayout, VolumeSegment};
 use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun};
 
 use super::worker::protocol::LIST_LEN;
@@ -27,8 +25,8 @@ const PARTITIONS: usize = 256;
 const SEGMENTS: usize = 1 << 18;
 const REMARKS: usize = 128;
 const MOUNTS: usize = 256;
-/// Physical volumes of one disk, and missing ones altogether.
-const PHYSICAL_VOLUMES: usize = 1024;
+/// Members of volume groups and arrays on one disk, and missing ones altogether.
+const SET_MEMBERS: usize = 1024;
 /// Extended attributes of one inode; bytes of a name and of a value, which damage can make longer than the
 /// kernel's limits.
 const ATTRIBUTES: usize = 8192;
@@ -75,22 +73,17 @@ pub(super) fn check_layout(layout: &VolumeLayout, size: u64) -> Result<()> {
     let volumes = &layout.volumes;
     check(volumes.len() <= VOLUMES && volumes.iter().all(is_volume))?;
     check(volumes.iter().all(|volume| names.insert(volume.name.as_str())))?;
-    check(volumes.iter().flat_map(|volume| &volume.segments).map(weight).sum::<usize>() <= SEGMENTS)?;
+    check(
+        volumes.iter().flat_map(|volume| &volume.segments).map(VolumeSegment::weight).sum::<usize>()
+            <= SEGMENTS,
+    )?;
     check(are_remarks(&layout.remarks) && are_texts([&layout.table]))?;
-    check(layout.missing.iter().map(|group| group.absent.len()).sum::<usize>() <= PHYSICAL_VOLUMES)?;
-    let is_group = |group: &MissingVolumeGroup| {
+    check(layout.missing.iter().map(|group| group.absent.len()).sum::<usize>() <= SET_MEMBERS)?;
+    let is_group = |group: &MissingMembers| {
         let is_absent = |id: &String| is_text(id);
         is_text(&group.name) && is_text(&group.id) && group.absent.iter().all(is_absent)
     };
-    check(layout.missing.len() <= PHYSICAL_VOLUMES && layout.missing.iter().all(is_group))
-}
-
-/// How many positions a segment has.
-fn weight(segment: &VolumeSegment) -> usize {
-    match &segment.place {
-        VolumeMapping::Linear(_) => 1,
-        VolumeMapping::Striped { legs, .. } => 1 + legs.len(),
-    }
+    check(layout.missing.len() <= SET_MEMBERS && layout.missing.iter().all(is_group))
 }
 
 /// Names of volumes become names of directories, and targets of the link to the operating system's volume.
@@ -100,13 +93,17 @@ fn is_volume_name(name: &str) -> bool {
     let number = name.strip_prefix('p').unwrap_or_default();
     let is_partition = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
     let is_logical = name.contains('-') && name.chars().all(is_known);
-    (name == "disk" || is_partition || is_logical) && name.len() <= VOLUME_NAME_LEN
+    // `md0`, and its partitions (`md0p1`).
+    let is_array = name
+        .strip_prefix("md")
+        .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()) && rest.chars().all(is_known));
+    (name == "disk" || is_partition || is_logical || is_array) && name.len() <= VOLUME_NAME_LEN
 }
 
-/// Validates the physical volumes of a disk.
-pub(super) fn check_physical_volumes(found: &[PhysicalVolumeName]) -> Result<()> {
-    let is_one = |held: &PhysicalVolumeName| is_text(&held.id) && are_texts([&held.group]);
-    check(found.len() <= PHYSICAL_VOLUMES && found.iter().all(is_one))
+/// Validates the members of volume groups and arrays on a disk.
+pub(super) fn check_set_members(found: &[SetMember]) -> Result<()> {
+    let is_one = |held: &SetMember| is_text(&held.id) && are_texts([&held.set]);
+    check(found.len() <= SET_MEMBERS && found.iter().all(is_one))
 }
 
 /// Validates the answer about a file system.
@@ -186,6 +183,7 @@ mod tests {
     use crate::browse::ListedEntry;
     use crate::guest::Ino;
     use crate::guest::content::VolumeContent;
+    use crate::guest::volumes::{DiskPosition, Stripes, VolumeMapping};
 
     const SIZE: u64 = 1 << 30;
 
@@ -214,7 +212,18 @@ mod tests {
     #[test]
     fn volume_names_are_valid_and_unique() {
         let long = format!("vg-{}", "a".repeat(120));
-        let good = with_volumes(&["p1", "p15", "disk", "vg-lv", "vg--a-lv.1+b", "vg-lv~Zq2hEb-zKAX", &long]);
+        let good = with_volumes(&[
+            "p1",
+            "p15",
+            "disk",
+            "vg-lv",
+            "vg--a-lv.1+b",
+            "vg-lv~Zq2hEb-zKAX",
+            "md0",
+            "md127p2",
+            "md-data",
+            &long,
+        ]);
         check_layout(&good, SIZE).unwrap();
         let bad = [
             "",
@@ -229,6 +238,8 @@ mod tests {
             "a-b\0",
             "a-b\n",
             "p1 ",
+            "md",
+            "md0/..",
         ];
         for name in bad {
             assert!(check_layout(&with_volumes(&[name]), SIZE).is_err(), "{name:?}");
@@ -253,10 +264,8 @@ mod tests {
         assert!(check_layout(&many(1000), SIZE).is_err());
         let long = VolumeLayout { remarks: vec!["a".repeat(1 << 20)], ..VolumeLayout::default() };
         assert!(check_layout(&long, SIZE).is_err());
-        let place = VolumeMapping::Striped {
-            stripe_len: 1,
-            legs: vec![crate::guest::volumes::DiskPosition { disk: 0, offset: 0 }; SEGMENTS],
-        };
+        let legs = vec![Some(DiskPosition { disk: 0, offset: 0 }); SEGMENTS];
+        let place = VolumeMapping::Striped(Stripes { chunk_len: 1, row_len: 1, start: 0, legs });
         let mut striped = with_volumes(&["a-b"]);
         striped.volumes[0].segments = vec![VolumeSegment { at: 0, len: 1, place }];
         assert!(check_layout(&striped, SIZE).is_err());

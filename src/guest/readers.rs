@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use super::content::VolumeContent;
 use super::ext::Ext;
 use super::fat::Fat;
-use super::volumes::{Volume, VolumeLayout, volume_source};
+use super::volumes::{Assembly, Volume};
 use super::xfs::Xfs;
 use super::{FileSystem, Source};
 
@@ -85,14 +85,10 @@ impl Reader {
     }
 }
 
-/// Opens the trees of the file system on a volume; `disks` as for [`layout`](super::volumes::layout).
-/// `Unsupported` if it has no reader.
-pub fn open(
-    readers: &'static [Reader],
-    volume: &Volume,
-    layout: &VolumeLayout,
-    disks: &[Arc<dyn Source>],
-) -> Result<Vec<Subvolume>> {
+/// Opens the trees of the file system on the volume with this index. `Unsupported` if it has no reader.
+pub fn open(readers: &'static [Reader], index: usize, assembly: &Assembly) -> Result<Vec<Subvolume>> {
+    let volumes = &assembly.layout.volumes;
+    let volume = &volumes[index];
     let content = volume.content;
     let Some(reader) = Reader::of(readers, content) else {
         let problem = content.problem().unwrap_or_else(|| format!("{} has no reader", content.name()));
@@ -101,9 +97,10 @@ pub fn open(
     let is_member = |other: &&Volume| other.content == content && other.uuid == volume.uuid;
     let sources: Vec<Arc<dyn Source>> = match reader.sources {
         SourceSet::SameUuid if volume.uuid.is_some() => {
-            layout.volumes.iter().filter(is_member).map(|member| volume_source(member, disks)).collect()
+            let members = volumes.iter().enumerate().filter(|(_, member)| is_member(member));
+            members.map(|(member, _)| assembly.source(member)).collect()
         }
-        SourceSet::SameUuid | SourceSet::Single => vec![volume_source(volume, disks)],
+        SourceSet::SameUuid | SourceSet::Single => vec![assembly.source(index)],
     };
     let trees = (reader.open)(&sources)?;
     if trees.is_empty() {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
 use crate::browse::DiskContents;
-use crate::guest::volumes::Volume;
+use crate::guest::volumes::{SetKind, Volume};
 
 use super::safe::terminal;
 use crate::guest::TreeId;
@@ -36,10 +36,12 @@ pub fn listed(contents: &DiskContents) -> String {
     }
     for group in &layout.missing {
         let absent = group.absent.join(", ");
-        let fact = format!(
-            "volume group {} lacks the physical volumes {absent}; no disk of this store has them",
-            group.name
-        );
+        let (what, members) = match group.kind {
+            SetKind::VolumeGroup => ("volume group", "physical volumes"),
+            SetKind::Array => ("md array", "members"),
+        };
+        let fact =
+            format!("{what} {} lacks the {members} {absent}; no disk of this store has them", group.name);
         let _ = writeln!(text, "{}", terminal(&fact));
     }
     text

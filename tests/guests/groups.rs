@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::volumes::arrays::{Says, left_symmetric};
 use chainfs::guest::Source;
 use chainfs::guest::volumes::layout;
 use support::command::give;
@@ -62,8 +63,9 @@ fn group(store: &Store, tree: &Path) -> [PathBuf; 2] {
     let mut at = 0;
     while at < volume.size {
         let stretch = volume.locate(at, volume.size - at).expect("a place");
-        let disk = File::options().write(true).open(&disks[stretch.disk as usize]).expect("a disk");
-        disk.write_all_at(&bytes[at as usize..][..stretch.len as usize], stretch.offset).expect("a write");
+        let place = stretch.on_disk().expect("a place on a disk");
+        let disk = File::options().write(true).open(&disks[place.disk as usize]).expect("a disk");
+        disk.write_all_at(&bytes[at as usize..][..stretch.len as usize], place.offset).expect("a write");
         at += stretch.len;
     }
     disks
@@ -134,5 +136,59 @@ fn a_disk_of_another_guest_never_joins_a_group() {
     fs::set_permissions(store.path("a/two.qcow2"), fs::Permissions::from_mode(0o600)).expect("a mode");
     let mount = Mount::new(&store);
     assert_eq!(mount.names("a/one/files/active"), ["volumes.txt"]);
+    mount.umount();
+}
+
+/// The disks of a RAID 5 with a file system that has the contents of `tree`.
+fn array(store: &Store, tree: &Path) -> [PathBuf; 3] {
+    let image = store.beside("volume");
+    tool("mkfs.ext4").args(["-q", "-F", "-d"]).arg(tree).arg(&image).arg("96M").succeeds();
+    let data = left_symmetric(&fs::read(&image).expect("the file system"), 3);
+    [0, 1, 2].map(|number| {
+        let says = Says { used: data[0].len(), ..Says::new(5, 3, number) };
+        let disk = store.beside(format!("member{number}"));
+        fs::write(&disk, says.disk(&data[number as usize])).expect("room");
+        disk
+    })
+}
+
+#[test]
+fn an_array_on_several_chains_is_read_whole_and_degraded() {
+    let store = Store::new();
+    let (tree, big) = tree(&store);
+    let disks = array(&store, &tree);
+    for (disk, name) in disks.iter().zip(["vm-a.qcow2", "vm-b.qcow2", "vm-c.qcow2"]) {
+        image(&store, disk, name);
+    }
+    let mount = Mount::new(&store);
+    assert_eq!(give(&mount.path(".chainfs/control/snapshot"), b"monday chains=vm-a,vm-b,vm-c\n"), None);
+    let check = |mount: &Mount, files: &str| {
+        assert_eq!(mount.text(format!("{files}/md-data/etc/hostname")), "grouped\n", "{files}");
+        let found = fs::read(mount.path(format!("{files}/md-data/big"))).expect("a file");
+        assert!(found == big, "{files}");
+    };
+    check(&mount, "vm-a/files/active");
+    check(&mount, "vm-c/files/vm-c-monday");
+    let said = mount.text("vm-a/files/active/volumes.txt");
+    assert!(said.contains("md-data") && !said.contains("degraded"), "{said}");
+    mount.umount();
+    // Without one of them, its chunks are computed of the others'.
+    let files =
+        fs::read_dir(store.path(".")).expect("the store").map(|entry| entry.expect("an entry").path());
+    let of_b =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vm-b"));
+    files.filter(of_b).for_each(|path| fs::remove_file(path).expect("a file"));
+    let mount = Mount::new(&store);
+    check(&mount, "vm-a/files/active");
+    let said = mount.text("vm-a/files/active/volumes.txt");
+    assert!(said.contains("degraded: 2 of 3 members") && said.contains("lacks the members"), "{said}");
+    mount.umount();
+    // A clone of the missing one, twice, is ambiguous.
+    image(&store, &disks[1], "copy1.qcow2");
+    image(&store, &disks[1], "copy2.qcow2");
+    let mount = Mount::new(&store);
+    check(&mount, "vm-c/files/active");
+    let said = mount.text("vm-c/files/active/volumes.txt");
+    assert!(said.contains("is on several disks") && said.contains("a directory of its own"), "{said}");
     mount.umount();
 }

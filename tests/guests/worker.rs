@@ -188,15 +188,23 @@ fn odd_answer(rng: &mut Rng, kind: u8) -> String {
             for _ in 0..count {
                 number(odd(rng), &mut bytes);
                 number(odd(rng), &mut bytes);
-                let legs = rng.below(4) as u8;
-                bytes.push(u8::from(legs != 1));
-                if legs != 1 {
-                    number(odd(rng), &mut bytes);
+                // Linear, striped, zeroes, or computed.
+                let place = rng.below(8).min(3) as u8;
+                bytes.push(3 - place);
+                let legs = if place == 3 { 1 } else { rng.below(4) as u8 };
+                if place == 2 {
+                    (0..3).for_each(|_| number(odd(rng), &mut bytes));
                     bytes.push(legs);
                 }
-                for _ in 0..legs {
-                    number(rng.below(3), &mut bytes);
-                    number(odd(rng), &mut bytes);
+                for _ in 0..if place >= 2 { legs } else { 0 } {
+                    let is_absent = place == 2 && rng.below(4) == 0;
+                    if place == 2 {
+                        bytes.push(u8::from(!is_absent));
+                    }
+                    if !is_absent {
+                        number(rng.below(3), &mut bytes);
+                        number(odd(rng), &mut bytes);
+                    }
                 }
             }
             bytes.extend([4, 0, 0, 0, 0, 0]);

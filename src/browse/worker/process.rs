@@ -322,6 +322,7 @@ impl WorkerProcess {
                 | Request::OpenFile(..)
                 | Request::Runs(..)
                 | Request::Read(..)
+                | Request::ReadVolume(..)
                 | Request::ExtendedAttributes(..)
         );
         let limits = if is_large {

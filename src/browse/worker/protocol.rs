@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
 use crate::guest::inspect::OperatingSystem;
-use crate::guest::volumes::{PhysicalVolumeName, VolumeLayout};
+use crate::guest::volumes::{SetMember, VolumeLayout};
 use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics, TreeId};
 
 /// Bytes that are fetched and cached as one.
@@ -49,8 +49,8 @@ pub(in crate::browse) struct SetTree {
 pub(in crate::browse) enum Request {
     /// Opens a set of disks with these sizes, and keeps it under its number.
     Open { set: u32, sizes: Vec<u64> },
-    /// The physical volumes on the one disk of a temporary set.
-    PhysicalVolumes { size: u64 },
+    /// The members of volume groups and arrays on the one disk of a temporary set.
+    SetMembers { size: u64 },
     /// The root, the statistics and the remarks of a file system.
     Mount(SetTree),
     /// The inode of a name in a directory.
@@ -69,6 +69,8 @@ pub(in crate::browse) enum Request {
     Read(SetTree, Ino, u64, u32),
     /// All extended attributes.
     ExtendedAttributes(SetTree, Ino),
+    /// Bytes of a volume of a set that only the worker can produce.
+    ReadVolume(u32, u32, u64, u32),
     /// The operating systems on a set.
     Inspect(u32),
 }
@@ -79,7 +81,7 @@ pub(in crate::browse) enum Answer {
     /// The set is not open, or no longer: it must be opened again.
     NoSuchSet,
     Layout(Box<VolumeLayout>),
-    PhysicalVolumes(Vec<PhysicalVolumeName>),
+    SetMembers(Vec<SetMember>),
     Mounted(Mounted),
     Found(Option<(Ino, FileAttributes)>),
     Listed(Listing),

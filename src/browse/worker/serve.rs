@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::{OpenedVolume, inspect};
-use crate::guest::volumes::{Volume, VolumeLayout, layout, physical_volumes};
+use crate::guest::volumes::{Assembly, Volume, VolumeLayout, assemble, set_members};
 use crate::guest::{FileKind, FileSystem, Ino, READERS, Source, Subvolume, TreeId, open};
 
 use super::channel::Channel;
@@ -33,8 +33,7 @@ const SETS: NonZero<usize> = NonZero::new(24).expect("not zero");
 
 /// A set of disks.
 struct DiskSet {
-    disks: Vec<Arc<dyn Source>>,
-    layout: VolumeLayout,
+    assembly: Assembly,
     /// The trees of each volume. Held while a file system is opened, so that it is opened once.
     open: Vec<Mutex<Option<Arc<[Subvolume]>>>>,
 }
@@ -137,10 +136,10 @@ impl WorkerState {
     fn answer(&self, request: Request, payload: &mut Vec<u8>) -> Result<Answer> {
         match request {
             Request::Open { set, sizes } => self.open_set(set, &sizes),
-            Request::PhysicalVolumes { size } => {
+            Request::SetMembers { size } => {
                 let disk = RemoteDisk { set: None, index: 0, size, chunks: Arc::clone(&self.chunks) };
                 fail_on_transient(|| {
-                    Ok(Answer::PhysicalVolumes(physical_volumes(&(Arc::new(disk) as Arc<dyn Source>))))
+                    Ok(Answer::SetMembers(set_members(&(Arc::new(disk) as Arc<dyn Source>))))
                 })
             }
             Request::Mount(volume) => self.with(volume, |fs| {
@@ -178,6 +177,12 @@ impl WorkerState {
             Request::ExtendedAttributes(volume, ino) => {
                 self.with(volume, |fs| fs.extended_attributes(ino).map(Answer::ExtendedAttributes))
             }
+            Request::ReadVolume(set, volume, at, len) => {
+                let Some(set) = self.sets.lock().get(&set).cloned() else { return Ok(Answer::NoSuchSet) };
+                payload.resize((len as usize).min(READ_LEN), 0);
+                set.assembly.source(volume as usize).read_at(at, payload)?;
+                Ok(Answer::Bytes)
+            }
             Request::Inspect(set) => fail_on_transient(|| Ok(self.inspect(set))),
         }
     }
@@ -192,10 +197,10 @@ impl WorkerState {
         for disk in &disks {
             disk.read_at(0, &mut vec![0; disk.size().min(512) as usize])?;
         }
-        let layout = fail_on_transient(|| Ok(layout(&disks)))?;
-        let open = layout.volumes.iter().map(|_| Mutex::default()).collect();
-        let answer = Answer::Layout(Box::new(layout.clone()));
-        let old = self.sets.lock().push(set, Arc::new(DiskSet { disks, layout, open }));
+        let assembly = fail_on_transient(|| Ok(assemble(&disks, None)))?;
+        let open = assembly.layout.volumes.iter().map(|_| Mutex::default()).collect();
+        let answer = Answer::Layout(Box::new(assembly.layout.clone()));
+        let old = self.sets.lock().push(set, Arc::new(DiskSet { assembly, open }));
         drop(old);
         Ok(answer)
     }
@@ -211,7 +216,7 @@ impl WorkerState {
         // A volume that cannot be opened contains no system that could be shown.
         let open: Vec<_> =
             (0..set.open.len()).map(|index| set.file_system(TreeId::main(index)).ok()).collect();
-        Answer::OperatingSystems(inspect(&opened(&set.layout, &open)))
+        Answer::OperatingSystems(inspect(&opened(&set.assembly.layout, &open)))
     }
 }
 
@@ -219,12 +224,9 @@ impl DiskSet {
     /// A tree of the file system on a volume, which is opened on first use.
     fn file_system(&self, TreeId { volume, subvolume }: TreeId) -> Result<Arc<dyn FileSystem>> {
         let unknown = |what| Error::new(ErrorKind::Stale, format!("there is no such {what}"));
-        let (Some(found), Some(slot)) = (self.layout.volumes.get(volume), self.open.get(volume)) else {
-            return Err(unknown("volume"));
-        };
-        let mut slot = slot.lock();
+        let mut slot = self.open.get(volume).ok_or_else(|| unknown("volume"))?.lock();
         if slot.is_none() {
-            *slot = Some(fail_on_transient(|| open(READERS, found, &self.layout, &self.disks))?.into());
+            *slot = Some(fail_on_transient(|| open(READERS, volume, &self.assembly))?.into());
         }
         let trees = slot.as_ref().expect("it was just put there");
         let tree = trees.get(subvolume as usize).ok_or_else(|| unknown("subvolume"))?;

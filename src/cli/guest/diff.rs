@@ -136,10 +136,13 @@ fn names_at(layout: &VolumeLayout, start: u64, len: u64) -> Vec<String> {
     let has_part = |volume: &&crate::guest::volumes::Volume| {
         volume.segments.iter().any(|segment| match &segment.place {
             Lies::Linear(leg) => leg.disk == 0 && meets(leg.offset, segment.len),
-            Lies::Striped { legs, .. } => {
-                let of_each = segment.len.div_ceil(legs.len().max(1) as u64);
-                legs.iter().any(|leg| leg.disk == 0 && meets(leg.offset, of_each))
+            Lies::Striped(stripes) => {
+                let row = stripes.chunk_len.saturating_mul(stripes.legs.len() as u64).max(1);
+                let rows = segment.len.saturating_add(stripes.start).div_ceil(row);
+                let of_each = rows.saturating_mul(stripes.row_len);
+                stripes.legs.iter().flatten().any(|leg| leg.disk == 0 && meets(leg.offset, of_each))
             }
+            Lies::Zero | Lies::Computed => false,
         })
     };
     layout.volumes.iter().filter(has_part).map(|volume| volume.name.clone()).collect()
@@ -188,8 +191,8 @@ impl FileComparison<'_> {
             |(inside, volume): (&Arc<DiskContents>, usize)| inside.layout().volumes[volume].clone();
         let (of_a, of_b) = (described(a), described(b));
         self.tally.bytes_total += of_a.size + of_b.size;
-        // The content of physical volumes is compared as logical volumes.
-        let is_holder = |content| content == VolumeContent::LvmPhysicalVolume;
+        // The content of physical volumes and members is compared as logical volumes and arrays.
+        let is_holder = |content| matches!(content, VolumeContent::LvmPhysicalVolume | VolumeContent::MdRaid);
         if is_holder(of_a.content) && is_holder(of_b.content) || is_surely_same(a, b) {
             return Ok(());
         }

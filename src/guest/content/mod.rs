@@ -117,7 +117,8 @@ impl VolumeContent {
                 "it is a physical volume; its files are in the logical volumes".to_owned()
             }
             Self::Luks1 | Self::Luks2 | Self::BitLocker => format!("it is encrypted ({self})"),
-            Self::MdRaid | Self::Bcache | Self::Vdo | Self::Zfs => {
+            Self::MdRaid => "it is a member of an md array; its files are in the array".to_owned(),
+            Self::Bcache | Self::Vdo | Self::Zfs => {
                 format!("it is a member of a larger device ({self}), which is not assembled")
             }
             Self::Ext2

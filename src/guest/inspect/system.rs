@@ -201,6 +201,14 @@ fn find_device<'a>(device: &str, all: &[OpenedVolume<'a>]) -> Option<OpenedVolum
         return find(&|volume| volume.name == name);
     }
     let name = device.strip_prefix("/dev/")?;
+    if let Some(array) = name.strip_prefix("md/") {
+        return find(&|volume| {
+            volume.name.strip_prefix("md-").or(volume.name.strip_prefix("md")) == Some(array)
+        });
+    }
+    if name.starts_with("md") {
+        return find(&|volume| volume.name == name);
+    }
     if let Some((group, volume)) = name.split_once('/') {
         let mapped = format!("{}-{}", group.replace('-', "--"), volume.replace('-', "--"));
         return find(&|volume| volume.name == mapped);

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::guest::raid::Parity;
+
 use super::config::{Section, Value};
 use super::label::LvmId;
 
@@ -72,15 +74,36 @@ pub(super) struct MirrorImage {
     pub(super) state: Option<String>,
 }
 
+/// The parts of a cache that is one volume, in bytes.
+#[derive(Clone, Debug)]
+pub(super) struct CacheVolume {
+    pub(super) metadata: (u64, u64),
+    pub(super) data: (u64, u64),
+    pub(super) block_len: u64,
+    pub(super) is_writeback: bool,
+}
+
 /// The layout of a segment.
 #[derive(Clone, Debug)]
 pub(super) enum SegmentType {
     /// Striped over the areas; with one area, linear.
     Striped { stripe_len: u64, areas: Vec<Area> },
-    /// Striped over sets of `copies` images with equal content; with one set, mirrored only.
-    Mirrored { stripe_len: u64, copies: usize, images: Vec<MirrorImage> },
+    /// Images with equal content.
+    Mirrored { images: Vec<MirrorImage> },
+    /// RAID 10 with so many copies of each stripe.
+    Ten { stripe_len: u64, copies: u32, images: Vec<MirrorImage> },
+    /// RAID 4, 5 or 6.
+    Parity { parity: Parity, has_second: bool, stripe_len: u64, images: Vec<MirrorImage> },
     /// A snapshot of the old kind: not a volume itself, but a link between two volumes.
     Snapshot { origin: String, store: String, is_merging: bool },
+    /// A pool of thin volumes: its blocks, and the volume with their map.
+    ThinPool { data: String, metadata: String, block_len: u64 },
+    /// A volume in a pool. Blocks that were never written are those of the external origin, if it has one.
+    Thin { pool: String, device: u64, origin: Option<String> },
+    /// The blocks of a cache, and the volume with their map.
+    CachePool { data: Area, metadata: Area, block_len: u64, is_writeback: bool },
+    /// A volume with a cache.
+    Cached { origin: String, pool: String, volume: Option<CacheVolume> },
     /// Of an unsupported type.
     Other(String),
 }
@@ -167,7 +190,8 @@ fn segments(section: &Section) -> Result<Vec<LvmSegment>, String> {
 fn segment(section: &Section) -> Option<LvmSegment> {
     let (start, count) = (section.number("start_extent")?, section.number("extent_count")?);
     let stripe_len = section.number("stripe_size").unwrap_or(0) * SECTOR_LEN;
-    let name = section.text("type")?;
+    // Flags that a version of LVM must know follow the type: `cache-pool+METADATA_FORMAT`.
+    let name = section.text("type")?.split('+').next()?;
     let kind = match name {
         "striped" | "linear" => SegmentType::Striped { stripe_len, areas: areas(section.list("stripes"))? },
         "raid0" => SegmentType::Striped { stripe_len, areas: names(section.list("raid0_lvs"))? },
@@ -182,23 +206,13 @@ fn segment(section: &Section) -> Option<LvmSegment> {
             if section.number("extents_moved") == Some(count) && areas.len() > 1 {
                 areas.remove(0);
             }
-            let copies = areas.len();
             let images = areas.into_iter().map(|data| MirrorImage { data, state: None }).collect();
-            SegmentType::Mirrored { stripe_len: 0, copies, images }
+            SegmentType::Mirrored { images }
         }
-        "raid1" => {
-            let images = images(section.list("raids"))?;
-            SegmentType::Mirrored { stripe_len: 0, copies: images.len(), images }
-        }
+        "raid1" => SegmentType::Mirrored { images: images(section.list("raids"))? },
         "raid10" | "raid10_near" => {
-            let images = images(section.list("raids"))?;
-            let copies = section.number("data_copies").unwrap_or(2) as usize;
-            // With an odd number of images, copies begin in one row and end in the next.
-            if copies == 0 || !images.len().is_multiple_of(copies) {
-                SegmentType::Other(format!("raid10 of {} images", images.len()))
-            } else {
-                SegmentType::Mirrored { stripe_len, copies, images }
-            }
+            let copies = section.number("data_copies").unwrap_or(2) as u32;
+            SegmentType::Ten { stripe_len, copies, images: images(section.list("raids"))? }
         }
         "snapshot" => {
             let merging = section.text("merging_store");
@@ -209,14 +223,89 @@ fn segment(section: &Section) -> Option<LvmSegment> {
                 is_merging: merging.is_some(),
             }
         }
-        other => SegmentType::Other(other.chars().take(NAME_LIMIT).collect()),
+        "thin-pool" => SegmentType::ThinPool {
+            data: section.text("pool")?.to_owned(),
+            metadata: section.text("metadata")?.to_owned(),
+            block_len: section.number("chunk_size")? * SECTOR_LEN,
+        },
+        "thin" => SegmentType::Thin {
+            pool: section.text("thin_pool")?.to_owned(),
+            device: section.number("device_id")?,
+            origin: section.text("external_origin").map(str::to_owned),
+        },
+        "cache-pool" => {
+            let whole = |name: &str| Area { name: name.to_owned(), extent: 0 };
+            SegmentType::CachePool {
+                data: whole(section.text("data")?),
+                metadata: whole(section.text("metadata")?),
+                block_len: section.number("chunk_size")? * SECTOR_LEN,
+                is_writeback: is_writeback(section),
+            }
+        }
+        "cache" => SegmentType::Cached {
+            origin: section.text("origin")?.to_owned(),
+            pool: section.text("cache_pool")?.to_owned(),
+            volume: cache_volume(section),
+        },
+        other => match raid(other) {
+            Some((parity, has_second)) => {
+                let images = images(section.list("raids"))?;
+                SegmentType::Parity { parity, has_second, stripe_len, images }
+            }
+            None => SegmentType::Other(other.chars().take(NAME_LIMIT).collect()),
+        },
     };
     let has_areas = match &kind {
         SegmentType::Striped { areas, .. } => !areas.is_empty(),
-        SegmentType::Mirrored { images, .. } => !images.is_empty(),
-        SegmentType::Snapshot { .. } | SegmentType::Other(_) => true,
+        SegmentType::Mirrored { images }
+        | SegmentType::Ten { images, .. }
+        | SegmentType::Parity { images, .. } => !images.is_empty(),
+        SegmentType::Snapshot { .. }
+        | SegmentType::ThinPool { .. }
+        | SegmentType::Thin { .. }
+        | SegmentType::CachePool { .. }
+        | SegmentType::Cached { .. }
+        | SegmentType::Other(_) => true,
     };
     has_areas.then_some(LvmSegment { start, count, kind })
+}
+
+/// The layout of a type of RAID 4, 5 or 6, and whether it is RAID 6. dm-raid's RAID 4 has its parity first.
+fn raid(name: &str) -> Option<(Parity, bool)> {
+    Some(match name {
+        "raid4" => (Parity::First, false),
+        "raid5_n" => (Parity::Last, false),
+        "raid5_la" => (Parity::LeftAsymmetric, false),
+        "raid5_ra" => (Parity::RightAsymmetric, false),
+        "raid5" | "raid5_ls" => (Parity::LeftSymmetric, false),
+        "raid5_rs" => (Parity::RightSymmetric, false),
+        "raid6" | "raid6_zr" => (Parity::ZeroRestart, true),
+        "raid6_nr" => (Parity::NRestart, true),
+        "raid6_nc" => (Parity::NContinue, true),
+        "raid6_n_6" => (Parity::Last, true),
+        "raid6_la_6" => (Parity::LeftAsymmetric6, true),
+        "raid6_ra_6" => (Parity::RightAsymmetric6, true),
+        "raid6_ls_6" => (Parity::LeftSymmetric6, true),
+        "raid6_rs_6" => (Parity::RightSymmetric6, true),
+        _ => return None,
+    })
+}
+
+/// Whether a cache may have blocks that its origin has not.
+fn is_writeback(section: &Section) -> bool {
+    let is_it = |key: &str| matches!(section.text(key), Some("writethrough" | "passthrough"));
+    !is_it("cache_mode")
+}
+
+/// The parts of a cache that is one volume; their places are in sectors.
+fn cache_volume(section: &Section) -> Option<CacheVolume> {
+    let number = |key| Some(section.number(key)? * SECTOR_LEN);
+    Some(CacheVolume {
+        metadata: (number("metadata_start")?, number("metadata_len")?),
+        data: (number("data_start")?, number("data_len")?),
+        block_len: number("chunk_size")?,
+        is_writeback: is_writeback(section),
+    })
 }
 
 /// Pairs of a name and an extent.

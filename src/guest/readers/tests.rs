@@ -1,7 +1,7 @@
 //! A toy file system on two volumes, with two subvolumes and objects of 64 bits.
 
 use super::*;
-use crate::guest::volumes::{DiskPosition, VolumeMapping, VolumeSegment};
+use crate::guest::volumes::{DiskPosition, VolumeLayout, VolumeMapping, VolumeSegment};
 use crate::guest::{
     DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, Ino, RunKind, Statistics, Time,
 };
@@ -115,8 +115,9 @@ fn a_reader_gets_all_volumes_of_its_file_system_and_gives_several_trees() {
         volume("p5", 1, VolumeContent::Btrfs, None),
     ];
     let layout = VolumeLayout { volumes, ..VolumeLayout::default() };
+    let assembly = Assembly::with_segments(layout, &disks);
     let read = |index: usize| {
-        let trees = open(TOYS, &layout.volumes[index], &layout, &disks)?;
+        let trees = open(TOYS, index, &assembly)?;
         let names: Vec<Option<&[u8]>> = trees.iter().map(|tree| tree.name.as_deref()).collect();
         assert_eq!(names, [None, Some(&b"home"[..])]);
         let files = &trees[1].files;

@@ -1,24 +1,28 @@
-//! The volumes of a guest's disk: its partitions, the logical volumes it is part of, or the whole disk.
+//! The volumes of a guest's disk: its partitions, the arrays and logical volumes it is part of, or the whole
+//! disk.
 //!
-//! Promises: [`layout`] never fails. Damage, missing parts and unknown content become remarks, or the
+//! `map` says where a volume's bytes are, `device` composes devices of others, `stack` finds what devices
+//! hold and assembles it.
+//!
+//! Promises: [`assemble`] never fails. Damage, missing parts and unknown content become remarks, or the
 //! `problem` of a volume; the rest is shown. For any disks, lists and texts stay below the limits stated
 //! here.
 
+mod device;
 mod map;
+mod stack;
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::guest::content::{DetectedVolume, VolumeContent, probe};
-use crate::guest::lvm::{self, PhysicalVolume};
-use crate::guest::{Slice, Source, partition};
+use crate::guest::Source;
+use crate::guest::content::VolumeContent;
 
 pub use crate::guest::partition::Partition;
-pub use map::{DiskPosition, VolumeMapping, VolumeRun, VolumeSegment, locate};
-
-/// Remarks that are kept.
-const REMARK_LIMIT: usize = 100;
+pub(crate) use device::{Device, DeviceDisks, DeviceMap};
+pub use map::{DiskPosition, RunPlace, Stripes, VolumeMapping, VolumeRun, VolumeSegment, locate};
+pub use stack::{Unlock, UnlockedVolume, set_members};
 
 /// The content of the guest's disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,15 +38,15 @@ pub struct VolumeLayout {
     /// Facts that the user should know, one sentence each, for example that the first partition table is
     /// damaged and its copy was used.
     pub remarks: Vec<String>,
-    /// Volume groups that the first disk is part of and that lack physical volumes.
-    pub missing: Vec<MissingVolumeGroup>,
+    /// Volume groups and arrays that the first disk is part of and that lack members.
+    pub missing: Vec<MissingMembers>,
 }
 
 /// A volume: it may hold a file system.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Volume {
-    /// `p1` for a partition, `VG-LV` for a logical volume (as in `/dev/mapper`), `disk` for a whole disk. A
-    /// valid file name.
+    /// `p1` for a partition, `VG-LV` for a logical volume (as in `/dev/mapper`), `md0` or `md-NAME` for an
+    /// array, `disk` for a whole disk. A valid file name.
     pub name: String,
     /// Bytes.
     pub size: u64,
@@ -58,133 +62,85 @@ pub struct Volume {
     pub problem: Option<String>,
 }
 
-/// A volume group that lacks physical volumes.
+/// What volumes are assembled from several devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SetKind {
+    /// An LVM volume group of physical volumes.
+    VolumeGroup,
+    /// An md array.
+    Array,
+}
+
+/// A volume group that lacks physical volumes, or an array that lacks members.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MissingVolumeGroup {
+pub struct MissingMembers {
+    /// What it is.
+    pub kind: SetKind,
     /// Its name.
     pub name: String,
     /// Its identity.
     pub id: String,
-    /// The sequence number of its metadata: the absent physical volumes have the same, unless they were
+    /// The sequence number of its metadata, if the absent members must have the same, unless they were
     /// detached.
-    pub state: u64,
-    /// The identities of the absent physical volumes.
+    pub state: Option<u64>,
+    /// The identities of the absent members: a physical volume's own, or an array's with the member's role.
     pub absent: Vec<String>,
 }
 
+/// A member of a volume group or an array, on a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetMember {
+    /// Its identity, as in [`MissingMembers::absent`].
+    pub id: String,
+    /// The identity of its group or array, by its own metadata.
+    pub set: Option<String>,
+    /// The sequence number of its copy of the set's metadata.
+    pub state: Option<u64>,
+}
+
+/// The content of the guest's disks, and how their volumes are read.
+pub struct Assembly {
+    /// The content.
+    pub layout: VolumeLayout,
+    /// The devices of its volumes; `None` where their bytes are unknown.
+    devices: Vec<Option<Device>>,
+}
+
 impl Volume {
-    /// Where the bytes from `at` on are, up to `len` contiguous ones; `None` at and beyond the end.
+    /// Where the bytes from `at` on are, up to `len` of one location; `None` at and beyond the end.
     pub fn locate(&self, at: u64, len: u64) -> Option<VolumeRun> {
         locate(&self.segments, at, len)
     }
 }
 
-/// A physical volume on a disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PhysicalVolumeName {
-    /// Its identity.
-    pub id: String,
-    /// The identity of its volume group, by its own metadata.
-    pub group: Option<String>,
-    /// The sequence number of its copy of the group's metadata.
-    pub state: Option<u64>,
+impl Assembly {
+    /// The bytes of the volume with this index.
+    pub fn source(&self, volume: usize) -> Arc<dyn Source> {
+        match self.devices.get(volume) {
+            Some(Some(device)) => Arc::clone(device.source()),
+            Some(None) | None => Arc::new(Vec::new()),
+        }
+    }
 }
 
-/// The content of the guest's disks. `disks[0]` is the requested one. The others are candidates for the
-/// volume groups that it is part of; only their parts of these groups are used.
+#[cfg(test)]
+impl Assembly {
+    /// Volumes as they say where their bytes are.
+    pub(crate) fn with_segments(layout: VolumeLayout, disks: &[Arc<dyn Source>]) -> Self {
+        let disks = DeviceDisks::new(disks);
+        let devices = layout.volumes.iter().map(|volume| Some(disks.device(&volume.segments))).collect();
+        Self { layout, devices }
+    }
+}
+
+/// Assembles the volumes of the guest's disks. `disks[0]` is the requested one. The others are candidates for
+/// the volume groups and arrays that it is part of; only their parts of these are used. Encrypted volumes are
+/// opened by `unlock`, if it has their keys.
+pub fn assemble(disks: &[Arc<dyn Source>], unlock: Option<&dyn Unlock>) -> Assembly {
+    stack::assemble(disks, unlock)
+}
+
+/// The content of the guest's disks, as [`assemble`] finds it without keys.
 pub fn layout(disks: &[Arc<dyn Source>]) -> VolumeLayout {
-    let Some(disk) = disks.first() else { return VolumeLayout::default() };
-    let (table, remarks) = partition::read(disk);
-    let mut layout = VolumeLayout { remarks, ..VolumeLayout::default() };
-    if let Some(table) = table {
-        layout.table = Some(table.kind.name().to_owned());
-        layout.sector_size = Some(table.sector_len as u32);
-        layout.partitions = table.partitions;
-    }
-    for part in layout.partitions.iter().filter(|part| !part.is_extended) {
-        layout.volumes.push(plain(format!("p{}", part.number), disk, part.start, part.len));
-    }
-    let disk_as_a_whole = plain("disk".to_owned(), disk, 0, disk.size());
-    // A hybrid ISO image has a partition table as well, but the ISO 9660 file system describes all of it.
-    if layout.volumes.is_empty() || disk_as_a_whole.content == VolumeContent::Iso9660 {
-        layout.volumes.push(disk_as_a_whole);
-    }
-    if layout.volumes.iter().any(|volume| volume.content == VolumeContent::LvmPhysicalVolume) {
-        add_logical_volumes(&mut layout, disks);
-    }
-    if layout.remarks.len() > REMARK_LIMIT {
-        let more = layout.remarks.len() - REMARK_LIMIT;
-        layout.remarks.truncate(REMARK_LIMIT);
-        layout.remarks.push(format!("{more} more remarks are not shown"));
-    }
-    layout
-}
-
-/// The physical volumes of a disk, on the disk itself or in its partitions. They identify the other disks of
-/// a volume group.
-pub fn physical_volumes(disk: &Arc<dyn Source>) -> Vec<PhysicalVolumeName> {
-    let name = |pv: PhysicalVolume| PhysicalVolumeName {
-        id: pv.id.to_string(),
-        group: pv.group_id().map(|id| id.to_string()),
-        state: pv.state(),
-    };
-    find_physical_volumes(disk, 0).into_iter().map(name).collect()
-}
-
-/// The bytes of a volume; `disks` as for [`layout`].
-pub fn volume_source(volume: &Volume, disks: &[Arc<dyn Source>]) -> Arc<dyn Source> {
-    Arc::new(map::Mapped { size: volume.size, segments: volume.segments.clone(), disks: disks.to_vec() })
-}
-
-/// A volume that is a range of the first disk.
-fn plain(name: String, disk: &Arc<dyn Source>, start: u64, len: u64) -> Volume {
-    let found = probe(&Slice::new(Arc::clone(disk), start, len));
-    let place = VolumeMapping::Linear(DiskPosition { disk: 0, offset: start });
-    let segments = if len > 0 { vec![VolumeSegment { at: 0, len, place }] } else { Vec::new() };
-    described(name, len, segments, found)
-}
-
-fn described(name: String, size: u64, segments: Vec<VolumeSegment>, found: DetectedVolume) -> Volume {
-    let problem = found.content.problem();
-    Volume { name, size, segments, content: found.content, label: found.label, uuid: found.uuid, problem }
-}
-
-fn find_physical_volumes(disk: &Arc<dyn Source>, number: u32) -> Vec<PhysicalVolume> {
-    let in_partition = |part: &Partition| PhysicalVolume::find(disk, number, part.start, part.len);
-    match partition::read(disk).0 {
-        // LVM ignores a disk with partitions, even if an old label precedes them.
-        Some(table) if !table.partitions.is_empty() => {
-            table.partitions.iter().filter(|part| !part.is_extended).filter_map(in_partition).collect()
-        }
-        _ => PhysicalVolume::find(disk, number, 0, disk.size()).into_iter().collect(),
-    }
-}
-
-fn add_logical_volumes(layout: &mut VolumeLayout, disks: &[Arc<dyn Source>]) {
-    let mut physical = Vec::new();
-    for (number, disk) in (0..).zip(disks) {
-        let mut found = find_physical_volumes(disk, number);
-        if number == 0 {
-            for pv in &mut found {
-                layout.remarks.append(&mut pv.remarks);
-            }
-        }
-        physical.append(&mut found);
-    }
-    let groups = lvm::groups(&physical, disks);
-    layout.missing = groups.missing;
-    layout.remarks.extend(groups.remarks);
-    for found in groups.volumes {
-        let unknown = DetectedVolume { content: VolumeContent::Unknown, label: None, uuid: None };
-        let mut volume = described(found.name, found.size, Vec::new(), unknown);
-        match found.segments {
-            Ok(segments) => {
-                volume.segments = segments;
-                let found = probe(&*volume_source(&volume, disks));
-                volume = described(volume.name, volume.size, volume.segments, found);
-            }
-            Err(problem) => volume.problem = Some(problem),
-        }
-        layout.volumes.push(volume);
-    }
+    assemble(disks, None).layout
 }

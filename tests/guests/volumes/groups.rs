@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use chainfs::guest::Source;
 use chainfs::guest::content::VolumeContent;
-use chainfs::guest::volumes::{VolumeLayout, layout, physical_volumes, volume_source};
+use chainfs::guest::volumes::{DiskPosition, VolumeLayout, VolumeRun, assemble, layout, set_members};
 use tempfile::TempDir;
 
-use super::{Loop, blank, disk, names, told, volume};
+use super::{Loop, blank, disk, names, persistent, told, volume};
 use support::*;
 
 const EXTENT: u64 = 64 * KIB;
@@ -157,11 +157,20 @@ pub(super) fn on_a_device(file: &Path, program: &str, args: &[&str]) {
     lab.lvm(&format!("{program} {} {}", args[2..].join(" "), lab.device(0)));
 }
 
+/// The position on a disk of a volume's byte.
+fn place_at(layout: &VolumeLayout, name: &str, at: u64) -> DiskPosition {
+    let volume = volume(layout, name);
+    let run = volume.locate(at, 1).unwrap_or_else(|| panic!("{name}: {:?}", volume.problem));
+    run.on_disk().expect("a place on a disk")
+}
+
 fn read(layout: &VolumeLayout, name: &str, disks: &[Arc<dyn Source>]) -> Vec<u8> {
     let volume = volume(layout, name);
     assert!(!volume.segments.is_empty(), "{name}: {:?}", volume.problem);
     let mut bytes = vec![0; volume.size as usize];
-    volume_source(volume, disks).read_at(0, &mut bytes).expect("its bytes");
+    let assembly = assemble(disks, None);
+    let index = assembly.layout.volumes.iter().position(|other| other.name == name).expect("the volume");
+    assembly.source(index).read_at(0, &mut bytes).expect("its bytes");
     bytes
 }
 
@@ -217,9 +226,9 @@ fn volumes_of_three_disks_are_assembled_as_by_lvm() {
     let turned = [Arc::clone(&disks[2]), Arc::clone(&disks[0]), Arc::clone(&disks[1])];
     let other = super::layout(&turned);
     assert!(read(&other, "my--vg.1-root--1", &turned) == read(&layout, "my--vg.1-root--1", &disks));
-    let known = physical_volumes(&disks[1]);
+    let known = set_members(&disks[1]);
     let id = lab.lvm("vgs --noheadings -o vg_uuid").trim().to_owned();
-    assert_eq!((known.len(), &known[0].group), (1, &Some(id)));
+    assert_eq!((known.len(), &known[0].set), (1, &Some(id)));
 }
 
 #[test]
@@ -253,8 +262,7 @@ fn volumes_that_do_not_need_a_missing_disk_are_shown() {
     let all = layout(&offered);
     assert_eq!((names(&all), all.missing.len(), all.remarks.len()), (names(&part), 0, 1));
     assert!(all.remarks[0].contains("on disk 1, too"), "{:?}", all.remarks);
-    let used = volume(&all, "vg-both").locate(0, 1).expect("a place");
-    assert_eq!(used.disk, 0);
+    assert_eq!(place_at(&all, "vg-both", 0).disk, 0);
     assert!(read(&all, "vg-there", &offered) == put_together(&lab.judged()["vg/there"], &disks));
 }
 
@@ -278,7 +286,7 @@ fn physical_volumes_in_partitions_are_found() {
     assert_eq!(names(&layout), ["p1", "p2", "p3", "vg-root"]);
     assert_eq!(volume(&layout, "p2").content, VolumeContent::LvmPhysicalVolume);
     assert!(read(&layout, "vg-root", &disks) == put_together(&lab.judged()["vg/root"], &parts));
-    assert_eq!(physical_volumes(&disks[0]).len(), 2);
+    assert_eq!(set_members(&disks[0]).len(), 2);
 }
 
 /// A machine that was copied has groups of one name; so has a disk that was put into another machine.
@@ -300,7 +308,7 @@ fn two_groups_of_one_name_are_distinguished() {
     ids.sort();
     let layout = layout(&[Arc::new(bytes)]);
     assert_eq!(names(&layout), ["p1", "p2", "vg-root", &format!("vg-root~{}", ids[1])]);
-    let place = |name| volume(&layout, name).locate(0, 1).expect("a place").offset;
+    let place = |name| place_at(&layout, name, 0).offset;
     assert_ne!(place("vg-root"), place(&format!("vg-root~{}", ids[1])));
 }
 
@@ -390,10 +398,8 @@ fn mirrors_are_read_from_a_present_synchronised_leg() {
         .unwrap();
     let disks = lab.scribbled();
     let place = |name: &str, disks: &[Arc<dyn Source>], at: u64| {
-        let shown = layout(disks);
-        let volume = volume(&shown, name);
-        let stretch = volume.locate(at, 1).unwrap_or_else(|| panic!("{name}: {:?}", volume.problem));
-        (stretch.disk, (stretch.offset - begin) / EXTENT)
+        let place = place_at(&layout(disks), name, at);
+        (place.disk, (place.offset - begin) / EXTENT)
     };
     assert_eq!(place("vg-one", &disks, 0), (0, 1));
     assert_eq!(place("vg-old", &disks, 0), (0, 70));
@@ -403,7 +409,8 @@ fn mirrors_are_read_from_a_present_synchronised_leg() {
     let whole = layout(&disks);
     let ten = volume(&whole, "vg-ten");
     let (a, b) = (ten.locate(16 * KIB + 5, 1).unwrap(), ten.locate(24 * KIB + 5, 100_000).unwrap());
-    assert_eq!((a.offset - begin - 21 * EXTENT, b.offset - begin - 21 * EXTENT), (8 * KIB + 5, 8 * KIB + 5));
+    let offset = |run: VolumeRun| run.on_disk().expect("a place").offset - begin - 21 * EXTENT;
+    assert_eq!((offset(a), offset(b)), (8 * KIB + 5, 8 * KIB + 5));
     assert_eq!(b.len, 8 * KIB - 5);
 
     // With the second disk only; a set without any leg left is a problem that names the disk.
@@ -472,16 +479,15 @@ fn a_volume_under_pvmove_is_read_at_its_current_location() {
         .parse()
         .unwrap();
     let shown = layout(&lab.scribbled());
-    let volume = volume(&shown, "vg-root");
     let place = |extent: u64| {
-        let stretch = volume.locate(extent * EXTENT, 1).unwrap_or_else(|| panic!("{:?}", volume.problem));
-        (stretch.disk, (stretch.offset - begin) / EXTENT)
+        let place = place_at(&shown, "vg-root", extent * EXTENT);
+        (place.disk, (place.offset - begin) / EXTENT)
     };
     assert_eq!([0, 3, 4, 7, 8, 11].map(place), [(1, 50), (1, 53), (0, 40), (0, 43), (0, 60), (0, 63)]);
 }
 
 #[test]
-fn volumes_that_cannot_be_assembled_are_listed_with_their_type() {
+fn volumes_that_cannot_be_assembled_are_listed_with_the_reason() {
     let lab = Lab::new(&[16 * MIB]);
     lab.group("vg");
     let mut all = text("root", 1, SHOWN, 4, &linear(0, 0));
@@ -508,13 +514,11 @@ fn volumes_that_cannot_be_assembled_are_listed_with_their_type() {
     let layout = layout(&disks);
     assert_eq!(names(&layout)[1..], judged);
     assert_eq!(judged, ["vg-pool", "vg-root", "vg-snap", "vg-thin"]);
-    for (name, kind) in [("vg-pool", "thin-pool"), ("vg-snap", "snapshot"), ("vg-thin", "thin")] {
+    let facts = [("vg-pool", "a pool"), ("vg-snap", "no header"), ("vg-thin", "no superblock")];
+    for (name, fact) in facts {
         let volume = volume(&layout, name);
         let problem = volume.problem.as_ref().expect("a problem");
-        assert!(
-            problem.contains(&format!("of the type {kind}")) && volume.segments.is_empty(),
-            "{name}: {problem}"
-        );
+        assert!(problem.contains(fact) && volume.segments.is_empty(), "{name}: {problem}");
     }
     assert_eq!(volume(&layout, "vg-thin").size, 9 * EXTENT);
     assert!(read(&layout, "vg-root", &disks) == put_together(&lab.judged()["vg/root"], &disks));
@@ -662,4 +666,61 @@ pub(super) fn sample() -> Vec<u8> {
     all += &mirrors(1);
     lab.restore("vg", &all);
     fs::read(&lab.disks[0]).expect("the disk")
+}
+
+/// A disk with a thin pool, a cache and a snapshot, and where their metadata are.
+pub(super) fn pools() -> (Vec<u8>, BTreeMap<&'static str, u64>) {
+    let lab = Lab::new(&[16 * MIB]);
+    lab.group("vg");
+    let (store, tmeta, cmeta) = (8, 10, 20);
+    let mut all = text("root", 1, SHOWN, 4, &linear(0, 0));
+    all += &text("snap", 2, SHOWN, 2, &linear(0, store));
+    let link = "type = \"snapshot\" chunk_size = 8 origin = \"root\" cow_store = \"snap\"";
+    all += &text("snapshot0", 3, SHOWN, 4, link);
+    let pool = "type = \"thin-pool\" metadata = \"pool_tmeta\" pool = \"pool_tdata\" transaction_id = 1 \
+        chunk_size = 128";
+    all += &text("pool", 4, SHOWN, 4, pool);
+    all += &text("pool_tmeta", 5, "", 1, &linear(0, tmeta));
+    all += &text("pool_tdata", 6, "", 4, &linear(0, 12));
+    for number in [1, 2] {
+        let thin = format!("type = \"thin\" thin_pool = \"pool\" transaction_id = 0 device_id = {number}");
+        all += &text(&format!("thin{number}"), 6 + number, SHOWN, 9, &thin);
+    }
+    let fast = "type = \"cache-pool\" data = \"fast_cdata\" metadata = \"fast_cmeta\" chunk_size = 128 \
+        cache_mode = \"writeback\" metadata_format = 2 policy = \"smq\"";
+    all += &text("fast", 9, "", 3, fast);
+    all += &text("fast_cmeta", 10, "", 1, &linear(0, cmeta));
+    all += &text("fast_cdata", 11, "", 3, &linear(0, 22));
+    all += &text("slow", 12, "", 5, &linear(0, 30));
+    all += &text("cached", 13, SHOWN, 5, "type = \"cache\" cache_pool = \"fast\" origin = \"slow\"");
+    lab.restore("vg", &all);
+    let mut bytes = fs::read(&lab.disks[0]).expect("the disk");
+    let place = |extent: u64| MIB + extent * EXTENT;
+    let places = BTreeMap::from([("tmeta", place(tmeta)), ("cmeta", place(cmeta)), ("store", place(store))]);
+    let parts =
+        [("tmeta", persistent::thin()), ("cmeta", persistent::cache()), ("store", persistent::snapshot())];
+    for (name, part) in parts {
+        bytes[places[name] as usize..][..part.len()].copy_from_slice(&part);
+    }
+    (bytes, places)
+}
+
+#[test]
+fn pools_caches_and_snapshots_map_to_the_disk() {
+    let (bytes, _) = pools();
+    let layout = layout(&[Arc::new(bytes)]);
+    let place = |name: &str, block: u64| {
+        let volume = volume(&layout, name);
+        let run = volume.locate(block * EXTENT, 1).unwrap_or_else(|| panic!("{name}: {:?}", volume.problem));
+        run.on_disk().map(|place| (place.offset - MIB) / EXTENT)
+    };
+    let thin = |name| (0..9).map(|block| place(name, block)).collect::<Vec<_>>();
+    let (a, b, c, d) = (Some(12), Some(13), Some(14), Some(15));
+    assert_eq!(thin("vg-thin1"), [b, c, None, a, d, None, None, c, None]);
+    assert_eq!(thin("vg-thin2"), [None, c, d, None, None, None, None, None, None]);
+    let cached: Vec<_> = (0..5).map(|block| place("vg-cached", block)).collect();
+    assert_eq!(cached, [30, 31, 24, 22, 34].map(Some));
+    // Chunks 3 and 9 of 4 KiB are in the store.
+    let offset = |chunk: u64| place_at(&layout, "vg-snap", chunk * 4096).offset - MIB;
+    assert_eq!((offset(2), offset(3), offset(9)), (8192, 8 * EXTENT + 8192, 8 * EXTENT + 12_288));
 }

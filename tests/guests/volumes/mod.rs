@@ -1,8 +1,11 @@
 //! Helpers of the tests of volumes.
 
+pub(crate) mod arrays;
 mod content;
 mod damage;
 mod groups;
+mod kernel;
+mod persistent;
 mod tables;
 
 use std::fs;
