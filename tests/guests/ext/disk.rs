@@ -295,15 +295,15 @@ fn hash_of(size: u64, data: &[(u64, u64)], mut read: impl FnMut(u64, &mut [u8]))
 }
 
 /// The tree of chainfs' reader. Every name is looked up, and every content is read in both ways.
-pub(crate) fn our_tree(ext: &Ext, image: &Path) -> Tree {
+pub(crate) fn our_tree(files: &dyn FileSystem, image: &Path) -> Tree {
     let source = FileSource::open(image);
     let mut tree = Tree::new();
-    let mut left = vec![(Vec::new(), ext.root())];
+    let mut left = vec![(Vec::new(), files.root())];
     while let Some((path, ino)) = left.pop() {
         let say = |e: Error| -> ! { panic!("{} (inode {}): {e}", String::from_utf8_lossy(&path), ino.0) };
-        let node = our_node(ext, &source, ino).unwrap_or_else(|e| say(e));
+        let node = our_node(files, &source, ino).unwrap_or_else(|e| say(e));
         if node.attributes.kind == FileKind::Directory {
-            for (name, ino) in entries(ext, ino).unwrap_or_else(|e| say(e)) {
+            for (name, ino) in entries(files, ino).unwrap_or_else(|e| say(e)) {
                 left.push(([path.as_slice(), b"/", &name].concat(), ino));
             }
         }
@@ -314,56 +314,56 @@ pub(crate) fn our_tree(ext: &Ext, image: &Path) -> Tree {
 }
 
 /// The names in a directory; each looked up, and the listing continued from one of its middle as well.
-fn entries(ext: &Ext, directory: Ino) -> Result<Vec<(Vec<u8>, Ino)>> {
+fn entries(files: &dyn FileSystem, directory: Ino) -> Result<Vec<(Vec<u8>, Ino)>> {
     let mut all = Vec::new();
-    ext.list(directory, 0, &mut |entry| {
+    files.list(directory, 0, &mut |entry| {
         all.push(entry);
         true
     })?;
     if let Some(middle) = all.get(all.len() / 2) {
         let mut rest = Vec::new();
-        ext.list(directory, middle.next, &mut |entry| {
+        files.list(directory, middle.next, &mut |entry| {
             rest.push(entry);
             true
         })?;
         assert_eq!(rest, all[all.len() / 2 + 1..], "the listing goes on after {middle:?}");
     }
     for entry in &all {
-        assert_eq!(ext.lookup(directory, &entry.name)?, Some(entry.ino), "{entry:?}");
+        assert_eq!(files.lookup(directory, &entry.name)?, Some(entry.ino), "{entry:?}");
         assert_ne!(entry.next, 0);
-        if let (Some(said), Ok(attributes)) = (entry.kind, ext.attributes(entry.ino)) {
+        if let (Some(said), Ok(attributes)) = (entry.kind, files.attributes(entry.ino)) {
             assert_eq!(said, attributes.kind, "{entry:?}");
         }
     }
-    assert_eq!(ext.lookup(directory, b"no such name here")?, None);
+    assert_eq!(files.lookup(directory, b"no such name here")?, None);
     Ok(all.into_iter().map(|entry| (entry.name, entry.ino)).collect())
 }
 
-fn our_node(ext: &Ext, source: &FileSource, ino: Ino) -> Result<Node> {
-    let attributes = ext.attributes(ino)?;
+fn our_node(files: &dyn FileSystem, source: &FileSource, ino: Ino) -> Result<Node> {
+    let attributes = files.attributes(ino)?;
     let (mut data, mut hash) = (Vec::new(), 0);
     if attributes.kind == FileKind::File {
-        let runs = our_runs(ext, ino, attributes.size)?;
+        let runs = our_runs(files, ino, attributes.size)?;
         data = data_of(&runs);
         hash = hash_of(attributes.size, &data, |at, buf| {
             assert_eq!(
-                ext.read_at(ino, at, buf).unwrap_or_else(|e| panic!("inode {}: {e}", ino.0)),
+                files.read_at(ino, at, buf).unwrap_or_else(|e| panic!("inode {}: {e}", ino.0)),
                 buf.len()
             );
         });
-        let by_runs = hash_of(attributes.size, &data, |at, buf| read_runs(ext, source, ino, &runs, at, buf));
+        let by_runs = hash_of(attributes.size, &data, |at, buf| read_runs(files, source, ino, &runs, at, buf));
         assert_eq!(hash, by_runs, "inode {}: the runs are not what is read", ino.0);
     }
-    let target = if attributes.kind == FileKind::Symlink { Some(ext.read_link(ino)?) } else { None };
-    let xattrs = ext.extended_attributes(ino)?.into_iter().map(|found| (found.name, found.value)).collect();
+    let target = if attributes.kind == FileKind::Symlink { Some(files.read_link(ino)?) } else { None };
+    let xattrs = files.extended_attributes(ino)?.into_iter().map(|found| (found.name, found.value)).collect();
     Ok(Node { ino: ino.0, attributes, target, xattrs, data, hash })
 }
 
 /// The runs of a file from its beginning, asked for in windows as an adapter would.
-fn our_runs(ext: &Ext, ino: Ino, size: u64) -> Result<Vec<(u64, u64, RunKind)>> {
+fn our_runs(files: &dyn FileSystem, ino: Ino, size: u64) -> Result<Vec<(u64, u64, RunKind)>> {
     let (mut runs, mut at) = (Vec::new(), 0);
     while at < size {
-        let window = ext.runs(ino, at, u64::MAX, 512)?;
+        let window = files.runs(ino, at, u64::MAX, 512)?;
         assert!(!window.is_empty() && window.len() <= 512, "inode {}: {} runs", ino.0, window.len());
         for run in window {
             assert!(run.len > 0);
@@ -388,7 +388,7 @@ fn data_of(runs: &[(u64, u64, RunKind)]) -> Vec<(u64, u64)> {
 }
 
 fn read_runs(
-    ext: &Ext,
+    files: &dyn FileSystem,
     source: &FileSource,
     ino: Ino,
     runs: &[(u64, u64, RunKind)],
@@ -405,7 +405,7 @@ fn read_runs(
             RunKind::Stored(offset) => {
                 source.read_at(offset + (from - start), part).expect("it lies on the disk");
             }
-            RunKind::Opaque => assert_eq!(ext.read_at(ino, from, part).expect("it can be read"), part.len()),
+            RunKind::Opaque => assert_eq!(files.read_at(ino, from, part).expect("it can be read"), part.len()),
         }
     }
 }
@@ -453,10 +453,10 @@ pub(crate) fn assert_same_trees(what: &str, theirs: &Tree, ours: &Tree) {
 }
 
 /// Everything of a file system is asked for, each question with a limit; an error is an answer.
-pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> usize {
-    let (mut seen, mut left) = (std::collections::HashSet::new(), vec![ext.root()]);
+pub(crate) fn walk_everything(files: &dyn FileSystem, mut asked: impl FnMut(&str, Ino)) -> usize {
+    let (mut seen, mut left) = (std::collections::HashSet::new(), vec![files.root()]);
     let mut errors = 0;
-    ext.statistics();
+    files.statistics();
     while let Some(ino) = left.pop() {
         if !seen.insert(ino) || seen.len() > 3000 {
             continue;
@@ -471,13 +471,13 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
                 errors += 1;
             }
         };
-        let attributes = ext.attributes(ino);
+        let attributes = files.attributes(ino);
         asked("attributes", ino);
         count(attributes.as_ref().err().map(Error::kind));
-        count(ext.extended_attributes(ino).err().map(|e| e.kind()));
+        count(files.extended_attributes(ino).err().map(|e| e.kind()));
         asked("attributes of its own", ino);
         let mut names = Vec::new();
-        let listed = ext.list(ino, 0, &mut |entry| {
+        let listed = files.list(ino, 0, &mut |entry| {
             let name = &entry.name;
             assert!(
                 !name.is_empty()
@@ -494,17 +494,17 @@ pub(crate) fn walk_everything(ext: &Ext, mut asked: impl FnMut(&str, Ino)) -> us
             count(listed.err().map(|e| e.kind()));
         }
         for name in names.iter().step_by(names.len() / 8 + 1) {
-            count(ext.lookup(ino, name).err().map(|e| e.kind()));
+            count(files.lookup(ino, name).err().map(|e| e.kind()));
             asked("lookup", ino);
         }
-        count(ext.read_link(ino).err().map(|e| e.kind()).filter(|kind| *kind != ErrorKind::Corrupt));
+        count(files.read_link(ino).err().map(|e| e.kind()).filter(|kind| *kind != ErrorKind::Corrupt));
         asked("read_link", ino);
         let Ok(FileAttributes { kind: FileKind::File, size, .. }) = attributes else { continue };
         let mut buf = vec![0; 128 << 10];
         for at in [0, size / 2, size.saturating_sub(1000)] {
-            count(ext.read_at(ino, at, &mut buf).err().map(|e| e.kind()));
+            count(files.read_at(ino, at, &mut buf).err().map(|e| e.kind()));
             asked("read_at", ino);
-            count(ext.runs(ino, at, u64::MAX, 512).err().map(|e| e.kind()));
+            count(files.runs(ino, at, u64::MAX, 512).err().map(|e| e.kind()));
             asked("runs", ino);
         }
     }

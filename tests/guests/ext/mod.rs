@@ -3,7 +3,7 @@
 
 pub(crate) mod content;
 mod damage;
-mod disk;
+pub(crate) mod disk;
 mod encrypted;
 mod journals;
 

@@ -1,0 +1,125 @@
+//! Damage: other copies are used where there are any, and it stays with the entry that it hits.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use chainfs::guest::Source;
+use chainfs::guest::btrfs::Btrfs;
+
+use super::disk::*;
+use super::{MIB, special};
+use crate::ext::content::many_names;
+use crate::ext::disk::{assert_same_trees, kernel_tree, walk_everything};
+use crate::scramble::{scramble, telling_blocks};
+use support::Rng;
+use support::foreign::amount;
+
+/// A small disk with some of everything.
+fn small(mkfs: &str) -> Disk {
+    let disk = Disk::format(mkfs, &[120 * MIB]);
+    disk.mounted("rw,compress=zstd", |dir| {
+        special(dir);
+        many_names(&dir.join("many"), 500);
+    });
+    disk
+}
+
+#[test]
+fn a_damaged_superblock_is_read_by_its_copy() {
+    let disk = small("");
+    let theirs = disk.mounted("ro", kernel_tree);
+    disk.write(0, (64 << 10) + 100, b"damage");
+    let trees = disk.open();
+    assert_eq!(trees[0].files.remarks(), ["the superblock is damaged: its copy 1 is used"]);
+    assert_same_trees("a copy", &theirs, &shown(&*trees[0].files, &disk));
+    disk.write(0, (64 << 20) + 100, b"damage");
+    Btrfs::open(&disk.sources([0])).expect_err("no copy is left");
+}
+
+/// Either copy of everything is damaged, and the other one is used.
+#[test]
+fn damaged_copies_of_metadata_and_data_are_not_used() {
+    let disk = small("-m dup -d dup");
+    let theirs = disk.mounted("ro", kernel_tree);
+    let size = disk.images[0].metadata().expect("a size").len();
+    let whole = disk.read(0, 0, size as usize);
+    let damaged = disk.snapshot();
+    // Of blocks that are there twice, the first.
+    let mut seen = std::collections::HashSet::new();
+    let mut count = 0;
+    for (number, block) in (0u64..).zip(whole.chunks(4096)) {
+        let is_superblock = [16, 16 << 10].contains(&number);
+        let is_telling = block.iter().any(|byte| *byte != block[0]);
+        if is_telling && !is_superblock && !seen.insert(block) {
+            damaged.write(0, number * 4096 + 1000, b"damage");
+            count += 1;
+        }
+    }
+    assert!(count > 100, "{count} blocks were damaged");
+    let trees = damaged.open();
+    assert_same_trees("the other copies", &theirs, &shown(&*trees[0].files, &damaged));
+}
+
+/// Randomly changed disks give answers in time. Their checksums are made right again, as an attacker would.
+#[test]
+fn changed_disks_get_answers() {
+    let rounds = amount(60, 2000);
+    let disk = Disk::format("-m single -n 4096 --mixed", &[120 * MIB]);
+    let log = disk.mounted("rw,commit=300,compress=lzo", |dir| {
+        special(dir);
+        many_names(&dir.join("many"), 200);
+        fs::create_dir(dir.join("new")).expect("a directory");
+        fs::write(dir.join("new/synced"), "synced").expect("a file");
+        fs::File::open(dir.join("new/synced")).and_then(|file| file.sync_all()).expect("fsync");
+        disk.snapshot()
+    });
+    assert!(log.has_log());
+    let good = log.read(0, 0, 120 << 20);
+    // Nodes begin with a checksum of the rest.
+    let is_node = |at: usize| {
+        let sum = u32::from_le_bytes([good[at], good[at + 1], good[at + 2], good[at + 3]]);
+        sum != 0 && crc32c(&good[at + 32..at + 4096]) == sum
+    };
+    let nodes: Vec<usize> = (0..good.len()).step_by(4096).filter(|at| is_node(*at)).collect();
+    assert!(nodes.len() > 20, "{} nodes", nodes.len());
+    let blocks = telling_blocks(&good);
+    let blocks: Vec<usize> = blocks.into_iter().filter(|block| nodes.contains(&(block * 1024 & !4095))).collect();
+    let (mut errors, mut slowest) = (0, Duration::ZERO);
+    let mut disk = Arc::new(good.clone());
+    for round in 0..rounds {
+        let bytes = Arc::get_mut(&mut disk).expect("nobody reads the last one");
+        scramble(bytes, &blocks, &mut Rng::new(round + 7));
+        for at in &nodes {
+            if bytes[*at..at + 4096] != good[*at..at + 4096] {
+                let sum = crc32c(&bytes[at + 32..at + 4096]);
+                bytes[*at..at + 4].copy_from_slice(&sum.to_le_bytes());
+            }
+        }
+        let start = Instant::now();
+        match Btrfs::open(&[Arc::clone(&disk) as Arc<dyn Source>]) {
+            Err(_) => errors += 1,
+            Ok(trees) => {
+                slowest = slowest.max(start.elapsed());
+                for tree in trees {
+                    let mut last = Instant::now();
+                    errors += walk_everything(&*tree.files, |what, ino| {
+                        let took = last.elapsed();
+                        assert!(took < support::hang(), "round {round}: {what} of {} took {took:?}", ino.0);
+                        slowest = slowest.max(took);
+                        last = Instant::now();
+                    });
+                }
+            }
+        }
+        Arc::get_mut(&mut disk).expect("nobody reads it").copy_from_slice(&good);
+    }
+    println!("{rounds} disks: {errors} errors, the slowest answer {slowest:?}");
+    assert!(errors > rounds as usize / 2, "the damage hit nothing: {errors} errors");
+}
+
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0u32, |sum, byte| {
+        (0..8).fold(sum ^ u32::from(*byte), |sum, _| (sum >> 1) ^ if sum & 1 == 1 { 0x82f6_3b78 } else { 0 })
+    })
+}
