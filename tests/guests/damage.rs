@@ -38,7 +38,8 @@ fn plant(store: &Store, kind: &str, size: u64) -> Vec<u8> {
             .arg("::/")
             .succeeds();
     } else {
-        mkfs.arg("-d").arg(&tree).arg(&path).succeeds();
+        let option = if kind.starts_with("mkfs.btrfs") { "--rootdir" } else { "-d" };
+        mkfs.arg(option).arg(&tree).arg(&path).succeeds();
     }
     fs::read(&path).expect("the disk")
 }
@@ -125,6 +126,7 @@ fn damaged_guests_cause_no_crash_or_hang() {
         ("mkfs.ext4 -q -F -b 1024 -O ^metadata_csum,inline_data", 24 * MIB),
         ("mkfs.vfat -F 16 -s 1", 8 * MIB),
         ("mkfs.vfat -F 32 -s 1", 34 * MIB),
+        ("mkfs.btrfs -q -f --mixed -n 4096", 24 * MIB),
     ];
     for (kind, size) in kinds {
         let good = plant(&seeds, kind, size);

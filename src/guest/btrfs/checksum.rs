@@ -1,4 +1,4 @@
-//! The checksums of nodes and data: CRC-32C, xxHash64, SHA-256 and BLAKE2b.
+//! The checksums of nodes and data: CRC-32C, xxHash64, SHA-256 and BLAKE2.
 
 use blake2::Blake2b256;
 use sha2::{Digest as _, Sha256};

@@ -113,7 +113,7 @@ impl Chunk {
         };
         let fits = match layout {
             Layout::Copies => profile != 0 || count == 1,
-            Layout::Striped { copies } => copies > 0 && count as u64 % copies == 0,
+            Layout::Striped { copies } => copies > 0 && (count as u64).is_multiple_of(copies),
             Layout::Parity { parities } => count as u64 > parities,
         };
         if !fits {
@@ -203,9 +203,8 @@ impl Chunks {
     /// Adds a chunk, or replaces the one at the same address.
     pub(super) fn add(&mut self, chunk: Chunk) -> Result<()> {
         let index = self.0.partition_point(|other| other.start < chunk.start);
-        let overlaps = |other: &Chunk| {
-            other.start < chunk.start + chunk.len && chunk.start < other.start + other.len
-        };
+        let overlaps =
+            |other: &Chunk| other.start < chunk.start + chunk.len && chunk.start < other.start + other.len;
         if self.0.get(index).is_some_and(|other| other.start == chunk.start) {
             self.0.remove(index);
         }

@@ -49,8 +49,9 @@ impl Compression {
                 let stream = slice(stored, ZLIB_HEADER, stored.len());
                 decompress(Codec::Deflate, stream, &mut bytes).map_err(|_| corrupt("a damaged zlib stream"))
             }
-            Self::Zstd => decompress(Codec::ZstdFrame, stored, &mut bytes)
-                .map_err(|_| corrupt("a damaged zstd stream")),
+            Self::Zstd => {
+                decompress(Codec::ZstdFrame, stored, &mut bytes).map_err(|_| corrupt("a damaged zstd stream"))
+            }
             Self::Lzo => lzo(stored, &mut bytes, sector_len as usize),
         };
         match result {

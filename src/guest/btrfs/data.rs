@@ -67,7 +67,7 @@ impl Shared {
                 self.read_disk(disk + offset + skip, buf)?;
             }
             ExtentForm::Stored { disk, disk_len, offset, .. } => {
-                copy(&*self.decompressed(extent, disk, disk_len)?, offset + skip, buf);
+                copy(&self.decompressed(extent, disk, disk_len)?, offset + skip, buf);
             }
         }
         Ok(())
@@ -97,7 +97,7 @@ impl Shared {
             let skip = (at - start) as usize;
             let now = (WINDOW - skip as u64).min(buf.len() as u64) as usize;
             let (part, rest) = buf.split_at_mut(now);
-            if skip == 0 && now as u64 % sector == 0 {
+            if skip == 0 && (now as u64).is_multiple_of(sector) {
                 self.read_sectors(start, part)?;
             } else {
                 let mut whole = vec![0; self.superblock.whole_sectors((skip + now) as u64) as usize];
@@ -139,7 +139,8 @@ impl Shared {
                 continue;
             }
             for (number, part) in buf.chunks_mut(sector).enumerate() {
-                let is_right = |part: &[u8]| sums.get(first + number).is_none_or(|sum| checksum.fits(part, sum));
+                let is_right =
+                    |part: &[u8]| sums.get(first + number).is_none_or(|sum| checksum.fits(part, sum));
                 let mut others = (0..ways).filter(|other| *other != way);
                 let skip = (number * sector) as u64;
                 while !is_right(part) {

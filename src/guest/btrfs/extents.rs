@@ -108,7 +108,13 @@ pub(super) struct FileSegments<'a> {
 
 impl Shared {
     /// The segments of a file between two positions.
-    pub(super) fn segments(&self, subvolume: usize, object: u64, at: u64, end: u64) -> Result<FileSegments<'_>> {
+    pub(super) fn segments(
+        &self,
+        subvolume: usize,
+        object: u64,
+        at: u64,
+        end: u64,
+    ) -> Result<FileSegments<'_>> {
         let tree = self.tree(subvolume);
         let key = Key::new(object, kind::EXTENT_DATA, at);
         // The extent that holds the position begins before it.

@@ -112,7 +112,8 @@ impl Shared {
     /// An inode of a subvolume.
     fn inode(&self, subvolume: usize, object: u64) -> Result<Inode> {
         let item = self.tree(subvolume).get(&self.nodes, Key::new(object, kind::INODE, 0))?;
-        let item = item.ok_or_else(|| corrupt(format!("inode {object} is referenced, but does not exist")))?;
+        let item =
+            item.ok_or_else(|| corrupt(format!("inode {object} is referenced, but does not exist")))?;
         Inode::parse(object, item.data(), self.superblock.sector_len)
     }
 

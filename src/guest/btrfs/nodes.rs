@@ -41,7 +41,7 @@ impl Nodes {
         if let Some(found) = self.cache.get(&pointer) {
             return Ok(found);
         }
-        if pointer.at % u64::from(self.sector_len) != 0 {
+        if !pointer.at.is_multiple_of(u64::from(self.sector_len)) {
             return Err(corrupt(format!("a node at {:#x}, which is not aligned, is referenced", pointer.at)));
         }
         let node = Arc::new(self.read(pointer)?);

@@ -129,9 +129,8 @@ fn read_chunks(
             (object::CHUNKS, kind::CHUNK) => {
                 let chunk = Chunk::parse(item.key.offset, item.data());
                 match chunk.and_then(|chunk| chunks.add(chunk)) {
-                    Ok(()) => {}
                     Err(error) if remarks.len() < REMARK_LIMIT => remarks.push(error.to_string()),
-                    Err(_) => {}
+                    Ok(()) | Err(_) => {}
                 }
             }
             (object::DEVICES, kind::DEVICE) if spaces.len() < 4096 => {

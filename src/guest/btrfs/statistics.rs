@@ -112,12 +112,8 @@ impl Shared {
         let superblock = &self.superblock;
         let has = |feature| superblock.compat_ro & feature != 0;
         let used = |id| -> Result<Option<u64>> { Ok(self.root_of(id)?.map(|root| root.bytes_used)) };
-        let trees = [
-            object::EXTENT_TREE,
-            object::CSUM_TREE,
-            object::FREE_SPACE_TREE,
-            object::BLOCK_GROUP_TREE,
-        ];
+        let trees =
+            [object::EXTENT_TREE, object::CSUM_TREE, object::FREE_SPACE_TREE, object::BLOCK_GROUP_TREE];
         let trees: Vec<u64> = trees.into_iter().filter_map(|id| used(id).ok().flatten()).collect();
         // The root tree's own size is in no item; a node of it is certain.
         let all = trees.iter().fold(u64::from(superblock.node_len), |sum, used| sum.saturating_add(*used));
@@ -148,11 +144,10 @@ impl Shared {
         let mut sum = 0u64;
         while !free.is_empty() && free.len() >= min_devices {
             let count = most.clamp(1, free.len());
-            let last = free.len() - 1;
-            let least = free[last];
-            if least >= min {
-                sum = sum.saturating_add(least.saturating_mul(count as u64));
-                free[last + 1 - count..].iter_mut().for_each(|free| *free -= least);
+            let smallest = free[free.len() - 1];
+            if smallest >= min {
+                sum = sum.saturating_add(smallest.saturating_mul(count as u64));
+                free.iter_mut().rev().take(count).for_each(|free| *free -= smallest);
             }
             free.pop();
         }

@@ -51,7 +51,8 @@ impl Sums {
         let mut item: Option<Item> = None;
         for sector in 0..count {
             let at = at.saturating_add(sector as u64 * self.sector_len);
-            let mut found = self.logged.range(..=at).next_back().and_then(|(start, s)| self.within(*start, s, at));
+            let mut found =
+                self.logged.range(..=at).next_back().and_then(|(start, s)| self.within(*start, s, at));
             if found.is_none() {
                 let is_in = |item: &Item| self.within(item.key.offset, item.data(), at).is_some();
                 if !item.as_ref().is_some_and(is_in) {

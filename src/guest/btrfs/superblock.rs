@@ -122,7 +122,8 @@ impl Superblock {
         }
         let generation = le64(raw, 0x48);
         let has_metadata_uuid = incompat & incompat::METADATA_UUID != 0;
-        let log_root = NodePointer { at: le64(raw, 0x60), level: raw[0xc8], generation: generation.saturating_add(1) };
+        let log_root =
+            NodePointer { at: le64(raw, 0x60), level: raw[0xc8], generation: generation.saturating_add(1) };
         Ok(Self {
             node_fsid: array(raw, if has_metadata_uuid { 0x23b } else { 0x20 }),
             generation,
@@ -150,7 +151,7 @@ impl Superblock {
     /// Rounds up to whole sectors; saturates.
     pub(super) fn whole_sectors(&self, len: u64) -> u64 {
         let sector = u64::from(self.sector_len);
-        len.checked_next_multiple_of(sector).unwrap_or(u64::MAX & !(sector - 1))
+        len.checked_next_multiple_of(sector).unwrap_or(!(sector - 1))
     }
 }
 

@@ -90,7 +90,7 @@ impl Tree {
         let leaf = self.leaf(nodes, key)?;
         let index = leaf.below(key);
         let is_there = index < leaf.count && leaf.key(index) == key;
-        Ok(is_there.then(|| Item { key, data: ItemData::Stored(leaf, index) }))
+        Ok(is_there.then_some(Item { key, data: ItemData::Stored(leaf, index) }))
     }
 
     /// The first item with this key or a larger one.
@@ -105,7 +105,6 @@ impl Tree {
             let stored = leaf.up_to(key).checked_sub(1);
             let changed = self.overlay.items.range(..=key).next_back();
             match (stored.map(|index| leaf.key(index)), changed) {
-                (None, None) => return Ok(None),
                 (stored, Some((changed_key, data))) if stored.is_none_or(|stored| stored <= *changed_key) => {
                     if let Some(data) = data {
                         let data = ItemData::Changed(Arc::clone(data));
@@ -118,7 +117,7 @@ impl Tree {
                     let index = stored.unwrap_or_default();
                     return Ok(Some(Item { key: found, data: ItemData::Stored(leaf, index) }));
                 }
-                (None, Some(_)) => return Ok(None),
+                (None, _) => return Ok(None),
             }
         }
     }

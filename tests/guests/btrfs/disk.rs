@@ -108,9 +108,9 @@ impl Mounted {
         let attach =
             |image: &PathBuf| tool("losetup").args(["-f", "--show"]).arg(image).succeeds().trim().to_owned();
         let loops: Vec<String> = images.iter().map(attach).collect();
-        let devices: String = loops.iter().map(|device| format!(",device={device}")).collect();
+        let devices = loops.join(",device=");
         let mounted = Self { dir: dir.to_owned(), loops, ended: false };
-        let options = format!("noatime,{options}{devices}");
+        let options = format!("noatime,{options},device={devices}");
         // The kernel remembers devices by their identity; those of a copy may be older. A device of another
         // test can be forgotten between its scan and its mount.
         eventually("mounted", || {

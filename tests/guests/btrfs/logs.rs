@@ -16,7 +16,13 @@ use support::{Outcome as _, Rng, tool};
 
 /// The work of a guest that is never unmounted: `step` is repeated, and after each the current disk is shown
 /// as the kernel shows it after replaying its log.
-fn replayed_as_by_the_kernel(what: &str, mkfs: &str, options: &str, steps: u64, mut step: impl FnMut(&Path, u64)) {
+fn replayed_as_by_the_kernel(
+    what: &str,
+    mkfs: &str,
+    options: &str,
+    steps: u64,
+    mut step: impl FnMut(&Path, u64),
+) {
     let disk = Disk::format(mkfs, &[300 * MIB]);
     // No commits except those of the steps: the disk does not change while it is copied.
     let snapshots = disk.mounted(&format!("rw,commit=300,{options}"), |dir| {
@@ -173,7 +179,8 @@ fn facts(dir: &Path, number: u64) {
         }
         14 => {
             for entry in 0..300 {
-                fs::hard_link(path("a"), path(&format!("many/another name of one file {entry}"))).expect("a link");
+                fs::hard_link(path("a"), path(&format!("many/another name of one file {entry}")))
+                    .expect("a link");
             }
             sync(&path("a"));
         }
@@ -331,10 +338,9 @@ impl Work {
 #[test]
 fn random_work_is_replayed() {
     let moments = amount(40, 200);
-    for (seed, mkfs, options) in [
-        (1, "", "compress=no"),
-        (2, "-O ^no-holes -R ^free-space-tree -n 4096", "compress=lzo"),
-    ] {
+    for (seed, mkfs, options) in
+        [(1, "", "compress=no"), (2, "-O ^no-holes -R ^free-space-tree -n 4096", "compress=lzo")]
+    {
         let mut work = Work::new(seed);
         replayed_as_by_the_kernel(&format!("random {seed}"), mkfs, options, moments / 2, |dir, _| {
             for _ in 0..=work.rng.below(25) {

@@ -30,6 +30,11 @@ fn shown_as_by_the_kernel(mkfs: &str, options: &str, content: &Content) -> Disk 
     disk
 }
 
+/// Everything that fits nodes of 4 KiB.
+fn small_nodes() -> Content {
+    Content { value_len: 300, target_len: 3000, ..Content::ext4() }
+}
+
 /// What other file systems do not have: shared extents, attributes of many sizes, prepared space.
 fn special(dir: &Path) {
     let dir = dir.join("special");
@@ -68,9 +73,23 @@ fn options_of_all_times() {
         ("-m dup -d dup", "nodatasum"),
         ("-R quota", "ssd"),
     ] {
-        shown_as_by_the_kernel(mkfs, options, &Content::ext4());
+        let content = if mkfs.contains("-n 4096") { small_nodes() } else { Content::ext4() };
+        shown_as_by_the_kernel(mkfs, options, &content);
     }
-    shown_as_by_the_kernel("--mixed -n 4096", "compress=no", &Content { value_len: 300, ..Content::ext4() });
+    shown_as_by_the_kernel("--mixed -n 4096", "compress=no", &small_nodes());
+}
+
+/// Features that mkfs.btrfs of Debian 12 does not know.
+#[test]
+fn options_of_newer_programs() {
+    let (_, out, known) = tool("mkfs.btrfs").args(["-O", "list-all"]).outcome();
+    for feature in ["block-group-tree", "squota"] {
+        if out.contains(feature) || known.contains(feature) {
+            shown_as_by_the_kernel(&format!("-O {feature}"), "compress=no", &Content::ext4());
+        } else {
+            println!("mkfs.btrfs does not know {feature}");
+        }
+    }
 }
 
 #[test]
@@ -78,7 +97,7 @@ fn every_compression() {
     for options in ["compress-force=zlib", "compress-force=lzo", "compress-force=zstd:15", "compress=zstd"] {
         shown_as_by_the_kernel("", options, &Content::ext4());
     }
-    shown_as_by_the_kernel("-n 4096 --mixed", "compress-force=lzo", &Content { value_len: 300, ..Content::ext4() });
+    shown_as_by_the_kernel("-n 4096 --mixed", "compress-force=lzo", &small_nodes());
 }
 
 #[test]
@@ -103,7 +122,8 @@ fn a_changed_identity() {
 fn names_with_equal_hashes() {
     let hash = |name: &str| {
         name.bytes().fold(!1u32, |sum, byte| {
-            (0..8).fold(sum ^ u32::from(byte), |sum, _| (sum >> 1) ^ if sum & 1 == 1 { 0x82f6_3b78 } else { 0 })
+            (0..8)
+                .fold(sum ^ u32::from(byte), |sum, _| (sum >> 1) ^ if sum & 1 == 1 { 0x82f6_3b78 } else { 0 })
         })
     };
     let mut known = std::collections::HashMap::new();
@@ -155,7 +175,8 @@ fn subvolumes_and_snapshots() {
         make(&dir.join("@/srv/deep/down/nested"));
         for (number, path) in ["@", "@home", "@/var", "@/srv/deep/down/nested"].into_iter().enumerate() {
             let dir = dir.join(path);
-            fs::write(dir.join(format!("in {number}")), Rng::new(number as u64).bytes(30_000)).expect("a file");
+            fs::write(dir.join(format!("in {number}")), Rng::new(number as u64).bytes(30_000))
+                .expect("a file");
             many_names(&dir.join("many"), 50 + number);
         }
         let snapshot = |from: &str, to: &str, extra: &[&str]| {
@@ -179,7 +200,10 @@ fn subvolumes_and_snapshots() {
     });
     let names = |disk: &Disk| {
         let trees = compare(disk, "subvolumes");
-        trees.iter().map(|tree| tree.name.as_deref().map(|n| String::from_utf8_lossy(n).into_owned())).collect()
+        trees
+            .iter()
+            .map(|tree| tree.name.as_deref().map(|n| String::from_utf8_lossy(n).into_owned()))
+            .collect()
     };
     let expected = [
         None,

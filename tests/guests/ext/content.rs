@@ -24,13 +24,15 @@ pub(crate) struct Content {
     pub(crate) pieces: u64,
     /// The longest value of an extended attribute.
     pub(crate) value_len: usize,
+    /// The longest target of a link, if blocks are long enough for it.
+    pub(crate) target_len: usize,
     /// Whether there are holes punched and space reserved, as extents can.
     pub(crate) punched: bool,
 }
 
 impl Content {
     pub(crate) fn small() -> Self {
-        Self { files: 0, names: 700, pieces: 40, value_len: 900, punched: false }
+        Self { files: 0, names: 700, pieces: 40, value_len: 900, target_len: 4095, punched: false }
     }
 
     pub(crate) fn ext4() -> Self {
@@ -42,7 +44,7 @@ impl Content {
         let blocks = rustix::fs::statvfs(dir).expect("statvfs").f_bsize;
         sizes(dir);
         names(dir);
-        links(dir, blocks.min(4096) as usize);
+        links(dir, self.target_len.min(blocks as usize - 1));
         devices(dir);
         many_names(&dir.join("many"), self.names);
         fragmented(&dir.join("fragmented"), self.pieces, blocks, self.punched);
@@ -146,10 +148,10 @@ fn names(dir: &Path) {
     fs::create_dir(dir.join("empty")).expect("a directory");
 }
 
-fn links(dir: &Path, block_len: usize) {
+fn links(dir: &Path, longest: usize) {
     let dir = dir.join("links");
     fs::create_dir(&dir).expect("a directory");
-    for len in [1, 58, 59, 60, 61, 150, 255, 1000, block_len - 1] {
+    for len in [1, 58, 59, 60, 61, 150, 255, 1000, longest] {
         symlink("t".repeat(len), dir.join(len.to_string())).expect("a link");
     }
     fs::write(dir.join("one"), "several names").expect("a file");

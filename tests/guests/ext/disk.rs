@@ -351,7 +351,8 @@ fn our_node(files: &dyn FileSystem, source: &FileSource, ino: Ino) -> Result<Nod
                 buf.len()
             );
         });
-        let by_runs = hash_of(attributes.size, &data, |at, buf| read_runs(files, source, ino, &runs, at, buf));
+        let by_runs =
+            hash_of(attributes.size, &data, |at, buf| read_runs(files, source, ino, &runs, at, buf));
         assert_eq!(hash, by_runs, "inode {}: the runs are not what is read", ino.0);
     }
     let target = if attributes.kind == FileKind::Symlink { Some(files.read_link(ino)?) } else { None };
@@ -405,7 +406,9 @@ fn read_runs(
             RunKind::Stored(offset) => {
                 source.read_at(offset + (from - start), part).expect("it lies on the disk");
             }
-            RunKind::Opaque => assert_eq!(files.read_at(ino, from, part).expect("it can be read"), part.len()),
+            RunKind::Opaque => {
+                assert_eq!(files.read_at(ino, from, part).expect("it can be read"), part.len());
+            }
         }
     }
 }

@@ -23,16 +23,16 @@ use replay::Replay;
 /// Replays all logs. The result are remarks that say that the shown state is old.
 pub(super) fn replay(shared: &mut Shared) -> Result<Vec<String>> {
     let mut stale = Vec::new();
-    let Some(root) = shared.superblock.log_root else { return Ok(stale) };
-    let logs = match find(shared, &Tree::new(root)) {
+    let Some(pointer) = shared.superblock.log_root else { return Ok(stale) };
+    let logs = match find(shared, &Tree::new(pointer)) {
         Ok(logs) => logs,
         Err(error) => return remark(&mut stale, None, error).map(|()| stale),
     };
     let mut room = OVERLAY_LIMIT;
-    for (id, root) in logs {
+    for (id, item) in logs {
         // A subvolume that is deleted needs nothing.
         let Some(index) = shared.index_of(id) else { continue };
-        let log = Tree::new(root.pointer);
+        let log = Tree::new(item.pointer);
         let sums = match read_sums(shared, &log, room) {
             Ok(sums) => sums,
             Err(error) => {

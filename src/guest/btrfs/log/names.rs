@@ -18,8 +18,9 @@ impl Replay<'_> {
             return Ok(());
         }
         let ranges = self.log.items_beside(self.nodes, Key::new(directory, kind::DIR_LOG_INDEX, 0));
-        let ranges: Vec<(u64, u64)> =
-            ranges.map(|item| item.map(|item| (item.key.offset, le64(item.data(), 0)))).collect::<Result<_>>()?;
+        let ranges: Vec<(u64, u64)> = ranges
+            .map(|item| item.map(|item| (item.key.offset, le64(item.data(), 0))))
+            .collect::<Result<_>>()?;
         for (first, last) in ranges {
             self.remove_range(directory, first, last, true)?;
         }
@@ -27,7 +28,13 @@ impl Replay<'_> {
     }
 
     /// Removes the names in a range of indexes, except those in the log if there `is_logged` anything.
-    pub(super) fn remove_range(&mut self, directory: u64, first: u64, last: u64, is_logged: bool) -> Result<()> {
+    pub(super) fn remove_range(
+        &mut self,
+        directory: u64,
+        first: u64,
+        last: u64,
+        is_logged: bool,
+    ) -> Result<()> {
         let mut next = Some(Key::new(directory, kind::DIR_INDEX, first));
         while let Some(key) = next {
             let found = self.tree.first_from(self.nodes, key)?;

@@ -109,7 +109,8 @@ impl<'a> Replay<'a> {
                 return Ok(());
             };
             let logged = self.log.get(self.nodes, item.key)?;
-            let is_kept = |name: &[u8]| logged.as_ref().is_some_and(|l| Entry::find(l.data(), name).is_some());
+            let is_kept =
+                |name: &[u8]| logged.as_ref().is_some_and(|l| Entry::find(l.data(), name).is_some());
             let removed: Vec<&[u8]> =
                 Entry::all(item.data()).flatten().map(|entry| entry.name).filter(|n| !is_kept(n)).collect();
             if !removed.is_empty() {
