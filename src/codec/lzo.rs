@@ -1,7 +1,7 @@
 //! LZO1X: literals and copies of earlier output, in instructions of one to a few bytes.
 //!
-//! The upper bits of an instruction's first byte say its form, and its last two how many literals follow. What
-//! the smallest forms mean depends on the literals before them.
+//! The upper bits of an instruction's first byte say its form, and its last two how many literals follow.
+//! What the smallest forms mean depends on the literals before them.
 
 use super::InvalidStream;
 

@@ -62,8 +62,8 @@ impl Compression {
     }
 }
 
-/// Segments of LZO, each with its length before it and with a sector of content. No length lies across the end
-/// of a sector. The first number is the length of everything.
+/// Segments of LZO, each with its length before it and with a sector of content. No length lies across the
+/// end of a sector. The first number is the length of everything.
 fn lzo(stored: &[u8], out: &mut [u8], sector_len: usize) -> Result<usize> {
     let damaged = || corrupt("a damaged lzo stream");
     let total = le32(stored, 0) as usize;

@@ -27,10 +27,9 @@ pub(super) struct Device {
 pub(super) struct Devices(Vec<Device>);
 
 impl Devices {
-    /// The devices among `sources`, and the newest superblock, with remarks. A source without a superblock is
-    /// left out if there is another one.
-    pub(super) fn open(sources: &[Arc<dyn Source>]) -> Result<(Self, Superblock, Vec<String>)> {
-        let mut remarks = Vec::new();
+    /// The devices among `sources`, and the newest superblock with the number of its copy. A source without a
+    /// superblock is left out if there is another one.
+    pub(super) fn open(sources: &[Arc<dyn Source>]) -> Result<(Self, Superblock, usize)> {
         let mut newest: Option<(Superblock, usize)> = None;
         let (mut devices, mut failed): (Vec<Device>, _) = (Vec::new(), None);
         for source in sources.iter().take(MAX_DEVICES) {
@@ -54,17 +53,17 @@ impl Devices {
                 Some(_) => {}
                 None => devices.push(device),
             }
-            if newest.as_ref().is_none_or(|(other, _)| other.generation < found.generation) {
+            // A copy does not name the log.
+            let rank = |found: &Superblock, copy: usize| (found.generation, copy == 0);
+            if newest.as_ref().is_none_or(|(other, other_copy)| rank(other, *other_copy) < rank(&found, copy))
+            {
                 newest = Some((found, copy));
             }
         }
         let Some((superblock, copy)) = newest else {
             return Err(failed.unwrap_or_else(|| corrupt("there is no btrfs superblock")));
         };
-        if copy > 0 {
-            remarks.push(format!("the superblock is damaged: its copy {copy} is used"));
-        }
-        Ok((Self(devices), superblock, remarks))
+        Ok((Self(devices), superblock, copy))
     }
 
     fn of(&self, chunk: &Chunk, place: Place) -> Result<&Device> {

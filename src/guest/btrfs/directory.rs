@@ -2,12 +2,15 @@
 //!
 //! An entry that means a subvolume shows its root directory, if the subvolume's own record says that it is
 //! there. In a snapshot it is not: there it is an empty directory, as for the kernel.
+//!
+//! Damage costs the names in the damaged node. A listing gives the others first, and the error last. For
+//! this, the positions that it returns record whether there was damage before them.
 
 use crate::error::{Error, Result};
 use crate::guest::filesystem::{DirectoryEntry, FileAttributes, FileKind, Ino};
 
 use super::entry::{Entry, RootRef, is_name};
-use super::format::{Key, corrupt, kind, name_hash, object};
+use super::format::{Key, corrupt, is_fact, kind, name_hash, object};
 use super::inode::kind_of_entry;
 use super::number::Object;
 use super::{Btrfs, Shared, about};
@@ -15,6 +18,8 @@ use super::{Btrfs, Shared, about};
 /// Linux' limit of the length of a link's target.
 const MAX_TARGET_LEN: u64 = 4095;
 const MAX_NAME_LEN: usize = 255;
+/// Set in a position of a listing after damage. The rest is an index.
+const DAMAGED: u64 = 1 << 62;
 
 impl Btrfs {
     pub(super) fn look_up(&self, subvolume: usize, directory: u64, name: &[u8]) -> Result<Option<Ino>> {
@@ -37,16 +42,21 @@ impl Btrfs {
         let shared = &*self.shared;
         shared.inode_of(subvolume, directory, FileKind::Directory)?;
         let mut damage: Option<Error> = None;
-        let first = Key::new(directory, kind::DIR_INDEX, from);
+        if from & DAMAGED != 0 {
+            damage = Some(corrupt(format!("inode {directory} has damaged entries")));
+        }
+        let first = Key::new(directory, kind::DIR_INDEX, from & !DAMAGED);
         for item in shared.tree(subvolume).items_beside(&shared.nodes, first) {
-            let item = item.map_err(about(directory))?;
-            match self.entry(subvolume, directory, item.key.offset, item.data()) {
-                Ok(entry) => {
+            let entry = item.and_then(|item| self.entry(subvolume, directory, item.key.offset, item.data()));
+            match entry {
+                Ok(mut entry) => {
+                    entry.next |= if damage.is_some() { DAMAGED } else { 0 };
                     if !each(entry) {
                         return Ok(());
                     }
                 }
-                Err(error) => damage = Some(error),
+                Err(error) if is_fact(&error) => damage = Some(error.within(format!("inode {directory}"))),
+                Err(error) => return Err(error),
             }
         }
         damage.map_or(Ok(()), Err)
@@ -55,8 +65,8 @@ impl Btrfs {
     /// The entry in an item of a directory.
     fn entry(&self, subvolume: usize, directory: u64, index: u64, item: &[u8]) -> Result<DirectoryEntry> {
         let found = Entry::all(item).flatten().next().filter(|entry| is_name(entry.name));
-        let (Some(entry), true) = (found, index < DirectoryEntry::NEXT_LIMIT - 1) else {
-            return Err(corrupt(format!("inode {directory} has a damaged entry (index {index})")));
+        let (Some(entry), true) = (found, index < DAMAGED - 1) else {
+            return Err(corrupt(format!("a damaged entry (index {index})")));
         };
         let kind = match entry.location.kind {
             kind::ROOT => Some(FileKind::Directory),

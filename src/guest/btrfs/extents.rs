@@ -120,7 +120,7 @@ impl Shared {
         // The extent that holds the position begins before it.
         let before = tree.last_to(&self.nodes, key).map_err(about(object))?;
         let first = before.map(|item| item.key).filter(|found| found.is_beside(key)).unwrap_or(key);
-        let items = tree.items(&self.nodes, first);
+        let items = tree.items_to(&self.nodes, first, Key { offset: end, ..key });
         Ok(FileSegments { shared: self, items, object, at, end, next: None, items_left: MAX_ITEMS })
     }
 
@@ -157,6 +157,9 @@ impl Shared {
             ExtentForm::Stored { disk, offset, .. } if extent.compression == Compression::None => {
                 let mut at = disk + offset + (segment.start - extent.start);
                 let mut left = len;
+                if !self.nodes.volume.is_alone {
+                    return runs.push(len, RunKind::Opaque);
+                }
                 while left > 0 {
                     // What cannot be located is an error of whoever reads it.
                     let piece = self.nodes.volume.piece(at, left).ok();
@@ -179,8 +182,7 @@ impl FileSegments<'_> {
     fn extent(&mut self) -> Result<Option<(FileExtent, Item)>> {
         loop {
             let Some(item) = self.items.next().transpose()? else { return Ok(None) };
-            let is_extent = (item.key.object, item.key.kind) == (self.object, kind::EXTENT_DATA);
-            if !is_extent || item.key.offset >= self.end {
+            if item.key.offset >= self.end {
                 return Ok(None);
             }
             let Some(left) = self.items_left.checked_sub(1) else {

@@ -76,6 +76,7 @@ pub(super) struct Key {
 
 impl Key {
     pub(super) const FIRST: Self = Self { object: 0, kind: 0, offset: 0 };
+    pub(super) const LAST: Self = Self { object: u64::MAX, kind: u8::MAX, offset: u64::MAX };
 
     pub(super) fn new(object: u64, kind: u8, offset: u64) -> Self {
         Self { object, kind, offset }

@@ -1,7 +1,7 @@
 //! The inode numbers that a tree of files shows.
 //!
-//! btrfs numbers the inodes of each subvolume from 256 on. A tree shows its own inodes with their own numbers,
-//! and those of other subvolumes in it with a number of the subvolume above:
+//! btrfs numbers the inodes of each subvolume from 256 on. A tree shows its own inodes with their own
+//! numbers, and those of other subvolumes in it with a number of the subvolume above:
 //!
 //! | bits | are |
 //! |---|---|

@@ -66,7 +66,8 @@ pub(super) fn open(sources: &[Arc<dyn Source>]) -> Result<Vec<Subvolume>> {
 }
 
 fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
-    let (devices, superblock, mut remarks) = Devices::open(sources)?;
+    let (devices, superblock, copy) = Devices::open(sources)?;
+    let mut remarks = Vec::new();
     let chunks = Chunks::of_array(&superblock.chunk_array)?;
     let is_alone = sources.len() == 1;
     let mut nodes = Nodes::new(Volume { devices, chunks, is_alone }, &superblock);
@@ -108,7 +109,13 @@ fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
         stale: Vec::new(),
         superblock,
     };
-    let stale = log::replay(&mut shared)?;
+    let mut stale = log::replay(&mut shared)?;
+    if copy > 0 {
+        stale.push(format!(
+            "the superblock is damaged: its copy {copy} is used, which does not name a log: changes synced \
+             since the last commit are missing"
+        ));
+    }
     remarks.iter().chain(&stale).for_each(|remark| shared.remark(remark.clone()));
     shared.stale = stale;
     Ok(shared)

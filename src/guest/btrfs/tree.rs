@@ -1,6 +1,7 @@
 //! A tree of items: searched and walked on demand, with the changes of a log above it.
 //!
-//! A walk gives items in the order of their keys, each once: nodes that lead back are `Corrupt`.
+//! A walk gives items in the order of their keys, each once: nodes that lead back are `Corrupt`. It continues
+//! behind a damaged node, if the caller does.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Range;
@@ -124,19 +125,21 @@ impl Tree {
 
     /// The items from a key on.
     pub(super) fn items<'a>(&'a self, nodes: &'a Nodes, from: Key) -> Items<'a> {
-        Items {
-            stored: StoredItems { nodes, root: self.root, path: Vec::new(), from, state: WalkState::New },
-            changed: self.overlay.items.range(from..).peekable(),
-        }
+        self.items_to(nodes, from, Key::LAST)
     }
 
     /// The items with the object and type of `from`, from its offset on.
-    pub(super) fn items_beside<'a>(
-        &'a self,
-        nodes: &'a Nodes,
-        from: Key,
-    ) -> impl Iterator<Item = Result<Item>> + 'a {
-        self.items(nodes, from).take_while(move |item| item.as_ref().map_or(true, |i| i.key.is_beside(from)))
+    pub(super) fn items_beside<'a>(&'a self, nodes: &'a Nodes, from: Key) -> Items<'a> {
+        self.items_to(nodes, from, Key { offset: u64::MAX, ..from })
+    }
+
+    /// The items from a key up to another one. Nodes behind that are not read.
+    pub(super) fn items_to<'a>(&'a self, nodes: &'a Nodes, from: Key, last: Key) -> Items<'a> {
+        let (root, path) = (self.root, Vec::new());
+        Items {
+            stored: StoredItems { nodes, root, path, from, last, state: WalkState::New },
+            changed: self.overlay.items.range(from..=last.max(from)).peekable(),
+        }
     }
 
     /// The leaf that holds a key, if it is in the tree.
@@ -206,16 +209,23 @@ struct StoredItems<'a> {
     path: Vec<(Arc<Node>, usize)>,
     /// No item before this is given.
     from: Key,
+    /// No item behind this is given.
+    last: Key,
     state: WalkState,
 }
 
 impl StoredItems<'_> {
-    /// The key of the next item. After an error the walk has ended.
+    /// The key of the next item. After an error the walk continues behind the damaged node.
     fn peek(&mut self) -> Result<Option<Key>> {
         let found = self.position();
-        if !matches!(found, Ok(Some(_))) {
-            self.state = WalkState::Ended;
-            self.path.clear();
+        match found {
+            Ok(Some(_)) => {}
+            Ok(None) => self.state = WalkState::Ended,
+            // No node is visited twice, damaged or not.
+            Err(_) => match self.path.last().and_then(|(node, index)| node.key(*index).next()) {
+                Some(next) => self.from = self.from.max(next),
+                None => self.state = WalkState::Ended,
+            },
         }
         found
     }
@@ -231,12 +241,16 @@ impl StoredItems<'_> {
             }
         }
         loop {
-            let Some((leaf, index)) = self.path.last() else { return Ok(None) };
-            if *index < leaf.count {
-                return Ok(Some(leaf.key(*index)));
+            match self.path.last() {
+                None => return Ok(None),
+                Some((leaf, index)) if leaf.level == 0 && *index < leaf.count => {
+                    return Ok(Some(leaf.key(*index)).filter(|key| *key <= self.last));
+                }
+                Some((node, _)) if node.level == 0 => drop(self.path.pop()),
+                // Below an inner node was damage.
+                Some(_) => {}
             }
             // The next leaf: up to where there is a next entry, and down from it.
-            self.path.pop();
             loop {
                 let Some((node, index)) = self.path.last_mut() else { return Ok(None) };
                 if *index + 1 < node.count {
@@ -246,6 +260,9 @@ impl StoredItems<'_> {
                 self.path.pop();
             }
             let Some((node, index)) = self.path.last() else { return Ok(None) };
+            if node.key(*index) > self.last {
+                return Ok(None);
+            }
             // Shared nodes would make the walk longer than the tree.
             if node.key(*index) < self.from {
                 return Err(corrupt("the nodes of a tree are out of order"));
@@ -259,9 +276,8 @@ impl StoredItems<'_> {
     fn descend(&mut self, mut node: Arc<Node>) -> Result<()> {
         while node.level > 0 {
             let index = node.up_to(self.from).saturating_sub(1);
-            let below = child(self.nodes, &node, index)?;
-            self.path.push((node, index));
-            node = below;
+            self.path.push((Arc::clone(&node), index));
+            node = child(self.nodes, &node, index)?;
         }
         let index = node.below(self.from);
         self.path.push((node, index));

@@ -12,7 +12,7 @@ use chainfs::guest::{FileKind, FileSystem, Source, Subvolume, Time};
 use crate::ext::disk::{FileSource, Tree, assert_same_trees, kernel_tree, our_tree};
 use support::{Outcome as _, eventually, tool};
 
-/// The upper bits of inode numbers say in which subvolume they are; for the kernel they are of another device.
+/// The upper bits of inode numbers say in which subvolume they are; for the kernel it is another device.
 const OWN_NUMBER: u64 = (1 << 40) - 1;
 /// The number that the kernel gives a subvolume that is not there, and the bit that says so here.
 const STUB: u64 = 2;

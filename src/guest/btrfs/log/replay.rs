@@ -135,7 +135,7 @@ impl<'a> Replay<'a> {
                 set(&mut new, field::SIZE, 0);
             }
             if le64(&new, field::GENERATION) == 0 {
-                set(&mut new, field::GENERATION, self.superblock.generation + 1);
+                set(&mut new, field::GENERATION, self.superblock.generation.saturating_add(1));
             }
             return self.put(item.key, new);
         };
