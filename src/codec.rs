@@ -5,6 +5,8 @@
 //! buffer, are ignored. Each thread keeps its decoders: the setup of one costs about as much as decoding a
 //! small cluster.
 
+mod lzo;
+
 use std::cell::RefCell;
 
 use flate2::{Decompress, FlushDecompress, Status};
@@ -22,6 +24,10 @@ pub enum Codec {
     Deflate,
     /// Frames of zstd, one after the other.
     Zstd,
+    /// One frame of zstd.
+    ZstdFrame,
+    /// LZO1X, without a header.
+    Lzo,
 }
 
 impl Codec {
@@ -29,7 +35,8 @@ impl Codec {
     pub fn name(self) -> &'static str {
         match self {
             Self::Deflate => "deflate",
-            Self::Zstd => "zstd",
+            Self::Zstd | Self::ZstdFrame => "zstd",
+            Self::Lzo => "lzo",
         }
     }
 }
@@ -48,7 +55,9 @@ thread_local! {
 pub fn decompress(codec: Codec, input: &[u8], out: &mut [u8]) -> Result<usize, InvalidStream> {
     match codec {
         Codec::Deflate => DEFLATE.with_borrow_mut(|decoder| inflate(decoder, input, out)),
-        Codec::Zstd => ZSTD.with_borrow_mut(|decoder| unzstd(decoder, input, out)),
+        Codec::Zstd => ZSTD.with_borrow_mut(|decoder| unzstd(decoder, input, out, false)),
+        Codec::ZstdFrame => ZSTD.with_borrow_mut(|decoder| unzstd(decoder, input, out, true)),
+        Codec::Lzo => lzo::decompress(input, out),
     }
 }
 
@@ -69,7 +78,12 @@ fn inflate(decoder: &mut Decompress, input: &[u8], out: &mut [u8]) -> Result<usi
     }
 }
 
-fn unzstd(slot: &mut Option<Decoder<'static>>, input: &[u8], out: &mut [u8]) -> Result<usize, InvalidStream> {
+fn unzstd(
+    slot: &mut Option<Decoder<'static>>,
+    input: &[u8],
+    out: &mut [u8],
+    is_one_frame: bool,
+) -> Result<usize, InvalidStream> {
     let invalid = |_| InvalidStream;
     if slot.is_none() {
         let mut fresh = Decoder::new().map_err(invalid)?;
@@ -83,8 +97,9 @@ fn unzstd(slot: &mut Option<Decoder<'static>>, input: &[u8], out: &mut [u8]) -> 
     while out.pos() < want {
         let before = (input.pos(), out.pos());
         // A frame that ends early is followed by the next one; the decoder continues by itself.
-        decoder.run(&mut input, &mut out).map_err(invalid)?;
-        if (input.pos(), out.pos()) == before {
+        let left = decoder.run(&mut input, &mut out).map_err(invalid)?;
+        let is_end = is_one_frame && left == 0;
+        if is_end || (input.pos(), out.pos()) == before {
             break;
         }
     }

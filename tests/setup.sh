@@ -8,7 +8,7 @@
 # mke2fs and its like are not on an ordinary user's PATH.
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs fio strace e2fsck fstrim cc pkg-config setfattr
+ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs btrfs btrfstune fio strace e2fsck fstrim cc pkg-config setfattr
     setfacl jq python3 sfdisk sgdisk partx losetup blkid mkfs.vfat mcopy pvcreate mkswap cryptsetup mkntfs mkfs.exfat mkfs.f2fs mkfs.jfs
     mkfs.nilfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage mdadm dmsetup busybox)
 
@@ -19,7 +19,7 @@ package_of() {
         fusermount3) echo fuse3 ;;
         mke2fs | debugfs | e2fsck) echo e2fsprogs ;;
         mkfs.xfs) echo xfsprogs ;;
-        mkfs.btrfs) echo btrfs-progs ;;
+        mkfs.btrfs | btrfs | btrfstune) echo btrfs-progs ;;
         fstrim | partx | blkid | mkswap) echo util-linux ;;
         losetup) echo mount ;;
         sfdisk) echo fdisk ;;

@@ -4,6 +4,7 @@
 //! [`Error`](crate::error::Error), never a panic, an endless loop, or unbounded memory. Nothing here knows
 //! images, names of a store, FUSE or processes: the callers decide where it runs.
 
+pub mod btrfs;
 mod bytes;
 pub mod content;
 pub mod ext;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 
+use super::btrfs::Btrfs;
 use super::content::VolumeContent;
 use super::ext::Ext;
 use super::fat::Fat;
@@ -76,6 +77,7 @@ pub const READERS: &[Reader] = &[
         sources: SourceSet::Single,
         open: |sources| Ok(Subvolume::only(Xfs::open(Arc::clone(&sources[0]))?)),
     },
+    Reader { contents: &[VolumeContent::Btrfs], sources: SourceSet::SameUuid, open: Btrfs::open },
 ];
 
 impl Reader {

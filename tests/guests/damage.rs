@@ -43,7 +43,8 @@ fn plant(store: &Store, kind: &str, size: u64) -> Vec<u8> {
         fs::write(&prototype, lines).expect("a file");
         mkfs.arg("-p").arg(&prototype).arg(&path).succeeds();
     } else {
-        mkfs.arg("-d").arg(&tree).arg(&path).succeeds();
+        let option = if kind.starts_with("mkfs.btrfs") { "--rootdir" } else { "-d" };
+        mkfs.arg(option).arg(&tree).arg(&path).succeeds();
     }
     fs::read(&path).expect("the disk")
 }
@@ -147,6 +148,7 @@ fn damaged_guests_cause_no_crash_or_hang() {
         ("mkfs.xfs -q", 300 * MIB),
         // Without checksums, damage is found by those who read it.
         ("mkfs.xfs -q -m crc=0,finobt=0 -b size=1024", 300 * MIB),
+        ("mkfs.btrfs -q -f --mixed -n 4096", 24 * MIB),
     ];
     for (kind, size) in kinds {
         let good = plant(&seeds, kind, size);

@@ -1,6 +1,7 @@
 //! Guests' file systems, volumes and partitions: the parsers, the workers, the mounts and the commands that
 //! look into them.
 
+mod btrfs;
 mod cli;
 mod content;
 mod counted;

@@ -138,5 +138,5 @@ fn every_content_has_one_reader_or_a_reason_why_it_has_none() {
         assert!(!all[index + 1..].contains(content), "{content} has two readers");
         assert_eq!(content.problem(), None);
     }
-    assert!(VolumeContent::Btrfs.problem().is_some());
+    assert!(VolumeContent::Bcachefs.problem().is_some());
 }

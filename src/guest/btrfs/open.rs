@@ -1,0 +1,151 @@
+//! Opening: finds the devices, the chunks, the roots of all trees, and replays the logs.
+
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use crate::cache::Cache;
+use crate::error::Result;
+use crate::guest::readers::Subvolume;
+use crate::guest::source::Source;
+
+use super::chunks::{Chunk, Chunks};
+use super::devices::{Devices, Volume};
+use super::format::{Key, corrupt, is_fact, kind, object};
+use super::nodes::Nodes;
+use super::number::MAX_SUBVOLUMES;
+use super::statistics::DeviceSpace;
+use super::sums::Sums;
+use super::superblock::{DeviceItem, Superblock};
+use super::tree::Tree;
+use super::{Btrfs, REMARK_LIMIT, Shared, log, subvolumes};
+
+/// Bytes of decompressed extents cached per file system.
+const EXTENT_CACHE_LEN: usize = 8 << 20;
+/// The name of the top level where another subvolume is the default.
+const TOP_LEVEL: &[u8] = b"/";
+
+pub(super) fn open(sources: &[Arc<dyn Source>]) -> Result<Vec<Subvolume>> {
+    let shared = Arc::new(share(sources)?);
+    let default = match shared.default_subvolume() {
+        Ok(id) => id,
+        Err(error) if is_fact(&error) => {
+            shared.remark(format!("the default subvolume is unknown ({error}): the top level is shown"));
+            object::FS_TREE
+        }
+        Err(error) => return Err(error),
+    };
+    let main = shared.index_of(default).or_else(|| {
+        shared.remark(format!("the default subvolume {default} is missing: the top level is shown"));
+        shared.index_of(object::FS_TREE)
+    });
+    let main = main.ok_or_else(|| corrupt("there is no tree of files"))?;
+    let show = |name, subvolume| Subvolume {
+        name,
+        files: Arc::new(Btrfs { shared: Arc::clone(&shared), subvolume }),
+    };
+    let mut trees = vec![show(None, main)];
+    for (index, root) in shared.subvolumes.iter().enumerate() {
+        if index == main {
+            continue;
+        }
+        if root.id == object::FS_TREE {
+            trees.push(show(Some(TOP_LEVEL.to_vec()), index));
+            continue;
+        }
+        match shared.path(index) {
+            Ok(Some(path)) => trees.push(show(Some(path), index)),
+            Ok(None) => {}
+            Err(error) if is_fact(&error) => {
+                shared.remark(format!("subvolume {} is not shown: {error}", root.id));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(trees)
+}
+
+fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
+    let (devices, superblock, copy) = Devices::open(sources)?;
+    let mut remarks = Vec::new();
+    let chunks = Chunks::of_array(&superblock.chunk_array)?;
+    let is_alone = sources.len() == 1;
+    let mut nodes = Nodes::new(Volume { devices, chunks, is_alone }, &superblock);
+    let spaces = read_chunks(&mut nodes, &superblock, &mut remarks)?;
+    let missing = superblock.device_count.saturating_sub(nodes.volume.devices.iter().count() as u64);
+    if missing > 0 {
+        remarks.push(format!(
+            "{missing} of its {} devices are missing: what only they hold cannot be read",
+            superblock.device_count
+        ));
+    }
+    let roots = Tree::new(superblock.root);
+    let (subvolumes, found) = subvolumes::all(&roots, &nodes, MAX_SUBVOLUMES);
+    match found {
+        Ok(()) => {}
+        Err(error) if is_fact(&error) && !subvolumes.is_empty() => {
+            remarks.push(format!("not all subvolumes are shown: {error}"));
+        }
+        Err(error) => return Err(error),
+    }
+    let sums = match subvolumes::root_item(&roots, &nodes, object::CSUM_TREE) {
+        Ok(root) => root.map(|root| Tree::new(root.pointer)),
+        Err(error) if is_fact(&error) => {
+            remarks.push(format!("checksums of data are not verified: {error}"));
+            None
+        }
+        Err(error) => return Err(error),
+    };
+    let sums = Sums::new(sums, superblock.checksum.len(), superblock.sector_len);
+    let mut shared = Shared {
+        nodes,
+        roots,
+        sums,
+        subvolumes,
+        devices: spaces,
+        extents: Cache::new(EXTENT_CACHE_LEN),
+        statistics: OnceLock::new(),
+        remarks: Mutex::new(Vec::new()),
+        stale: Vec::new(),
+        superblock,
+    };
+    let mut stale = log::replay(&mut shared)?;
+    if copy > 0 {
+        stale.push(format!(
+            "the superblock is damaged: its copy {copy} is used, which does not name a log: changes synced \
+             since the last commit are missing"
+        ));
+    }
+    remarks.iter().chain(&stale).for_each(|remark| shared.remark(remark.clone()));
+    shared.stale = stale;
+    Ok(shared)
+}
+
+/// Reads the chunk tree: all chunks, and the devices' space. A chunk that is not understood costs what it
+/// holds.
+fn read_chunks(
+    nodes: &mut Nodes,
+    superblock: &Superblock,
+    remarks: &mut Vec<String>,
+) -> Result<Vec<DeviceSpace>> {
+    let tree = Tree::new(superblock.chunk_root);
+    let (mut chunks, mut spaces) = (Chunks::default(), Vec::new());
+    for item in tree.items(nodes, Key::FIRST) {
+        let item = item?;
+        match (item.key.object, item.key.kind) {
+            (object::CHUNKS, kind::CHUNK) => {
+                let chunk = Chunk::parse(item.key.offset, item.data());
+                match chunk.and_then(|chunk| chunks.add(chunk)) {
+                    Err(error) if remarks.len() < REMARK_LIMIT => remarks.push(error.to_string()),
+                    Ok(()) | Err(_) => {}
+                }
+            }
+            (object::DEVICES, kind::DEVICE) if spaces.len() < 4096 => {
+                spaces.push(DeviceSpace::new(&DeviceItem::parse(item.data())));
+            }
+            _ => {}
+        }
+    }
+    nodes.volume.chunks = chunks;
+    Ok(spaces)
+}
