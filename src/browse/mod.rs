@@ -39,7 +39,7 @@ use worker::{Pool, Worker, WorkerProgram};
 
 pub use disk_contents::{DiskContents, DiskLease};
 pub use mapped_file::MappedFile;
-pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
+pub use worker::{FoundEntry, ListedEntry, Listing, Mounted, OpenedFile, Trees};
 
 /// Disk contents that are cached for later clients.
 const CACHED_CONTENTS: NonZero<usize> = NonZero::new(256).expect("not zero");

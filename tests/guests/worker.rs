@@ -252,7 +252,7 @@ fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
         let _ = inside.origin(0, at, odd(rng));
     }
     let _ = chainfs::report::volumes::listed(inside);
-    if let Ok(tree) = walk::GuestTree::open(inside, 0) {
+    if let Ok(tree) = walk::GuestTree::open(inside, TreeId::main(0)) {
         let entry = tree.root();
         let content = OpenContent::new(&tree, &entry);
         for at in [0, entry.attributes.size / 2, entry.attributes.size.saturating_sub(1)] {
