@@ -13,6 +13,7 @@ mod groups;
 mod images;
 mod mount;
 mod scramble;
+mod systems;
 mod volumes;
 mod worker;
 mod xfs;

@@ -14,6 +14,7 @@ use chainfs::guest::FileKind;
 
 use crate::content::{Content, many_names};
 use crate::disk::set_xattr;
+pub(crate) use disk::forgive_times_since;
 use disk::*;
 use support::{Outcome as _, Rng, tool};
 

@@ -1,0 +1,1 @@
+//! A guest on an array.
