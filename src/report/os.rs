@@ -59,10 +59,14 @@ fn reason(reason: RootReason) -> Option<&'static str> {
 /// `copy: PLACE NAME HOST (its fstab mounts PLACE as /)`
 fn copy(found: &OperatingSystem) -> String {
     let name = found.pretty_name.as_deref().or(found.name.as_deref()).or(found.id.as_deref());
-    let words = [name, found.host_name.as_deref()];
-    let words: String = words.into_iter().flatten().map(|word| format!(" {}", terminal(word))).collect();
+    let words = [Some("copy:"), Some(&terminal_bytes(&found.root)), name, found.host_name.as_deref()]
+        .into_iter()
+        .flatten()
+        .map(terminal)
+        .collect::<Vec<String>>()
+        .join(" ");
     let other = found.fstab_root.as_deref().map(terminal).unwrap_or_default();
-    format!("copy: {}{words} (its fstab mounts {other} as /)\n", terminal_bytes(&found.root))
+    format!("{words} (its fstab mounts {other} as /)\n")
 }
 
 /// The fstab's fields, with the place in front, if it is known.

@@ -438,14 +438,26 @@ fn names_of_arrays_logical_volumes_and_encrypted_volumes_mean_volumes() {
     ];
     let found = inspect(&volumes).remove(0);
     assert_eq!((&*found.root, found.reason), (&b"luks-aaaa-bb"[..], RootReason::Only));
-    let places: String = found
-        .mounts
-        .iter()
-        .map(|mount| format!("{} {}\n", mount.directory, mount.place.as_deref().unwrap_or("-")))
-        .collect();
-    let expected = "/a md0\n/b md-data\n/c md-data\n/d md-data\n/e my--vg-lv\n/f my--vg-lv\n/g my--vg-lv\n\
-        / luks-aaaa-bb\n/h luks-aaaa-bb\n/i luks-aaaa-bb\n/j p1\n/k p2\n/l -\n/m -\n/n -\n";
-    assert_eq!(places, expected);
+    let place = |mount: &FstabEntry| (mount.directory.clone(), mount.place.clone().unwrap_or("-".to_owned()));
+    let places: Vec<(String, String)> = found.mounts.iter().map(place).collect();
+    let expected = [
+        ("/a", "md0"),
+        ("/b", "md-data"),
+        ("/c", "md-data"),
+        ("/d", "md-data"),
+        ("/e", "my--vg-lv"),
+        ("/f", "my--vg-lv"),
+        ("/g", "my--vg-lv"),
+        ("/", "luks-aaaa-bb"),
+        ("/h", "luks-aaaa-bb"),
+        ("/i", "luks-aaaa-bb"),
+        ("/j", "p1"),
+        ("/k", "p2"),
+        ("/l", "-"),
+        ("/m", "-"),
+        ("/n", "-"),
+    ];
+    assert_eq!(places, expected.map(|(directory, place)| (directory.to_owned(), place.to_owned())));
 }
 
 #[test]

@@ -79,12 +79,12 @@ pub(super) fn four_layers(
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                for file in 0.. {
+                for file in 0u64.. {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }
                     let path = root.join(format!("var/lib/live {number} {}", file % 500));
-                    fs::write(path, vec![file as u8; 5000]).expect("a file");
+                    fs::write(path, vec![(file % 251) as u8; 5000]).expect("a file");
                 }
             });
             control.done(&format!("snapshot {}", VIEWS[number - 1]));

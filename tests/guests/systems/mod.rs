@@ -96,7 +96,9 @@ fn hard_links(root: &Path) -> Vec<Vec<PathBuf>> {
         }
     }
     let mut groups: Vec<Vec<PathBuf>> = groups.into_values().collect();
-    groups.iter_mut().for_each(|group| group.sort());
+    for group in &mut groups {
+        group.sort();
+    }
     groups.sort();
     groups
 }

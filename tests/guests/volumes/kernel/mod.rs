@@ -5,7 +5,7 @@
 //! Every scenario has a partition of each disk for itself.
 
 mod lvm;
-mod machine;
+pub(crate) mod machine;
 mod md;
 
 use std::collections::BTreeMap;
