@@ -14,7 +14,7 @@ fn every_option_is_parsed() {
         "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,\
          map=/old=/new,readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,standalone=old/*,probe,\
          force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,config=/c.toml,\
-         nopassthrough,noparallelwrites,nosharedmapping,noacl,noseccomp,noinotify,noreadahead,noexec,noatime,\
+         nopassthrough,noparallelwrites,nosharedmapping,noacl,noxattr,noseccomp,noinotify,noreadahead,noexec,noatime,\
          sync,dirsync",
     );
     let expected = MountOptions {
@@ -46,6 +46,7 @@ fn every_option_is_parsed() {
         no_parallel_writes: true,
         no_shared_mapping: true,
         no_acl: true,
+        no_xattr: true,
         no_seccomp: true,
         no_inotify: true,
         no_readahead: true,

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::guest::bytes::{array, le16, le64};
 
 use super::format::{KEY_LEN, Key, corrupt, kind, limit, object, unsupported};
+use super::superblock::DeviceId;
 
 const HEADER_LEN: usize = 48;
 const STRIPE_LEN: usize = 32;
@@ -228,6 +229,11 @@ impl Chunks {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Chunk> {
         self.0.iter()
+    }
+
+    /// The devices that they are on.
+    pub(super) fn devices(&self) -> impl Iterator<Item = DeviceId> {
+        self.0.iter().flat_map(|chunk| &chunk.stripes).map(|stripe| (stripe.device, stripe.uuid))
     }
 }
 
