@@ -352,7 +352,8 @@ impl DiskContents {
     }
 
     fn read_computed(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
-        for (part, at) in buf.chunks_mut(READ_LEN).zip((at..).step_by(READ_LEN)) {
+        for (index, part) in buf.chunks_mut(READ_LEN).enumerate() {
+            let at = at.checked_add((index * READ_LEN) as u64).ok_or_else(protocol_violation)?;
             let request = Request::ReadVolume(self.set, volume as u32, at, part.len() as u32);
             match self.ask(&request)? {
                 (Answer::Bytes, bytes) if bytes.len() == part.len() => part.copy_from_slice(&bytes),
