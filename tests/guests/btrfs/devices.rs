@@ -39,7 +39,7 @@ fn every_profile() {
         ("raid1c4", 4, 3),
         ("raid10", 4, 1),
         ("raid5", 3, 1),
-        ("raid6", 4, 1),
+        ("raid6", 4, 2),
     ] {
         let disk = Disk::format(&format!("-d {profile} -m {profile}"), &vec![300 * MIB; count]);
         disk.mounted("rw", fill);
