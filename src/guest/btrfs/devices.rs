@@ -6,9 +6,10 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::guest::raid::{ReadPart, RowParts};
 use crate::guest::source::Source;
 
-use super::chunks::{Chunk, Chunks, Located, Place};
+use super::chunks::{Chunk, Chunks, Located, Place, PlacesOfRow};
 use super::format::{corrupt, is_fact};
 use super::superblock::{self, DeviceId, Superblock};
 
@@ -115,28 +116,43 @@ impl Volume {
         let [place, rest @ ..] = &piece.located.copies[..] else { return None };
         let device = self.devices.of(piece.chunk, *place).ok()?;
         let fits = place.at.checked_add(piece.len).is_some_and(|end| end <= device.source.size());
-        (self.is_alone && fits).then_some((place.at, rest.is_empty() && piece.located.parity.is_empty()))
+        (self.is_alone && fits).then_some((place.at, rest.is_empty() && piece.located.row.is_none()))
     }
 
     /// In how many ways a piece can be read.
     pub(super) fn ways(piece: &Piece<'_>) -> usize {
-        piece.located.copies.len() + usize::from(!piece.located.parity.is_empty())
+        let computed = match &piece.located.row {
+            None => 0,
+            Some(PlacesOfRow { second: None, .. }) => 1,
+            // By either parity, and by both without one of the other data.
+            Some(row) => 1 + row.data.len(),
+        };
+        piece.located.copies.len() + computed
     }
 
     /// Reads bytes of a piece, from `skip` on, in one of its ways.
     pub(super) fn read(&self, piece: &Piece<'_>, way: usize, skip: u64, buf: &mut [u8]) -> Result<()> {
-        let from = |place: Place, buf: &mut [u8]| {
-            self.devices.of(piece.chunk, place)?.source.read_at(place.at + skip, buf)
-        };
         if let Some(place) = piece.located.copies.get(way) {
-            return from(*place, buf);
+            return self.devices.of(piece.chunk, *place)?.source.read_at(place.at + skip, buf);
         }
-        buf.fill(0);
-        let mut other = vec![0; buf.len()];
-        for place in &piece.located.parity {
-            from(*place, &mut other)?;
-            buf.iter_mut().zip(&other).for_each(|(byte, other)| *byte ^= other);
-        }
-        Ok(())
+        let (Some(row), way) = (&piece.located.row, way - piece.located.copies.len()) else {
+            return Err(corrupt("there is no such copy"));
+        };
+        let part = |place: Place| -> Option<ReadPart<'_>> {
+            let device = self.devices.of(piece.chunk, place).ok()?;
+            Some(Box::new(move |buf| device.source.read_at(place.at + skip, buf)))
+        };
+        let others = (0..row.data.len()).filter(|other| *other != row.column);
+        let left_out = way.checked_sub(2).and_then(|number| others.clone().nth(number));
+        let data = row.data.iter().enumerate().map(|(number, place)| {
+            (number != row.column && Some(number) != left_out).then(|| part(*place)).flatten()
+        });
+        let parts = RowParts {
+            data: data.collect(),
+            first: if way == 1 { None } else { part(row.first) },
+            second: row.second.and_then(part),
+            powers: (0..row.data.len()).collect(),
+        };
+        parts.reconstruct(row.column, buf)
     }
 }

@@ -28,6 +28,8 @@ const REMARK_LIMIT: usize = 100;
 const DEVICE_LIMIT: usize = 4096;
 /// Devices on each other: partition, array, physical volume, encrypted volume, and the same again.
 const DEPTH_LIMIT: u32 = 10;
+/// Absent members that are reported, of all sets together.
+const ABSENT_LIMIT: usize = 1024;
 /// Bytes of a sentence that may quote a guest's texts.
 const PROBLEM_LIMIT: usize = 1000;
 
@@ -95,6 +97,7 @@ pub(super) fn assemble(disks: &[Arc<dyn Source>], unlock: Option<&dyn Unlock>) -
     stack.run();
     let others = stack.file_systems();
     let Stack { mut layout, devices, .. } = stack;
+    limit_absent(&mut layout.missing);
     if layout.remarks.len() > REMARK_LIMIT {
         let more = layout.remarks.len() - REMARK_LIMIT;
         layout.remarks.truncate(REMARK_LIMIT);
@@ -403,6 +406,16 @@ impl<'a> Stack<'a> {
     }
 }
 
+/// Keeps the first absent members: a disk's metadata can name any number.
+fn limit_absent(missing: &mut Vec<MissingMembers>) {
+    let mut left = ABSENT_LIMIT;
+    missing.retain_mut(|set| {
+        set.absent.truncate(left);
+        left -= set.absent.len();
+        !set.absent.is_empty()
+    });
+}
+
 /// The disk where a segment begins.
 fn first_disk(segment: &VolumeSegment) -> Option<u32> {
     segment.cut(0, 1, 0).and_then(|cut| super::locate(&[cut], 0, 1)?.on_disk()).map(|position| position.disk)
@@ -412,4 +425,25 @@ fn first_disk(segment: &VolumeSegment) -> Option<u32> {
 fn readable(text: &str) -> String {
     let shown = text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
     shown.take(PROBLEM_LIMIT).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absent_members_are_reported_up_to_a_limit() {
+        let set = |name: &str, count: usize| MissingMembers {
+            kind: SetKind::VolumeGroup,
+            name: name.to_owned(),
+            id: name.to_owned(),
+            state: None,
+            absent: (0..count).map(|number| number.to_string()).collect(),
+        };
+        let mut missing = vec![set("a", 1000), set("b", 1000), set("c", 1)];
+        limit_absent(&mut missing);
+        let left: Vec<(&str, usize)> =
+            missing.iter().map(|set| (set.name.as_str(), set.absent.len())).collect();
+        assert_eq!(left, [("a", 1000), ("b", 24)]);
+    }
 }
