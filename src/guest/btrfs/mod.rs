@@ -10,7 +10,7 @@
 //!   read on demand.
 //!
 //! Every subvolume is a tree of its own. As for the kernel, a nested subvolume is also a directory of the
-//! tree that holds it. Its inodes have numbers of their own there: see [`number`].
+//! tree that holds it. Its inodes have numbers of their own there: see `number`.
 //!
 //! Permissions and the resolution of symbolic links are left to the callers.
 
