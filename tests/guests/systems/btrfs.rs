@@ -67,7 +67,7 @@ pub(super) fn below_the_top_level(size: u64, fill: Fill) {
         }
         top.join("@")
     });
-    assert_roots(&mount, "vm", VIEWS, ["p1/@"; 4]);
+    assert_roots(&mount, "vm", VIEWS, ["p1/@"; 4], &[]);
     // Links lead to the root of their subvolume, and not out of it.
     for place in ["root/usr/bin/awk", "p1/timeshift/3/usr/bin/awk"] {
         let path = mount.path("vm/files/active").join(place);
@@ -137,7 +137,7 @@ pub(super) fn below_a_default_subvolume(size: u64, fill: Fill) {
         }
         top.join(root_in(layer))
     });
-    assert_roots(&mount, "vm", VIEWS, ["p1"; 4]);
+    assert_roots(&mount, "vm", VIEWS, ["p1"; 4], &[]);
     assert_eq!(mount.names("vm/files/active"), ["p1", "p1.subvolumes", "root", "volumes.txt"]);
     assert_unique_numbers(&mount.path("vm/files"));
     let said = mount.text("vm/info/os.txt");

@@ -70,7 +70,7 @@ pub(super) fn xfs_on_a_logical_volume(size: u64, fill: Fill) {
     let placed = disk(&store, size, fill);
     let mount = Mount::new(&store);
     four_layers(&store, &mount, &placed, &mut |root: &Path, _| root.to_owned());
-    assert_roots(&mount, "vm", VIEWS, ["vg--a-root"; 4]);
+    assert_roots(&mount, "vm", VIEWS, ["vg--a-root"; 4], &[]);
     let said = mount.text("vm/info/os.txt");
     for line in ["root: vg--a-root\n", "mount: / vg--a-root xfs", "mount: none vg--a-swap swap"] {
         assert!(said.contains(line), "{line}: {said}");

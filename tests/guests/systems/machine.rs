@@ -1,12 +1,14 @@
-//! A Debian in a virtual machine: XFS on a thin volume, on an array of two disks, each a chain of the store. The
-//! machine runs on the mount's active disks while snapshots of both chains are taken. Only in long runs.
+//! A Debian in a virtual machine: XFS on a thin volume, on an array of two disks, each a chain of the store; and
+//! ext4 on a logical volume in an encrypted one. The machine runs on the mount's active disks while snapshots are
+//! taken. Only in long runs.
 
 use std::fmt::Write as _;
-use std::fs::File;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use support::command::give;
+use support::command::{Control, give};
 use support::{MIB, Mount, Outcome as _, Store, tool};
 use tempfile::TempDir;
 
@@ -16,9 +18,54 @@ use super::{VERBATIM, VIEWS, assert_roots, assert_same_files};
 use crate::volumes::kernel::machine::converse;
 
 const DISK: u64 = 1100 * MIB;
-const VOLUME: u64 = 1600 * MIB;
-const MODULES: [&str; 5] = ["md-mod", "raid1", "dm-thin-pool", "xfs", "crc32c_generic"];
-const PROGRAMS: [&str; 5] = ["lvm", "mdadm", "dmsetup", "mkfs.xfs", "blkid"];
+const VOLUME: u64 = 900 * MIB;
+const MODULES: [&str; 9] =
+    ["md-mod", "raid1", "dm-thin-pool", "xfs", "crc32c_generic", "dm-crypt", "aesni-intel", "xts", "ext4"];
+const PROGRAMS: [&str; 7] = ["lvm", "mdadm", "dmsetup", "mkfs.xfs", "mkfs.ext4", "blkid", "cryptsetup"];
+
+/// How a system's root volume, `/dev/vg/root`, lies on its disks.
+struct Stack {
+    chains: &'static [&'static str],
+    /// Makes the device that LVM is on, `$PV`, from the disks `$D`.
+    make: &'static str,
+    /// Opens and closes it.
+    open: &'static str,
+    close: &'static str,
+    pv: &'static str,
+    /// Words for lvcreate.
+    volume: &'static str,
+    kind: &'static str,
+    /// Options of the kernel's mount of the volume.
+    options: &'static str,
+    /// Lines of the system's crypttab.
+    crypttab: &'static str,
+}
+
+const ARRAY: Stack = Stack {
+    chains: &["a", "b"],
+    make: "mdadm --create /dev/md0 --run --metadata=1.2 --name=system --homehost=guest --level=1 \
+        --assume-clean --raid-devices=2 $D",
+    open: "mdadm --assemble --run /dev/md0 $D",
+    close: "mdadm --stop /dev/md0",
+    pv: "/dev/md0",
+    volume: "-V 900m -T vg/pool",
+    kind: "xfs",
+    options: "nouuid",
+    crypttab: "",
+};
+
+const ENCRYPTED: Stack = Stack {
+    chains: &["vm"],
+    make: "cryptsetup luksFormat -q --type luks2 --use-urandom --disable-locks --pbkdf pbkdf2 \
+        --pbkdf-force-iterations 1000 --uuid 9c448801-9c28-427e-beaa-6c656f92b030 --key-file /key $D",
+    open: "cryptsetup open --disable-keyring --disable-locks --key-file /key $D secret",
+    close: "cryptsetup close --disable-locks secret",
+    pv: "/dev/mapper/secret",
+    volume: "-L 900m -Wn",
+    kind: "ext4",
+    options: "rw",
+    crypttab: "secret UUID=9c448801-9c28-427e-beaa-6c656f92b030 none luks",
+};
 
 /// Shell functions, and LVM on the array alone.
 const BEFORE: &str = "mkdir -p /etc/lvm /run/lock/lvm /run/lvm /run/mdadm /dev/md /m\n\
@@ -31,18 +78,18 @@ const BEFORE: &str = "mkdir -p /etc/lvm /run/lock/lvm /run/lvm /run/mdadm /dev/m
     END\n\
     export LVM_SUPPRESS_FD_WARNINGS=1 MDADM_NO_UDEV=1 MDADM_NO_SYSTEMCTL=1\n\
     try() { \"$@\" >/tmp/out 2>&1 || { echo \"FAILED $*\"; cat /tmp/out; }; }\n\
-    L() { verb=$1; shift; try lvm $verb --devices /dev/md0 -q -y \"$@\"; }\n";
+    L() { verb=$1; shift; try lvm $verb --devices $PV -q -y \"$@\"; }\n\
+    export DM_DISABLE_UDEV=1; mkdir -p /run/cryptsetup; mknod /dev/urandom c 1 9 2>/dev/null\n\
+    printf secret >/key\n";
 
 /// Installs the system, and writes it on; between two layers it waits for an answer, and writes meanwhile.
-const GUEST: &str = "try mdadm --create /dev/md0 --run --metadata=1.2 --name=system --homehost=guest --level=1 \
-        --assume-clean --raid-devices=2 /dev/vda /dev/vdb\n\
-    L pvcreate /dev/md0; L vgcreate -s 4m vg /dev/md0\n\
-    L lvcreate -l 90%FREE -T vg/pool -c 64k --poolmetadatasize 8m -Zn\n\
-    L lvcreate -V 1600m -T vg/pool -n root\n\
-    try mkfs.xfs -q /dev/vg/root\n\
-    try mount -t xfs -o noatime /dev/vg/root /m\n\
-    try tar xf /dev/vdc -C /m\n\
-    echo '/dev/mapper/vg-root / xfs defaults 0 0' >/m/etc/fstab\n\
+const GUEST: &str = "L pvcreate $PV; L vgcreate -s 4m vg $PV\n\
+    [ $KIND = ext4 ] || L lvcreate -l 90%FREE -T vg/pool -c 64k --poolmetadatasize 8m -Zn\n\
+    L lvcreate $VOLUME -n root\n\
+    try mkfs.$KIND -q /dev/vg/root\n\
+    try mount -t $KIND -o noatime /dev/vg/root /m\n\
+    try tar xf $ARCHIVE -C /m\n\
+    echo \"/dev/mapper/vg-root / $KIND defaults 0 0\" >/m/etc/fstab; echo $CRYPTTAB >/m/etc/crypttab\n\
     for n in 1 2 3 4; do\n\
       mkdir /m/srv/$n; cp -a /m/etc /m/srv/$n/; rm -r /m/srv/$((n - 1))/etc/a* 2>/dev/null\n\
       mv /m/srv/$n/etc/fstab /m/srv/$n/moved\n\
@@ -53,70 +100,91 @@ const GUEST: &str = "try mdadm --create /dev/md0 --run --metadata=1.2 --name=sys
       sleep 1; echo \"LAYER $n\"; read answer; rm /tmp/writing; wait\n\
     done\n";
 
-#[test]
-fn debian_on_xfs_on_a_thin_volume_on_an_array() {
-    if !is_long() {
-        return;
-    }
+fn device(number: usize) -> String {
+    format!("/dev/vd{}", (b'a' + number as u8) as char)
+}
+
+/// The view of a chain that is the layer `view` of its guest.
+fn view_of(stack: &Stack, chain: &str, view: &str) -> String {
+    if view == "active" || stack.chains.len() == 1 { view.to_owned() } else { format!("{chain}-{view}") }
+}
+
+fn four_layers(stack: &Stack, options: &str) {
     let store = Store::new();
     let scratch = TempDir::new().expect("a directory");
-    for chain in ["a", "b"] {
+    for chain in stack.chains {
         store.create(&format!("{chain}.qcow2"), DISK, "");
     }
-    let mount = Mount::new(&store);
-    let disks = [mount.path("a/active.raw"), mount.path("b/active.raw"), archive()];
-    let snapshot = mount.path(".chainfs/control/snapshot");
-    let mut layers = 0;
-    let said = converse(
-        &scratch,
-        (&disks, "writeback"),
-        &PROGRAMS,
-        &MODULES,
-        &(BEFORE.to_owned() + GUEST),
-        &mut |line| {
-            let layer = line.strip_prefix("LAYER ")?;
-            layers += 1;
-            if layers < 4 {
-                assert_eq!(
-                    give(&snapshot, format!("l{layer} chains=a,b\n").as_bytes()),
-                    None,
-                    "layer {layer}"
-                );
-            }
-            Some("on")
-        },
+    let keys = store.beside("keys.toml");
+    fs::write(&keys, "[[key]]\nuuid = \"*\"\npassphrase = \"secret\"\n").expect("keys");
+    fs::set_permissions(&keys, fs::Permissions::from_mode(0o600)).expect("their mode");
+    let options = options.replace("KEYS", &keys.display().to_string());
+    let mount = Mount::with(&store, &options);
+    let count = stack.chains.len();
+    let mut disks: Vec<PathBuf> =
+        stack.chains.iter().map(|chain| mount.path(chain).join("active.raw")).collect();
+    disks.push(archive());
+    let Stack { make, open, pv, volume, kind, crypttab, .. } = stack;
+    let own: Vec<String> = (0..count).map(device).collect();
+    let (own, archive) = (own.join(" "), device(count));
+    let script = format!(
+        "{BEFORE}PV={pv} KIND={kind} VOLUME='{volume}' ARCHIVE={archive} CRYPTTAB='{crypttab}' D='{own}'\n\
+         try {make}\n[ -b $PV ] || try {open}\n{GUEST}"
     );
+    let mut layers = 0;
+    let snapshot = mount.path(".chainfs/control/snapshot");
+    let said = converse(&scratch, (&disks, "writeback"), &PROGRAMS, &MODULES, &script, &mut |line| {
+        line.strip_prefix("LAYER ")?;
+        layers += 1;
+        if layers < 4 {
+            let command = format!("l{layers} chains={}\n", stack.chains.join(","));
+            match stack.chains {
+                [chain] => Control::of(&mount, chain).done(&format!("snapshot l{layers}")),
+                _ => assert_eq!(give(&snapshot, command.as_bytes()), None, "layer {layers}"),
+            }
+        }
+        Some("on")
+    });
     assert!(!said.contains("FAILED") && layers == 4, "{said}");
-    let views = |chain: &str| {
-        VIEWS.map(|view| if view == "active" { view.to_owned() } else { format!("{chain}-{view}") })
-    };
-    for chain in ["a", "b"] {
-        let views = views(chain);
-        assert_roots(&mount, chain, views.each_ref().map(String::as_str), ["vg-root"; 4]);
+    let words: Vec<&str> = if options.is_empty() { Vec::new() } else { vec!["-o", &options] };
+    for chain in stack.chains {
+        let views = VIEWS.map(|view| view_of(stack, chain, view));
+        assert_roots(&mount, chain, views.each_ref().map(String::as_str), ["vg-root"; 4], &words);
     }
-    println!("{}{}", mount.text("a/files/active/volumes.txt"), mount.text("a/info/os.txt"));
+    let chain = stack.chains[0];
+    println!(
+        "{}{}",
+        mount.text(format!("{chain}/files/active/volumes.txt")),
+        mount.text(format!("{chain}/info/os.txt"))
+    );
     mount.umount();
+    compare(stack, &store, &scratch, &options);
+}
 
-    // The machine's kernel reads the volume of each view, and this machine's kernel the file system in it.
-    let mount = Mount::with(&store, VERBATIM);
+/// The machine's kernel reads the volume of each view, and this machine's kernel the file system in it.
+fn compare(stack: &Stack, store: &Store, scratch: &TempDir, options: &str) {
+    let options = if options.is_empty() { VERBATIM.to_owned() } else { format!("{VERBATIM},{options}") };
+    let mount = Mount::with(store, &options);
     let mut disks: Vec<PathBuf> = Vec::new();
-    let mut script = BEFORE.to_owned();
-    let letter = |number: usize| (b'a' + number as u8) as char;
+    let mut script = format!("{BEFORE}PV={}\n", stack.pv);
+    let count = stack.chains.len();
     for (number, view) in VIEWS.into_iter().enumerate() {
-        for chain in ["a", "b"] {
+        for chain in stack.chains {
             let disk = match view {
                 "active" => mount.path(chain).join("active.raw"),
-                _ => mount.path(chain).join(format!("snapshots/{chain}-{view}.raw")),
+                _ => mount.path(chain).join(format!("snapshots/{}.raw", view_of(stack, chain, view))),
             };
             let copy = scratch.path().join(format!("{chain}-{view}"));
             tool("cp").arg("--sparse=always").arg(disk).arg(&copy).succeeds();
             disks.push(copy);
         }
-        let (one, two, out) = (letter(2 * number), letter(2 * number + 1), letter(8 + number));
+        let own: Vec<String> = (number * count..(number + 1) * count).map(device).collect();
+        let (own, out) = (own.join(" "), device(VIEWS.len() * count + number));
+        let Stack { open, close, .. } = stack;
         let _ = write!(
             script,
-            "try mdadm --assemble --run /dev/md0 /dev/vd{one} /dev/vd{two}\nL vgchange -ay vg\n\
-             try dd if=/dev/vg/root of=/dev/vd{out} bs=1M\nL vgchange -an vg\ntry mdadm --stop /dev/md0\n"
+            "D='{own}'; try {open}\nL vgchange -ay vg\ntry dd if=/dev/vg/root of={out} bs=1M\n\
+             L vgchange -an vg\ntry {close}\n"
         );
     }
     let volumes = VIEWS.map(|view| scratch.path().join(format!("volume-{view}")));
@@ -124,15 +192,30 @@ fn debian_on_xfs_on_a_thin_volume_on_an_array() {
         File::create(volume).and_then(|file| file.set_len(VOLUME)).expect("a volume");
     }
     disks.extend(volumes.iter().cloned());
-    let said = converse(&scratch, (&disks, "unsafe"), &PROGRAMS, &MODULES, &script, &mut |_| None);
+    let said = converse(scratch, (&disks, "unsafe"), &PROGRAMS, &MODULES, &script, &mut |_| None);
     assert!(!said.contains("FAILED"), "{said}");
-    let placed = Placed { kind: "xfs", options: "nouuid", offset: 0, len: VOLUME };
-    for (view, volume) in views("a").iter().zip(&volumes) {
+    let placed = Placed { kind: stack.kind, options: stack.options, offset: 0, len: VOLUME };
+    let chain = stack.chains[0];
+    for (view, volume) in VIEWS.into_iter().zip(&volumes) {
         let began = SystemTime::now();
         let kernel = KernelMount::new(volume, &placed, store.beside("kernel"));
-        let shown = mount.path(format!("a/files/{view}/vg-root"));
-        assert_same_files(&format!("array, {view}"), &shown, &kernel.dir, began);
+        let shown = mount.path(format!("{chain}/files/{}/vg-root", view_of(stack, chain, view)));
+        assert_same_files(&format!("{} on {}, {view}", stack.kind, stack.pv), &shown, &kernel.dir, began);
         kernel.end();
     }
     mount.umount();
+}
+
+#[test]
+fn debian_on_xfs_on_a_thin_volume_on_an_array() {
+    if is_long() {
+        four_layers(&ARRAY, "");
+    }
+}
+
+#[test]
+fn debian_on_ext4_on_a_logical_volume_on_luks() {
+    if is_long() {
+        four_layers(&ENCRYPTED, "keys=KEYS");
+    }
 }

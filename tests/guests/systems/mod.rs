@@ -128,19 +128,19 @@ fn chainfs(words: &[&str]) -> String {
 }
 
 /// Every view of a chain has its root where it belongs, for the mount and for commands. `places`: what `root`
-/// leads to, by view.
-fn assert_roots(mount: &Mount, chain: &str, views: [&str; 4], places: [&str; 4]) {
+/// leads to, by view. `words`: options of commands.
+fn assert_roots(mount: &Mount, chain: &str, views: [&str; 4], places: [&str; 4], words: &[&str]) {
     for (number, (view, place)) in (1..).zip(views.iter().zip(places)) {
         let files = mount.path(format!("{chain}/files/{view}"));
         assert_eq!(fs::read_link(files.join("root")).expect("the root"), Path::new(place), "{view}");
         let name = format!("layer-{number}\n");
         assert_eq!(fs::read_to_string(files.join("root/etc/hostname")).expect("a file"), name, "{view}");
         let root = files.join("root");
-        let listed = chainfs(&["ls", root.to_str().expect("a plain path")]);
+        let listed = chainfs(&[&["ls"], words, &[root.to_str().expect("a plain path")]].concat());
         assert!(listed.contains("etc\n") && listed.contains("usr\n"), "{view}: {listed}");
     }
     let hostname = mount.path(format!("{chain}/files/active/root/etc/hostname"));
-    let versions = chainfs(&["versions", hostname.to_str().expect("a plain path")]);
+    let versions = chainfs(&[&["versions"], words, &[hostname.to_str().expect("a plain path")]].concat());
     assert_eq!(versions.lines().count(), 4, "{versions}");
     println!("{versions}");
 }
