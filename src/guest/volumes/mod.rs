@@ -18,11 +18,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::Source;
 use crate::guest::content::VolumeContent;
+use crate::guest::luks::HeaderId;
 
 pub use crate::guest::partition::Partition;
 pub(crate) use device::{Device, DeviceDisks, DeviceMap};
 pub use map::{DiskPosition, RunPlace, Stripes, VolumeMapping, VolumeRun, VolumeSegment, locate};
-pub use stack::{Unlock, UnlockedVolume, set_members};
+pub use stack::{Unlock, UnlockOutcome, UnlockedVolume, set_members};
 
 /// The content of the guest's disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +41,17 @@ pub struct VolumeLayout {
     pub remarks: Vec<String>,
     /// Volume groups and arrays that the first disk is part of and that lack members.
     pub missing: Vec<MissingMembers>,
+    /// Encrypted volumes whose keys were not given.
+    pub locked: Vec<LockedVolume>,
+}
+
+/// An encrypted volume whose key was not given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockedVolume {
+    /// Its index among the volumes.
+    pub volume: usize,
+    /// Identifies the container.
+    pub id: HeaderId,
 }
 
 /// A volume: it may hold a file system.

@@ -11,13 +11,14 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::guest::content::{DetectedVolume, VolumeContent, probe};
+use crate::guest::luks::HeaderId;
 use crate::guest::lvm::{GroupAssembler, PhysicalVolume};
 use crate::guest::md::{self, MdMember};
 use crate::guest::{Source, partition};
 
 use super::device::TOTAL_WEIGHT;
 use super::{
-    Assembly, Device, DeviceDisks, MissingMembers, SetKind, SetMember, Volume, VolumeLayout, VolumeMapping,
+    Assembly, Device, DeviceDisks, LockedVolume, MissingMembers, SetKind, SetMember, Volume, VolumeLayout, VolumeMapping,
     VolumeSegment,
 };
 
@@ -32,14 +33,20 @@ const PROBLEM_LIMIT: usize = 1000;
 
 /// Opens encrypted volumes.
 pub trait Unlock {
-    /// The volume inside of an encrypted one: `name` is the volume's own. `None` if there is no key for it;
-    /// an error if there is one and it does not fit.
-    fn unlock(
-        &self,
-        name: &str,
-        found: &DetectedVolume,
-        source: &Arc<dyn Source>,
-    ) -> Option<Result<UnlockedVolume, String>>;
+    /// The volume inside of an encrypted one: `name` is the volume's own.
+    fn unlock(&self, name: &str, found: &DetectedVolume, source: &Arc<dyn Source>) -> UnlockOutcome;
+}
+
+/// What an encrypted volume is without and with its key.
+pub enum UnlockOutcome {
+    /// Opened.
+    Opened(UnlockedVolume),
+    /// A container whose key is not known.
+    Locked(HeaderId),
+    /// It cannot be opened; one sentence.
+    Problem(String),
+    /// Of a kind that is never opened.
+    Unknown,
 }
 
 /// An opened encrypted volume.
@@ -348,15 +355,20 @@ impl<'a> Stack<'a> {
     /// Shows what an encrypted volume holds, if there is a key for it.
     fn open(&mut self, index: usize, found: &DetectedVolume, device: &Device, depth: u32) {
         let name = &self.layout.volumes[index].name;
-        let opened = self.unlock.and_then(|unlock| unlock.unlock(name, found, device.source()));
-        match opened {
-            Some(Ok(UnlockedVolume { name, source })) if depth < DEPTH_LIMIT => {
+        let Some(unlock) = self.unlock else { return };
+        match unlock.unlock(name, found, device.source()) {
+            UnlockOutcome::Opened(UnlockedVolume { name, source }) if depth < DEPTH_LIMIT => {
                 let device = Device::computed(source, &self.disks);
                 let (name, size) = (self.unique(name, &index.to_string()), device.size());
+                self.layout.volumes[index].problem =
+                    Some(format!("it is encrypted ({}); its files are in {name}", found.content));
                 self.show(name, Ok(device), size, depth + 1);
             }
-            Some(Ok(_)) | None => {}
-            Some(Err(problem)) => self.layout.volumes[index].problem = Some(readable(&problem)),
+            UnlockOutcome::Locked(id) => self.layout.locked.push(LockedVolume { volume: index, id }),
+            UnlockOutcome::Problem(problem) => {
+                self.layout.volumes[index].problem = Some(readable(&problem));
+            }
+            UnlockOutcome::Opened(_) | UnlockOutcome::Unknown => {}
         }
     }
 }
