@@ -9,7 +9,9 @@ use parking_lot::Mutex;
 
 use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::content::VolumeContent;
 use crate::guest::inspect::OperatingSystem;
+use crate::guest::luks::ContainerKeys;
 use crate::guest::volumes::{RunPlace, Volume, VolumeLayout};
 use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind, TreeId};
 use crate::store::ViewId;
@@ -33,6 +35,8 @@ pub struct DiskContents {
     pub(super) set: u32,
     /// The disk itself, and the other disks of its volume groups and arrays.
     pub(super) disks: Vec<BrowsedDisk>,
+    /// The keys of its encrypted volumes, and the version of the table that they are of.
+    pub(super) keys: (ContainerKeys, u64),
     pub(super) layout: VolumeLayout,
     /// Facts about how the disks were found that the user should know.
     pub(super) remarks: Vec<String>,
@@ -145,7 +149,8 @@ impl DiskContents {
             }
             // The set was opened in another process, or it was evicted.
             let sizes = self.disks.iter().map(BrowsedDisk::size).collect();
-            match self.worker.ask(&Request::Open { set: self.set, sizes }, &exchange)?.0 {
+            let request = Request::Open { set: self.set, sizes, keys: self.keys.0.clone() };
+            match self.worker.ask(&request, &exchange)?.0 {
                 Answer::Layout(layout) if *layout == self.layout => {}
                 Answer::Layout(_) => return Err(crate::store::stale("the disk's partitions have changed")),
                 _ => return Err(protocol_violation()),
@@ -370,6 +375,13 @@ impl DiskContents {
         }
     }
 
+    /// Whether it is opened with the keys of this version of the table, or needs none.
+    pub(super) fn has_keys_of(&self, version: u64) -> bool {
+        let is_encrypted =
+            |volume: &Volume| matches!(volume.content, VolumeContent::Luks1 | VolumeContent::Luks2);
+        self.keys.1 == version || !self.layout.volumes.iter().any(is_encrypted)
+    }
+
     /// Whether the disks' point in time is still known, for a new client.
     pub(super) fn is_valid(&self) -> bool {
         self.disks.iter().all(BrowsedDisk::is_valid)
@@ -390,7 +402,7 @@ impl DiskContents {
 impl DiskContents {
     /// The contents of a disk with one volume, with all answers that showing it needs.
     pub(crate) fn with_one_volume(store: &Arc<crate::store::Store>, id: &ViewId) -> Arc<Self> {
-        use crate::guest::{Statistics, content::VolumeContent};
+        use crate::guest::Statistics;
         let volume = Volume {
             name: "disk".into(),
             size: 0,
@@ -411,6 +423,7 @@ impl DiskContents {
             digests: Arc::new(Digests::new()),
             set: 0,
             disks: vec![BrowsedDisk::new(store, id, &Arc::default()).expect("a disk")],
+            keys: (ContainerKeys::default(), 0),
             layout: VolumeLayout { volumes: vec![volume], ..VolumeLayout::default() },
             remarks: Vec::new(),
             mounted: vec![Mutex::new(Some(mounted))],

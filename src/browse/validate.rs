@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::OperatingSystem;
+use crate::guest::luks::Unlocked;
 use crate::guest::volumes::{MissingMembers, Partition, SetMember, Volume, VolumeLayout, VolumeSegment};
 use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun};
 
@@ -32,6 +33,9 @@ const SET_MEMBERS: usize = 1024;
 const ATTRIBUTES: usize = 8192;
 const ATTRIBUTE_NAME_LEN: usize = 300;
 const ATTRIBUTE_LEN: usize = 1 << 17;
+/// Volume keys of one container, and bytes of one, at most.
+const VOLUME_KEYS: usize = 32;
+const VOLUME_KEY_LEN: usize = 512;
 
 /// The error for an answer that does not match the request.
 pub(super) fn protocol_violation() -> Error {
@@ -83,7 +87,20 @@ pub(super) fn check_layout(layout: &VolumeLayout, size: u64) -> Result<()> {
         let is_absent = |id: &String| is_text(id);
         is_text(&group.name) && is_text(&group.id) && group.absent.iter().all(is_absent)
     };
-    check(layout.missing.len() <= SET_MEMBERS && layout.missing.iter().all(is_group))
+    check(layout.missing.len() <= SET_MEMBERS && layout.missing.iter().all(is_group))?;
+    check(layout.locked.len() <= volumes.len())?;
+    check(layout.locked.iter().all(|locked| locked.volume < volumes.len()))
+}
+
+/// Validates what has become of an attempt to unlock a volume.
+pub(super) fn check_unlocked(unlocked: &Unlocked) -> Result<()> {
+    check(match unlocked {
+        Unlocked::Keys(keys) => {
+            keys.len() <= VOLUME_KEYS && keys.all().all(|key| key.bytes().len() <= VOLUME_KEY_LEN)
+        }
+        Unlocked::NoKeyFits => true,
+        Unlocked::Problem(sentence) => is_text(sentence),
+    })
 }
 
 /// Names of volumes become names of directories, and targets of the link to the operating system's volume.

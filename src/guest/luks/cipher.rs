@@ -105,13 +105,15 @@ impl SectorCipher {
             _ => rest.split_once('-').unwrap_or((rest, "null")),
         };
         let about = |fact: String| format!("its cipher is {name:?}: {fact}");
+        if !["ecb", "cbc", "xts"].contains(&mode) {
+            return Err(about(format!("the mode {mode:?} is not supported")));
+        }
         let halves = if mode == "xts" { key.split_at(key.len() / 2) } else { (key, &key[..0]) };
         let cipher = BlockCipher::new(algorithm, halves.0).map_err(about)?;
         let mode = match mode {
             "ecb" => Mode::Ecb,
             "cbc" => Mode::Cbc,
-            "xts" => Mode::Xts(BlockCipher::new(algorithm, halves.1).map_err(about)?),
-            _ => return Err(about(format!("the mode {mode:?} is not supported"))),
+            _ => Mode::Xts(BlockCipher::new(algorithm, halves.1).map_err(about)?),
         };
         let iv = match (&mode, iv.split_once(':').unwrap_or((iv, ""))) {
             (Mode::Ecb, _) | (_, ("null", _)) => InitialVector::None,
@@ -217,7 +219,7 @@ mod tests {
         for (name, len, fact) in [
             ("aes-xts-plain64", 20, "its cipher is \"aes-xts-plain64\": a key of 80 bits does not fit it"),
             ("camellia-xts-plain64", 64, "the cipher \"camellia\" is not supported"),
-            ("aes-lrw-benbi", 48, "a key of 384 bits does not fit it"),
+            ("aes-lrw-benbi", 48, "the mode \"lrw\" is not supported"),
             ("aes-cbc-lmk:md5", 32, "the initial vector \"lmk:md5\" is not supported"),
             ("aes-cbc-essiv:sha1", 32, "a key of 160 bits does not fit it"),
             ("xchacha20,aes-adiantum-plain64", 32, "the cipher \"xchacha20,aes\" is not supported"),

@@ -23,6 +23,15 @@ impl ContainerKeys {
     pub fn get(&self, id: HeaderId) -> Option<&Unlocked> {
         self.0.iter().find(|(known, _)| *known == id).map(|(_, unlocked)| unlocked)
     }
+
+    /// Bytes of the keys.
+    pub fn secret_len(&self) -> usize {
+        let keys = self.0.iter().map(|(_, unlocked)| match unlocked {
+            Unlocked::Keys(keys) => keys.all().map(|key| key.bytes().len()).sum(),
+            Unlocked::NoKeyFits | Unlocked::Problem(_) => 0,
+        });
+        keys.sum()
+    }
 }
 
 /// Opens containers with known keys.
@@ -42,7 +51,7 @@ impl KnownKeys<'_> {
     fn open(&self, header: &Header, source: &Arc<dyn Source>) -> UnlockOutcome {
         let fact = match self.0.get(header.id) {
             None => return UnlockOutcome::Locked(header.id),
-            Some(Unlocked::NoKeyFits) => "none of its keys fits".to_owned(),
+            Some(Unlocked::NoKeyFits) => "no given key fits".to_owned(),
             Some(Unlocked::Problem(fact)) => fact.clone(),
             Some(Unlocked::Keys(keys)) => match Decrypted::new(header, keys, Arc::clone(source)) {
                 Ok(decrypted) => {

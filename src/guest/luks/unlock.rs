@@ -30,7 +30,13 @@ pub enum Unlocked {
 }
 
 impl VolumeKeys {
-    /// The keys themselves, for tests that look for them elsewhere.
+    /// How many digests there are, with keys or without.
+    #[expect(clippy::len_without_is_empty, reason = "it is never asked")]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The keys themselves.
     pub fn all(&self) -> impl Iterator<Item = &Secret> {
         self.0.iter().flatten()
     }
