@@ -35,11 +35,11 @@ use crate::guest::volumes::VolumeLayout;
 use crate::store::{Store, ViewId};
 
 use disk::{BrowsedDisk, Digests};
-use disk_contents::Exchange;
+use disk_contents::{Exchange, decryptors};
 use worker::protocol::{Answer, Request};
 use worker::{Pool, Worker, WorkerProgram};
 
-pub use disk_contents::{DiskContents, DiskLease};
+pub use disk_contents::{DiskContents, DiskLease, VolumeOrigin};
 pub use keys::Keyring;
 pub use mapped_file::MappedFile;
 pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
@@ -204,8 +204,9 @@ impl Browser {
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let (worker, digests, systems) = (Arc::clone(worker), Arc::clone(&self.digests), OnceLock::new());
+        let decryptors = decryptors(&layout, &keys)?;
         let keys = (keys, version);
-        Ok(DiskContents { worker, digests, set, disks, keys, layout, remarks, mounted, systems })
+        Ok(DiskContents { worker, digests, set, disks, keys, decryptors, layout, remarks, mounted, systems })
     }
 
     fn open(

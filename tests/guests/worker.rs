@@ -42,7 +42,7 @@ fn answer(bytes: &[u8]) -> String {
 /// The answer that a disk holds one volume of that name, with an ext4 file system.
 fn layout(name: &str) -> String {
     let volume = [&[name.len() as u8], name.as_bytes(), &[0, 0, 4, 0, 0, 0]].concat();
-    answer(&[&[1, 0, 0, 0, 1], &volume[..], &[0, 0, 0]].concat())
+    answer(&[&[1, 0, 0, 0, 1], &volume[..], &[0, 0, 0, 0]].concat())
 }
 
 /// The answer that this volume holds an operating system.

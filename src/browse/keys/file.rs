@@ -90,7 +90,9 @@ fn check_owner(file: &Metadata, name: &str) -> Result<()> {
     let refuse = |fact: String| Err(Error::new(ErrorKind::Denied, fact));
     if file.uid() != own && file.uid() != 0 {
         let uid = file.uid();
-        return refuse(format!("{name}: belongs to uid {uid}, so its keys are not used; make it owned by uid {own}"));
+        return refuse(format!(
+            "{name}: belongs to uid {uid}, so its keys are not used; make it owned by uid {own}"
+        ));
     }
     let mode = file.mode() & 0o777;
     if mode & 0o077 != 0 {

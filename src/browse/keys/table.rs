@@ -131,7 +131,8 @@ impl Entry {
         let refuse = |fact: &str| Error::new(ErrorKind::Usage, fact);
         let pattern = |text: Option<String>| {
             let pattern = text.map(|text| Pattern::new(&text)).transpose();
-            pattern.map_err(|error| refuse(&format!("not a pattern: {} at position {}", error.msg, error.pos)))
+            pattern
+                .map_err(|error| refuse(&format!("not a pattern: {} at position {}", error.msg, error.pos)))
         };
         if self.uuid.is_none() && self.chain.is_none() {
             return Err(refuse("has neither uuid nor chain; uuid = \"*\" is every encrypted volume"));
@@ -154,9 +155,10 @@ impl Entry {
             (None, Some(path), None) => Secret::from(first_line(&read(path)?)),
             (None, None, Some(path)) => {
                 let bytes = read(path)?;
-                Secret::from(range(&bytes, self.key_offset, self.key_size).ok_or_else(|| {
-                    refuse("its key file ends before key_offset and key_size")
-                })?)
+                Secret::from(
+                    range(&bytes, self.key_offset, self.key_size)
+                        .ok_or_else(|| refuse("its key file ends before key_offset and key_size"))?,
+                )
             }
             _ => return Err(refuse("needs one of passphrase, passphrase_file and key_file")),
         };
@@ -250,7 +252,10 @@ mod tests {
             "[[key]]\nuuid = \"*\"\npassphrase = \"hunter2\"\nkey_size = \"1234567\"\n",
         ] {
             let fact = refused(text);
-            assert!(fact.contains("line ") && !fact.contains("hunter2") && !fact.contains("1234567"), "{fact}");
+            assert!(
+                fact.contains("line ") && !fact.contains("hunter2") && !fact.contains("1234567"),
+                "{fact}"
+            );
         }
         for (text, fact) in [
             ("[[key]]\npassphrase = \"a\"\n", "key 1: has neither uuid nor chain"),
@@ -259,7 +264,10 @@ mod tests {
             ("[[key]]\nuuid = \"*\"\npassphrase = \"\"\n", "key 1: is empty"),
             ("[[key]]\nuuid = \"*\"\nkey_file = \"b\"\n", "key 1: the path of its file is not absolute"),
             ("[[key]]\nuuid = \"[\"\npassphrase = \"a\"\n", "key 1: not a pattern"),
-            ("[[key]]\nuuid = \"*\"\npassphrase = \"a\"\nkey_size = 1\n", "key 1: key_offset and key_size are"),
+            (
+                "[[key]]\nuuid = \"*\"\npassphrase = \"a\"\nkey_size = 1\n",
+                "key 1: key_offset and key_size are",
+            ),
         ] {
             assert!(refused(text).starts_with(fact), "{text}: {}", refused(text));
         }
@@ -285,7 +293,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = file(&dir, "key", b"\0\n\xffbytes\n", 0o600);
         let secret = |words: &str| {
-            let text = format!("[[key]]\nuuid = \"*\"\n{words}\n").replace("PATH", &path.display().to_string());
+            let text =
+                format!("[[key]]\nuuid = \"*\"\n{words}\n").replace("PATH", &path.display().to_string());
             table(&text).map(|rules| rules[0].secret.bytes().to_vec())
         };
         assert_eq!(secret("key_file = \"PATH\"").unwrap(), b"\0\n\xffbytes\n");

@@ -498,7 +498,11 @@ mod tests {
         socket.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let worker = std::thread::spawn(move || work(end));
         let request = Request::Attributes(SetTree { set: 1, tree: TreeId::main(0) }, Ino(2));
-        let limits = RequestLimits { spent: Duration::from_secs(1), waited: Duration::from_millis(300), silent: SILENCE };
+        let limits = RequestLimits {
+            spent: Duration::from_secs(1),
+            waited: Duration::from_millis(300),
+            silent: SILENCE,
+        };
         let start = Instant::now();
         let answer = exchange(&mut Channel::new(socket), &request, &All, limits, &|| Duration::ZERO);
         assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());

@@ -36,8 +36,14 @@ mod tests {
 
     #[test]
     fn the_vectors_of_rfc_4648_are_decoded() {
-        let vectors =
-            [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYg==", "foob"), ("Zm9vYmFy", "foobar")];
+        let vectors = [
+            ("", ""),
+            ("Zg==", "f"),
+            ("Zm8=", "fo"),
+            ("Zm9v", "foo"),
+            ("Zm9vYg==", "foob"),
+            ("Zm9vYmFy", "foobar"),
+        ];
         for (text, bytes) in vectors {
             assert_eq!(decode(text).unwrap(), bytes.as_bytes(), "{text}");
         }

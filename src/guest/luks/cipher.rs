@@ -51,7 +51,7 @@ enum InitialVector {
 }
 
 /// A cipher for sectors, with its key.
-pub(crate) struct SectorCipher(Option<(BlockCipher, Mode, InitialVector)>);
+pub(super) struct SectorCipher(Option<(BlockCipher, Mode, InitialVector)>);
 
 impl BlockCipher {
     fn new(name: &str, key: &[u8]) -> Result<Self, String> {
@@ -94,7 +94,7 @@ impl BlockCipher {
 
 impl SectorCipher {
     /// The cipher of this name with a key. An error names what is not supported.
-    pub(crate) fn new(name: &str, key: &[u8]) -> Result<Self, String> {
+    pub(super) fn new(name: &str, key: &[u8]) -> Result<Self, String> {
         let (algorithm, rest) = name.split_once('-').unwrap_or((name, "cbc-plain"));
         if algorithm == "cipher_null" {
             return Ok(Self(None));
@@ -131,7 +131,7 @@ impl SectorCipher {
 
     /// Decrypts one sector in place: `number` counts units of 512 bytes, `sector` has a power of two of bytes
     /// between 512 and 4096.
-    pub(crate) fn decrypt(&self, number: u64, sector: &mut [u8]) {
+    pub(super) fn decrypt(&self, number: u64, sector: &mut [u8]) {
         let Some((cipher, mode, iv)) = &self.0 else { return };
         let iv = iv.of(number);
         let (blocks, _) = Array::slice_as_chunks_mut(sector);
@@ -215,7 +215,8 @@ mod tests {
 
     #[test]
     fn names_that_are_not_supported_are_said() {
-        let refused = |name: &str, len: usize| SectorCipher::new(name, &vec![1; len]).err().unwrap_or_default();
+        let refused =
+            |name: &str, len: usize| SectorCipher::new(name, &vec![1; len]).err().unwrap_or_default();
         for (name, len, fact) in [
             ("aes-xts-plain64", 20, "its cipher is \"aes-xts-plain64\": a key of 80 bits does not fit it"),
             ("camellia-xts-plain64", 64, "the cipher \"camellia\" is not supported"),

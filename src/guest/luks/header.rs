@@ -187,7 +187,10 @@ impl KeyDerivation {
                     && (1..=ARGON2_LANES_LIMIT).contains(&lanes)
                     && rounds > 0;
                 let fact = format!("Argon2 with {rounds} rounds over {memory} KiB in {lanes} lanes");
-                (is_good, format!("{fact} (at most {ARGON2_MEMORY_LIMIT} KiB and {ARGON2_LANES_LIMIT} lanes)"))
+                (
+                    is_good,
+                    format!("{fact} (at most {ARGON2_MEMORY_LIMIT} KiB and {ARGON2_LANES_LIMIT} lanes)"),
+                )
             }
         };
         if cost { Ok(()) } else { Err(format!("a key slot demands {fact}")) }

@@ -9,7 +9,7 @@ use crate::guest::Source;
 use crate::guest::content::{DetectedVolume, VolumeContent};
 use crate::guest::volumes::{Unlock, UnlockOutcome, UnlockedVolume};
 
-use super::device::Decrypted;
+use super::device::{Decrypted, Decryptor};
 use super::header::{Header, HeaderId};
 use super::secret::Secret;
 use super::unlock::{Unlocked, unlock};
@@ -53,13 +53,17 @@ impl KnownKeys<'_> {
             None => return UnlockOutcome::Locked(header.id),
             Some(Unlocked::NoKeyFits) => "no given key fits".to_owned(),
             Some(Unlocked::Problem(fact)) => fact.clone(),
-            Some(Unlocked::Keys(keys)) => match Decrypted::new(header, keys, Arc::clone(source)) {
-                Ok(decrypted) => {
-                    let (name, source) = (volume_name(&header.uuid), Arc::new(decrypted));
-                    return UnlockOutcome::Opened(UnlockedVolume { name, source });
+            Some(Unlocked::Keys(keys)) => {
+                let data = header.data(source.size());
+                match data.and_then(|data| Ok((Decryptor::new(&data, keys)?, data))) {
+                    Ok((decryptor, data)) => {
+                        let source = Arc::new(Decrypted { below: Arc::clone(source), decryptor });
+                        let (name, id) = (volume_name(&header.uuid), header.id);
+                        return UnlockOutcome::Opened(UnlockedVolume { name, source, id, data });
+                    }
+                    Err(fact) => fact,
                 }
-                Err(fact) => fact,
-            },
+            }
         };
         UnlockOutcome::Problem(problem(&fact))
     }

@@ -199,7 +199,8 @@ impl Copy {
             format!("its header is not valid: line {} column {}", error.line(), error.column())
         })?;
         let mandatory = found.config.requirements.iter().flat_map(|all| &all.mandatory);
-        if let Some(unknown) = mandatory.into_iter().find(|name| !KNOWN_REQUIREMENTS.contains(&name.as_str())) {
+        if let Some(unknown) = mandatory.into_iter().find(|name| !KNOWN_REQUIREMENTS.contains(&name.as_str()))
+        {
             return Err(format!("it requires {}, which is not supported", quoted(unknown)));
         }
         // Not of the sequence number and the label: they do not change keys.
@@ -274,12 +275,8 @@ impl JsonSlot {
 
 impl JsonDerivation {
     fn derivation(&self) -> Result<KeyDerivation, String> {
-        let argon2 = |is_id| KeyDerivation::Argon2 {
-            is_id,
-            rounds: self.time,
-            memory: self.memory,
-            lanes: self.cpus,
-        };
+        let argon2 =
+            |is_id| KeyDerivation::Argon2 { is_id, rounds: self.time, memory: self.memory, lanes: self.cpus };
         match self.kind.as_str() {
             "pbkdf2" => {
                 Ok(KeyDerivation::Pbkdf2 { hash: Hash::from_name(&self.hash)?, rounds: self.iterations })
@@ -313,7 +310,9 @@ impl JsonSegment {
                 first: self.iv_tweak.as_deref().map_or(Ok(0), number)?,
                 digest: digest.ok_or("its header has no digest for the key of the data")?,
             }),
-            other => return Err(format!("its data is of the kind {}, which is not supported", quoted(other))),
+            other => {
+                return Err(format!("its data is of the kind {}, which is not supported", quoted(other)));
+            }
         };
         Ok(Segment { offset, len, cipher })
     }

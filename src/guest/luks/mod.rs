@@ -21,6 +21,7 @@ mod secret;
 mod tests;
 mod unlock;
 
+pub use device::{CipherId, DataCipher, DataSegment, Decryptor};
 pub use header::HeaderId;
 pub use known::{Attempt, ContainerKeys, KnownKeys};
 pub(super) use luks2::SECOND_MAGIC;

@@ -30,7 +30,8 @@ fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::new();
     for group in bytes.chunks(3) {
-        let bits = group.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - group.len()));
+        let bits =
+            group.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - group.len()));
         for digit in 0..4 {
             let is_there = digit <= group.len();
             let value = DIGITS[(bits >> (18 - 6 * digit) & 63) as usize];
@@ -45,14 +46,16 @@ fn json(data: &str) -> String {
     let slot = format!(
         "\"0\":{{\"type\":\"luks2\",\"key_size\":64,\"af\":{{\"type\":\"luks1\",\"stripes\":{STRIPES},\
          \"hash\":\"sha256\"}},\"area\":{{\"type\":\"raw\",\"offset\":\"{SLOT_AT}\",\"size\":\"4096\",\
-         \"encryption\":\"cipher_null-ecb\",\"key_size\":32}},\"kdf\":{{\"type\":\"pbkdf2\",\"hash\":\"sha256\",\
+         \"encryption\":\"cipher_null-ecb\",\"key_size\":32}},\"kdf\":{{\"type\":\"pbkdf2\",\
+         \"hash\":\"sha256\",\
          \"iterations\":2,\"salt\":\"{}\"}}}}",
         base64(b"salt")
     );
     format!(
         "{{\"keyslots\":{{{slot}}},\"tokens\":{{}},\"segments\":{{{data}}},\"digests\":{{\"0\":{{\
          \"type\":\"pbkdf2\",\"keyslots\":[\"0\"],\"segments\":[\"0\"],\"hash\":\"sha256\",\"iterations\":3,\
-         \"salt\":\"{}\",\"digest\":\"{}\"}}}},\"config\":{{\"json_size\":\"12288\",\"keyslots_size\":\"4096\"}}}}",
+         \"salt\":\"{}\",\"digest\":\"{}\"}}}},\
+         \"config\":{{\"json_size\":\"12288\",\"keyslots_size\":\"4096\"}}}}",
         base64(b"other salt"),
         base64(&digest)
     )
@@ -130,8 +133,8 @@ fn luks1() -> Vec<u8> {
     bytes
 }
 
-/// The layout of a disk that is such a container, opened with a secret as the daemon does it, and the bytes of
-/// its last volume.
+/// The layout of a disk that is such a container, opened with a secret as the daemon does it, and the bytes
+/// of its last volume.
 fn opened(container: Vec<u8>) -> (VolumeLayout, Vec<u8>) {
     let disks: [Arc<dyn Source>; 1] = [Arc::new(container)];
     let mut keys = ContainerKeys::default();
@@ -238,7 +241,8 @@ fn what_is_not_supported_is_named() {
 #[test]
 fn segments_with_and_without_encryption_follow_each_other() {
     let mut data = String::new();
-    for (number, kind, at, len) in [(10, "linear", 65536 + 1024, "dynamic"), (2, "crypt", 65536 + 512, "512")] {
+    for (number, kind, at, len) in [(10, "linear", 65536 + 1024, "dynamic"), (2, "crypt", 65536 + 512, "512")]
+    {
         let sector = "\"iv_tweak\":\"8\",\"encryption\":\"cipher_null-ecb\",\"sector_size\":512";
         let _ = write!(
             data,
@@ -292,8 +296,12 @@ fn changed_headers_get_an_answer_in_a_bounded_time() {
         } else {
             let mut text = json.clone();
             for _ in 0..=random.below(4) {
-                let digits: Vec<usize> =
-                    text.bytes().enumerate().filter(|(_, byte)| byte.is_ascii_digit()).map(|(at, _)| at).collect();
+                let digits: Vec<usize> = text
+                    .bytes()
+                    .enumerate()
+                    .filter(|(_, byte)| byte.is_ascii_digit())
+                    .map(|(at, _)| at)
+                    .collect();
                 if round % 3 == 1 && !digits.is_empty() {
                     let at = digits[random.below(digits.len())];
                     text.replace_range(at..=at, numbers[random.below(numbers.len())]);
@@ -324,8 +332,11 @@ fn changed_headers_get_an_answer_in_a_bounded_time() {
 #[test]
 fn json_of_any_shape_is_bounded() {
     let deep = "[".repeat(11_000);
-    let many = format!("{{\"keyslots\":{{{}}}}}", (0..1000).map(|n| format!("\"{n}\":1,")).collect::<String>());
-    for text in [deep.as_str(), &many, "", "{}", "null", "\u{0}", "{\"keyslots\":{},\"segments\":{},\"digests\":{}}"] {
+    let many =
+        format!("{{\"keyslots\":{{{}}}}}", (0..1000).map(|n| format!("\"{n}\":1,")).collect::<String>());
+    for text in
+        [deep.as_str(), &many, "", "{}", "null", "\u{0}", "{\"keyslots\":{},\"segments\":{},\"digests\":{}}"]
+    {
         let said = problem(luks2(&copy(0, 5, text), &copy(0x4000, 5, text)));
         assert!(said.contains("its header is not valid"), "{said}");
     }

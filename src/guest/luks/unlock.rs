@@ -50,11 +50,10 @@ pub(crate) fn unlock(header: &Header, source: &dyn Source, secrets: &[Secret]) -
     };
     let needed: Vec<bool> = (0..header.digests.len()).map(is_needed).collect();
     let mut keys: Vec<Option<Secret>> = header.digests.iter().map(|_| None).collect();
-    let is_done = |keys: &[Option<Secret>]| keys.iter().zip(&needed).all(|(key, needed)| key.is_some() || !needed);
-    if header.slots.is_empty() {
-        return Unlocked::Problem("it has no key slot in use".to_owned());
-    }
-    let mut problem = None;
+    let is_done =
+        |keys: &[Option<Secret>]| keys.iter().zip(&needed).all(|(key, needed)| key.is_some() || !needed);
+    let is_empty = header.slots.is_empty();
+    let mut problem = is_empty.then(|| "it has no key slot in use".to_owned());
     for secret in secrets {
         for slot in &header.slots {
             if is_done(&keys) {
@@ -113,7 +112,8 @@ impl KeyDerivation {
         match *self {
             Self::Pbkdf2 { hash, rounds } => Ok(hash.pbkdf2(secret, salt, rounds, len)),
             Self::Argon2 { is_id, rounds, memory, lanes } => {
-                let refuse = |error: argon2::Error| format!("a key slot's Argon2 costs are not valid: {error}");
+                let refuse =
+                    |error: argon2::Error| format!("a key slot's Argon2 costs are not valid: {error}");
                 let params = Params::new(memory, rounds, lanes, Some(len)).map_err(refuse)?;
                 let mut blocks: Vec<Block> = Vec::new();
                 blocks.try_reserve_exact(params.block_count()).map_err(|_| {

@@ -18,11 +18,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::Source;
 use crate::guest::content::VolumeContent;
-use crate::guest::luks::HeaderId;
+use crate::guest::luks::{DataSegment, HeaderId};
 
 pub use crate::guest::partition::Partition;
 pub(crate) use device::{Device, DeviceDisks, DeviceMap};
-pub use map::{DiskPosition, RunPlace, Stripes, VolumeMapping, VolumeRun, VolumeSegment, locate};
+pub use map::{
+    ContainerPosition, DiskPosition, RunPlace, Stripes, VolumeMapping, VolumeRun, VolumeSegment, locate,
+};
 pub use stack::{Unlock, UnlockOutcome, UnlockedVolume, set_members};
 
 /// The content of the guest's disks.
@@ -43,6 +45,19 @@ pub struct VolumeLayout {
     pub missing: Vec<MissingMembers>,
     /// Encrypted volumes whose keys were not given.
     pub locked: Vec<LockedVolume>,
+    /// Encrypted volumes that were opened.
+    pub containers: Vec<OpenContainer>,
+}
+
+/// An encrypted volume that was opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenContainer {
+    /// Its index among the volumes: below those of all volumes in it.
+    pub volume: usize,
+    /// Identifies the container.
+    pub id: HeaderId,
+    /// Its data.
+    pub data: Vec<DataSegment>,
 }
 
 /// An encrypted volume whose key was not given.

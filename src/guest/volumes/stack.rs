@@ -11,15 +11,15 @@ use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::guest::content::{DetectedVolume, VolumeContent, probe};
-use crate::guest::luks::HeaderId;
+use crate::guest::luks::{DataSegment, HeaderId};
 use crate::guest::lvm::{GroupAssembler, PhysicalVolume};
 use crate::guest::md::{self, MdMember};
 use crate::guest::{Source, partition};
 
 use super::device::TOTAL_WEIGHT;
 use super::{
-    Assembly, Device, DeviceDisks, LockedVolume, MissingMembers, SetKind, SetMember, Volume, VolumeLayout, VolumeMapping,
-    VolumeSegment,
+    Assembly, Device, DeviceDisks, LockedVolume, MissingMembers, OpenContainer, SetKind, SetMember, Volume,
+    VolumeLayout, VolumeMapping, VolumeSegment,
 };
 
 /// Remarks that are kept.
@@ -28,6 +28,8 @@ const REMARK_LIMIT: usize = 100;
 const DEVICE_LIMIT: usize = 4096;
 /// Devices on each other: partition, array, physical volume, encrypted volume, and the same again.
 const DEPTH_LIMIT: u32 = 10;
+/// Encrypted volumes that are opened.
+const CONTAINER_LIMIT: usize = 64;
 /// Bytes of a sentence that may quote a guest's texts.
 const PROBLEM_LIMIT: usize = 1000;
 
@@ -55,6 +57,10 @@ pub struct UnlockedVolume {
     pub name: String,
     /// Its decrypted bytes.
     pub source: Arc<dyn Source>,
+    /// Identifies the container.
+    pub id: HeaderId,
+    /// Where its bytes are in the container.
+    pub data: Vec<DataSegment>,
 }
 
 /// A device that is not yet sorted in.
@@ -357,8 +363,15 @@ impl<'a> Stack<'a> {
         let name = &self.layout.volumes[index].name;
         let Some(unlock) = self.unlock else { return };
         match unlock.unlock(name, found, device.source()) {
-            UnlockOutcome::Opened(UnlockedVolume { name, source }) if depth < DEPTH_LIMIT => {
-                let device = Device::computed(source, &self.disks);
+            UnlockOutcome::Opened(_)
+                if depth >= DEPTH_LIMIT || self.layout.containers.len() >= CONTAINER_LIMIT =>
+            {
+                let fact = format!("it is encrypted ({}); there are too many of these", found.content);
+                self.layout.volumes[index].problem = Some(fact);
+            }
+            UnlockOutcome::Opened(UnlockedVolume { name, source, id, data }) => {
+                let device = Device::encrypted(source, self.layout.containers.len() as u32, &self.disks);
+                self.layout.containers.push(OpenContainer { volume: index, id, data });
                 let (name, size) = (self.unique(name, &index.to_string()), device.size());
                 self.layout.volumes[index].problem =
                     Some(format!("it is encrypted ({}); its files are in {name}", found.content));
@@ -368,7 +381,7 @@ impl<'a> Stack<'a> {
             UnlockOutcome::Problem(problem) => {
                 self.layout.volumes[index].problem = Some(readable(&problem));
             }
-            UnlockOutcome::Opened(_) | UnlockOutcome::Unknown => {}
+            UnlockOutcome::Unknown => {}
         }
     }
 }

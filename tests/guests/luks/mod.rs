@@ -1,5 +1,5 @@
-//! LUKS containers that cryptsetup and QEMU make of known bytes: these bytes must be read, and nothing without
-//! the key. The kernel's dm-crypt judges in `volumes/kernel/luks.rs`.
+//! LUKS containers that cryptsetup and QEMU make of known bytes: these bytes must be read, and nothing
+//! without the key. The kernel's dm-crypt judges in `volumes/kernel/luks.rs`.
 
 mod mounts;
 
@@ -134,7 +134,7 @@ fn containers_of_luks1_show_the_bytes_they_were_made_of() {
         "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256",
         "cipher-alg=aes-128,cipher-mode=xts,ivgen-alg=plain,hash-alg=sha1",
         "cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha512",
-        "cipher-alg=aes-192,cipher-mode=cbc,ivgen-alg=plain64,hash-alg=ripemd160",
+        "cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=plain64,hash-alg=ripemd160",
         "cipher-alg=serpent-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha384",
         "cipher-alg=twofish-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256",
         "cipher-alg=twofish-128,cipher-mode=cbc,ivgen-alg=plain,hash-alg=sha224",

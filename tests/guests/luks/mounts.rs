@@ -1,5 +1,5 @@
-//! Encrypted guests through mounts and commands: whole trees, keys that are missing, wrong or changed, and that
-//! no secret is anywhere but where it is needed.
+//! Encrypted guests through mounts and commands: whole trees, keys that are missing, wrong or changed, and
+//! that no secret is anywhere but where it is needed.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -241,7 +241,8 @@ fn secrets_are_in_the_worker_of_their_chain_and_nowhere_else() {
     let mount = Mount::foreground(&store, command, &format!("keys={}", path.display()));
     let files = ["one", "two"].map(|name| mount.path(format!("{name}/files/active")));
     for files in &files {
-        let volume = fs::read_dir(files).expect("a directory").map(|entry| entry.expect("an entry").file_name());
+        let volume =
+            fs::read_dir(files).expect("a directory").map(|entry| entry.expect("an entry").file_name());
         let volume = volume.into_iter().find(|name| name.to_string_lossy().starts_with("luks-"));
         same_trees(&tree, &files.join(volume.expect("an opened volume")));
     }
@@ -295,8 +296,9 @@ fn commands_open_containers_with_a_key_file() {
     let from = format!("{place}/.");
     chainfs(&["cp", "-a", "--key-file", &key, &from, copy.to_str().expect("a plain path")]).succeeds();
     same_trees(&tree, &copy);
-    let (code, said, _) = chainfs(&["diff", "--files", "--key-file", &key, "vm-base.qcow2", "vm.qcow2"]).outcome();
-    assert_eq!((code, said.as_str()), (0, ""));
+    let (code, said, _) =
+        chainfs(&["diff", "--files", "--key-file", &key, "vm-base.qcow2", "vm.qcow2"]).outcome();
+    assert!(code == 0 && said.starts_with("0 added, 0 removed, 0 changed;"), "{code}: {said}");
     let versions = chainfs(&["versions", "--key-file", &key, &hostname]).succeeds();
     assert!(versions.contains("vm-base"), "{versions}");
     // The table serves as well.

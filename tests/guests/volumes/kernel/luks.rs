@@ -85,26 +85,30 @@ fn encrypted_volumes_are_read_as_by_the_kernel() {
     let lv = "L lvcreate -n lv -l 100%FREE vg\n";
     let use_lv = "fill /dev/vg/lv\njudge lv /dev/vg/lv\n";
     let end = "L vgchange -an vg\n";
-    add(
-        "group-inside",
-        format!("crypt c $P0 {plain}\ngroup /dev/mapper/c\n{lv}{use_lv}{end}shut c\n"),
-    );
+    add("group-inside", format!("crypt c $P0 {plain}\ngroup /dev/mapper/c\n{lv}{use_lv}{end}shut c\n"));
     add(
         "on-a-volume",
-        format!("group $P0 $P1\n{lv}crypt c /dev/vg/lv {plain}\nfill /dev/mapper/c\n\
-            judge luks /dev/mapper/c\nshut c\n{end}"),
+        format!(
+            "group $P0 $P1\n{lv}crypt c /dev/vg/lv {plain}\nfill /dev/mapper/c\n\
+            judge luks /dev/mapper/c\nshut c\n{end}"
+        ),
     );
     let five = "try mdadm --create /dev/md9 --run --force --name=five --homehost=guest --level=5 --chunk=16 \
         --raid-devices=3 $P0 $P1 $P2\nmdadm --wait /dev/md9 >/dev/null 2>&1\n";
     add(
         "on-an-array",
-        format!("{five}crypt c /dev/md9 {plain}\ngroup /dev/mapper/c\n{lv}{use_lv}{end}shut c\n\
-            try mdadm --stop /dev/md9\n"),
+        format!(
+            "{five}crypt c /dev/md9 {plain}\ngroup /dev/mapper/c\n{lv}{use_lv}{end}shut c\n\
+            try mdadm --stop /dev/md9\n"
+        ),
     );
     add(
         "in-itself",
-        format!("crypt c $P0 {plain}\ncrypt d /dev/mapper/c {}\nfill /dev/mapper/d\n\
-            judge luks /dev/mapper/d\nshut d\nshut c\n", words(KINDS[2].1)),
+        format!(
+            "crypt c $P0 {plain}\ncrypt d /dev/mapper/c {}\nfill /dev/mapper/d\n\
+            judge luks /dev/mapper/d\nshut d\nshut c\n",
+            words(KINDS[2].1)
+        ),
     );
     let before = format!("{BEFORE}{FUNCTIONS}printf '%s' '{PASSPHRASE}' >/key\n");
     let sizes = [10 * MIB, 10 * MIB, 10 * MIB, MIB, MIB, MIB];
@@ -119,7 +123,8 @@ fn encrypted_volumes_are_read_as_by_the_kernel() {
         let is_it = |name: &str| if volume == "lv" { name == "vg-lv" } else { name.starts_with("luks-") };
         let found = volumes.iter().rev().find(|volume| is_it(&volume.name));
         let found = found.unwrap_or_else(|| panic!("{scenario}: {volumes:?} {:?}", assembly.layout.remarks));
-        let bytes = bytes_of(&assembly, &found.name, &disks).unwrap_or_else(|fact| panic!("{scenario}: {fact}"));
+        let bytes =
+            bytes_of(&assembly, &found.name, &disks).unwrap_or_else(|fact| panic!("{scenario}: {fact}"));
         assert_eq!((bytes.len() as u64, &sum(&bytes)), (*size, expected), "{scenario}");
         println!("{scenario}: as the kernel's");
     };
