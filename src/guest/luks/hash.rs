@@ -49,7 +49,9 @@ impl Hash {
     pub(super) fn of(self, parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
         fn hash<D: Digest>(parts: &[&[u8]]) -> Zeroizing<Vec<u8>> {
             let mut state = D::new();
-            parts.iter().for_each(|part| state.update(part));
+            for part in parts {
+                state.update(part);
+            }
             Zeroizing::new(state.finalize().to_vec())
         }
         match self {
@@ -106,10 +108,6 @@ impl Hash {
 mod tests {
     use super::*;
 
-    fn hex(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
     #[test]
     fn pbkdf2_gives_the_keys_of_other_implementations() {
         // The first is of RFC 6070, the others of OpenSSL.
@@ -122,7 +120,7 @@ mod tests {
             ("ripemd160", "768dcc27b7bfdef794a1ff9d935090fcf598555e"),
         ] {
             let hash = Hash::from_name(name).expect("a hash");
-            assert_eq!(hex(&hash.pbkdf2(b"password", b"salt", 2, 20)), key, "{name}");
+            assert_eq!(crate::guest::bytes::hex(&hash.pbkdf2(b"password", b"salt", 2, 20)), key, "{name}");
             assert_eq!(hash.of(&[b"a"]).len(), hash.len());
         }
     }
@@ -131,7 +129,7 @@ mod tests {
     fn a_split_key_needs_every_stripe() {
         let key: Vec<u8> = (0..70).collect();
         for hash in [Hash::Sha1, Hash::Sha256, Hash::Sha512, Hash::Ripemd160] {
-            let mut split: Vec<u8> = (0..70 * 4).map(|at| (at * 7 % 251) as u8).collect();
+            let mut split: Vec<u8> = (0..70 * 4_u32).map(|at| (at * 7 % 251) as u8).collect();
             // The last stripe is the key, mixed with the others.
             let others = hash.merge(&[&split[..210], &[0; 70]].concat(), 70);
             for (to, (key, other)) in split[210..].iter_mut().zip(key.iter().zip(&*others)) {

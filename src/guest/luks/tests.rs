@@ -165,7 +165,7 @@ fn assert_opens(container: Vec<u8>) {
     let (layout, bytes) = opened(container);
     let names: Vec<&str> = layout.volumes.iter().map(|volume| &*volume.name).collect();
     assert_eq!(names, ["disk", "luks-1234"], "{layout:?}");
-    assert!(bytes.len() == 1 << 16 && bytes.iter().zip(0..).all(|(byte, at)| *byte == (at / 512) as u8));
+    assert!(bytes.len() == 1 << 16 && bytes.iter().zip(0_u32..).all(|(byte, at)| *byte == (at / 512) as u8));
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn segments_with_and_without_encryption_follow_each_other() {
     let json = json(&data).replace("\"segments\":[\"0\"]", "\"segments\":[\"2\"]");
     let (layout, bytes) = opened(luks2(&copy(0, 5, &json), &copy(0x4000, 5, &json)));
     assert_eq!(layout.volumes[1].size, (1 << 16) - 512);
-    assert!(bytes.iter().zip(512..).all(|(byte, at)| *byte == (at / 512) as u8));
+    assert!(bytes.iter().zip(512_u32..).all(|(byte, at)| *byte == (at / 512) as u8));
 }
 
 #[test]
@@ -326,14 +326,14 @@ fn changed_headers_get_an_answer_in_a_bounded_time() {
         let _ = opened(container);
         slowest = slowest.max(started.elapsed());
     }
-    assert!(slowest < Duration::from_secs(60), "{slowest:?}");
+    assert!(slowest < Duration::from_mins(1), "{slowest:?}");
 }
 
 #[test]
 fn json_of_any_shape_is_bounded() {
     let deep = "[".repeat(11_000);
-    let many =
-        format!("{{\"keyslots\":{{{}}}}}", (0..1000).map(|n| format!("\"{n}\":1,")).collect::<String>());
+    let slots: Vec<String> = (0..1000).map(|number| format!("\"{number}\":1")).collect();
+    let many = format!("{{\"keyslots\":{{{}}}}}", slots.join(","));
     for text in
         [deep.as_str(), &many, "", "{}", "null", "\u{0}", "{\"keyslots\":{},\"segments\":{},\"digests\":{}}"]
     {

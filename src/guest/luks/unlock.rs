@@ -125,7 +125,7 @@ impl KeyDerivation {
                 let argon2 = Argon2::new(algorithm, Version::V0x13, params);
                 let derived = argon2.hash_password_into_with_memory(secret, salt, &mut key, &mut blocks);
                 // The blocks that the key was made of.
-                blocks.iter_mut().rev().take(lanes as usize).for_each(|block| block.zeroize());
+                blocks.iter_mut().rev().take(lanes as usize).for_each(Block::zeroize);
                 derived.map_err(refuse)?;
                 Ok(key)
             }

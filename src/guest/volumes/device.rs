@@ -111,13 +111,6 @@ impl Device {
         map.push(source.size(), VolumeMapping::Encrypted(ContainerPosition { container, offset: 0 }));
         map.finish(|| source)
     }
-
-    /// A device whose bytes only a source can produce.
-    pub(crate) fn computed(source: Arc<dyn Source>, disks: &DeviceDisks) -> Self {
-        let mut map = DeviceMap::new(disks);
-        map.computed(source.size());
-        map.finish(|| source)
-    }
 }
 
 /// A leg of a striped device: a device, and where its first chunk begins; `None` if its bytes are computed.

@@ -232,7 +232,7 @@ impl Source for MappedSource {
                 }
                 RunPlace::Zero => piece.fill(0),
                 RunPlace::Encrypted(_) | RunPlace::Computed => {
-                    self.computed.as_ref().ok_or_else(absent)?.read_at(here, piece)?
+                    self.computed.as_ref().ok_or_else(absent)?.read_at(here, piece)?;
                 }
             }
             done += len;
