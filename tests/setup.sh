@@ -10,7 +10,7 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs btrfs btrfstune fio strace e2fsck fstrim cc pkg-config setfattr
     setfacl jq python3 sfdisk sgdisk partx losetup blkid mkfs.vfat mcopy pvcreate mkswap cryptsetup mkntfs mkfs.exfat mkfs.f2fs mkfs.jfs
-    mkfs.nilfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage mdadm dmsetup busybox)
+    mkfs.nilfs2 mkfs.gfs2 mkfs.ocfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage mdadm dmsetup busybox)
 
 # The Debian package of a program.
 package_of() {
@@ -35,6 +35,8 @@ package_of() {
         mkfs.nilfs2) echo nilfs-tools ;;
         mkudffs) echo udftools ;;
         make-bcache) echo bcache-tools ;;
+        mkfs.gfs2) echo gfs2-utils ;;
+        mkfs.ocfs2) echo ocfs2-tools ;;
         mksquashfs) echo squashfs-tools ;;
         mkfs.erofs) echo erofs-utils ;;
         mkfs.cramfs) echo util-linux-extra ;;

@@ -1,4 +1,4 @@
-//! Finds the other disks of a guest's volumes in other chains.
+//! Finds the other disks of a guest's volumes and file systems in other chains.
 //!
 //! Promises: all disks are of the same moment; every reader of the requested disk may read the others as
 //! well; an ambiguous match is never used.
@@ -80,6 +80,7 @@ impl Browser {
                         let what = match group.kind {
                             SetKind::VolumeGroup => "physical volume",
                             SetKind::Array => "member",
+                            SetKind::FileSystem => "device",
                         };
                         let fact = format!("{what} {absent} of {} is on several disks", group.name);
                         let names = names.join(", ");

@@ -106,7 +106,7 @@ impl ComparedBytes for OpenContent<'_> {
         match kind {
             RunKind::Hole => Ok((ByteSource::Zero, len)),
             RunKind::Opaque => Ok((ByteSource::Unknown, len)),
-            RunKind::Stored(place) => {
+            RunKind::Stored(place) | RunKind::Verified(place) => {
                 let (origin, len) = self.tree.contents.origin(self.tree.tree.volume, place, len)?;
                 Ok((ByteSource::of(origin), len))
             }

@@ -321,7 +321,7 @@ impl DiskContents {
                 Ok(())
             }
             RunKind::Stored(offset) => self.read_volume(tree.volume, offset, buf),
-            RunKind::Opaque => self.read_by_worker(tree, ino, at, buf),
+            RunKind::Verified(_) | RunKind::Opaque => self.read_by_worker(tree, ino, at, buf),
         }
     }
 

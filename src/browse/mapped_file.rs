@@ -48,6 +48,7 @@ impl KnownRuns {
         let into = at.checked_sub(start)?;
         let kind = match kind {
             RunKind::Stored(place) => RunKind::Stored(place.checked_add(into)?),
+            RunKind::Verified(place) => RunKind::Verified(place.checked_add(into)?),
             other => other,
         };
         Some(Run::new(kind, end - at))

@@ -123,7 +123,7 @@ Options of -o:
   rescan=SECONDS         interval of scans for a store that cannot be watched
   trash=DAYS             how long removed layers can be restored
   config=FILE            read FILE instead of /etc/chainfs.toml and the user's file
-  nopassthrough noparallelwrites nosharedmapping noacl noseccomp noinotify noreadahead
+  nopassthrough noparallelwrites nosharedmapping noacl noxattr noseccomp noinotify noreadahead
                          do not use a feature of the kernel
 Write a comma within a value as \\, - options that mount(8), fstab and systemd add are accepted.
 

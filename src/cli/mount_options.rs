@@ -76,6 +76,8 @@ pub struct MountOptions {
     pub no_shared_mapping: bool,
     /// `noacl`: guests' access control lists are shown, but not enforced.
     pub no_acl: bool,
+    /// `noxattr`: there are no extended attributes, and the kernel asks for none.
+    pub no_xattr: bool,
     /// `noseccomp`: the file-system workers run without a seccomp filter.
     pub no_seccomp: bool,
     /// `noinotify`: the store is scanned every `rescan` seconds instead of being watched.
@@ -148,6 +150,7 @@ impl MountOptions {
             no_parallel_writes: self.no_parallel_writes || defaults.no_parallel_writes,
             no_shared_mapping: self.no_shared_mapping || defaults.no_shared_mapping,
             no_acl: self.no_acl || defaults.no_acl,
+            no_xattr: self.no_xattr || defaults.no_xattr,
             no_seccomp: self.no_seccomp || defaults.no_seccomp,
             no_inotify: self.no_inotify || defaults.no_inotify,
             no_readahead: self.no_readahead || defaults.no_readahead,
@@ -228,6 +231,7 @@ impl MountOptions {
             "noparallelwrites" => self.no_parallel_writes = true,
             "nosharedmapping" => self.no_shared_mapping = true,
             "noacl" => self.no_acl = true,
+            "noxattr" => self.no_xattr = true,
             "noseccomp" => self.no_seccomp = true,
             "noinotify" => self.no_inotify = true,
             "noreadahead" => self.no_readahead = true,

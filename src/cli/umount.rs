@@ -13,6 +13,7 @@ use super::args::UmountArgs;
 use super::{complain, mount::busy, warn};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount;
+use crate::fs::{METRICS_PATH, PROCESS_METRIC};
 use crate::io::namespaces_with;
 
 /// How long to wait for the daemon to end after unmounting.
@@ -106,10 +107,9 @@ fn held_by(device: (u32, u32)) -> String {
     )
 }
 
-/// The process that serves the mount, if it is alive and reports its pid.
+/// The process that serves the mount, if it is alive.
 fn daemon(directory: &Path) -> Option<OwnedFd> {
-    let mut value = [0; 16];
-    let len = rustix::fs::getxattr(directory, "user.chainfs.pid", &mut value).ok()?;
-    let pid = str::from_utf8(&value[..len]).ok()?.parse().ok()?;
-    pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()
+    let metrics = std::fs::read_to_string(directory.join(METRICS_PATH)).ok()?;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(PROCESS_METRIC)?.strip_prefix(' '))?;
+    pidfd_open(Pid::from_raw(value.parse().ok()?)?, PidfdFlags::empty()).ok()
 }

@@ -27,6 +27,11 @@ const CACHED_LEN: usize = 32 << 20;
 /// Number of cached lists of chains: for the administrator and a few users.
 const LISTS_CACHED: usize = 4;
 
+/// The file with the metrics, beneath the mount point.
+pub const METRICS_PATH: &str = ".chainfs/metrics";
+/// The metric that is the process id of the daemon.
+pub const PROCESS_METRIC: &str = "chainfs_process_id";
+
 /// Counters of a mount since its start.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
@@ -200,6 +205,7 @@ pub(super) fn metrics(
     let mut gauge = |name, help: &str, value: usize| {
         metrics.family(name, MetricKind::Gauge, help).sample(&[], value);
     };
+    gauge(PROCESS_METRIC, "The process that serves the mount.", std::process::id() as usize);
     gauge("chainfs_images", "Images of the store.", catalog.images.len());
     gauge("chainfs_chains", "Chains of the store.", catalog.chains().count());
     gauge("chainfs_problems", "Lines of problems.txt.", catalog.problems.len());

@@ -33,6 +33,7 @@ pub use fuse::Server;
 pub use guest_file::{GuestDirectory, GuestFile};
 pub use guest_numbers::GuestNode;
 pub use handles::Handle;
+pub use info_files::{METRICS_PATH, PROCESS_METRIC};
 pub use node::{ChainDocument, Node, NodeKind, PartitionNode, StoreDocument};
 pub use partition_range::PartitionRange;
 pub use pieces::Pieces;

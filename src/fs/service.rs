@@ -318,6 +318,7 @@ impl<B: Send + Sync + 'static> Service<B> {
     ) {
         let name = name.to_owned();
         self.serve(Operation::ExtendedAttributes, call.inode, reply, move |service, _| {
+            service.need_attributes()?;
             let found = service.tree.extended_attribute(&call.caller, call.inode, &name)?;
             XattrReply::new(found.ok_or(Refusal::NoAttribute)?, room)
         });
@@ -326,8 +327,13 @@ impl<B: Send + Sync + 'static> Service<B> {
     /// listxattr(2). `room`: as for [`Service::extended_attribute`].
     pub fn extended_attributes(self: &Arc<Self>, call: Call, room: u32, reply: impl Responder<XattrReply>) {
         self.serve(Operation::ExtendedAttributes, call.inode, reply, move |service, _| {
+            service.need_attributes()?;
             XattrReply::new(service.tree.listed_attributes(call.inode, call.caller.uid == 0)?, room)
         });
+    }
+
+    fn need_attributes(&self) -> Result<(), Refusal> {
+        if self.features.extended_attributes { Ok(()) } else { Err(Refusal::WithoutAttributes) }
     }
 
     /// opendir(3).

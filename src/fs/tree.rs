@@ -31,7 +31,7 @@ use super::control::{ControlScope, Controls};
 use super::handles::Handles;
 use super::info_files::{Counters, InfoFiles, metrics};
 use super::mounted_volumes::MountedVolumes;
-use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, ROOT, StoreDocument};
+use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, StoreDocument};
 use super::progress::PendingReads;
 
 use directories::Directory;
@@ -396,9 +396,6 @@ impl MountTree {
             return self.guest_attribute(node, name.as_bytes());
         }
         let Some(name) = name.as_bytes().strip_prefix(ATTRIBUTE_PREFIX) else { return Ok(None) };
-        if inode == ROOT && name == b"pid" {
-            return Ok(Some(std::process::id().to_string().into_bytes()));
-        }
         let Node::View(node) = self.node(inode)? else { return Ok(None) };
         let found = self.store.find_view(&node)?;
         self.rights.check_read(&self.rights.viewer(caller), &found.catalog, found.layers(), true)?;

@@ -13,7 +13,7 @@ use super::btrfs::Btrfs;
 use super::content::VolumeContent;
 use super::ext::Ext;
 use super::fat::Fat;
-use super::volumes::{Assembly, Volume};
+use super::volumes::Assembly;
 use super::xfs::Xfs;
 use super::{FileSystem, Source};
 
@@ -35,7 +35,7 @@ pub type OpenTrees = fn(&[Arc<dyn Source>]) -> Result<Vec<Subvolume>>;
 pub enum SourceSet {
     /// The one volume.
     Single,
-    /// All volumes of the same content and UUID, in the order of the layout.
+    /// All volumes and devices of other disks with the same content and UUID: the one volume is the first.
     SameUuid,
 }
 
@@ -96,13 +96,9 @@ pub fn open(readers: &'static [Reader], index: usize, assembly: &Assembly) -> Re
         let problem = content.problem().unwrap_or_else(|| format!("{} has no reader", content.name()));
         return Err(Error::new(ErrorKind::Unsupported, problem));
     };
-    let is_member = |other: &&Volume| other.content == content && other.uuid == volume.uuid;
-    let sources: Vec<Arc<dyn Source>> = match reader.sources {
-        SourceSet::SameUuid if volume.uuid.is_some() => {
-            let members = volumes.iter().enumerate().filter(|(_, member)| is_member(member));
-            members.map(|(member, _)| assembly.source(member)).collect()
-        }
-        SourceSet::SameUuid | SourceSet::Single => vec![assembly.source(index)],
+    let sources = match reader.sources {
+        SourceSet::SameUuid => assembly.file_system_sources(index),
+        SourceSet::Single => vec![assembly.source(index)],
     };
     let trees = (reader.open)(&sources)?;
     if trees.is_empty() {

@@ -39,6 +39,7 @@ pub fn listed(contents: &DiskContents) -> String {
         let (what, members) = match group.kind {
             SetKind::VolumeGroup => ("volume group", "physical volumes"),
             SetKind::Array => ("md array", "members"),
+            SetKind::FileSystem => ("file system on", "devices"),
         };
         let fact =
             format!("{what} {} lacks the {members} {absent}; no disk of this store has them", group.name);

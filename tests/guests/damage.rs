@@ -1,10 +1,11 @@
-//! Many guests with damaged disks in one mount: every request is answered, and the daemon serves all others
-//! as before.
+//! Many guests with damaged disks in one mount, root's and an ordinary user's in turn: every request is
+//! answered, and the daemon serves all others as before.
 
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::os::unix::fs::{DirEntryExt as _, FileExt as _};
+use std::os::unix::fs::{DirEntryExt as _, FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::scramble::{scramble, telling_blocks};
@@ -12,7 +13,9 @@ use support::foreign::amount;
 use support::*;
 
 /// Disks in one mount.
-const BATCH: u64 = 50;
+const BATCH: u64 = 10;
+/// An ordinary user and the group of that user: nobody and nogroup.
+const USER: u32 = 65534;
 /// Maximum memory of the daemon and its workers together, whatever sizes the disks state.
 const MEMORY: u64 = 1 << 30;
 /// Maximum number of entries read of one disk: damage can make them endless.
@@ -128,6 +131,32 @@ impl Walk {
     }
 }
 
+/// Mounts as an ordinary user, who owns the store.
+fn mount_as_user(store: &Store) -> Mount {
+    let dir = store.beside("mnt");
+    for path in [&store.root(), &dir] {
+        tool("chown").args(["-R", "nobody"]).arg(path).succeeds();
+    }
+    let open = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(store.root().parent().expect("a parent"), open).expect("a mode");
+    let mut command = Command::new("timeout");
+    command.args(["--kill-after=2", &hang().as_secs().to_string(), "setpriv"]);
+    command.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--inh-caps=-all"]);
+    command.arg(chainfs_binary());
+    Mount::by(store, command, &store.root(), &dir, "").unwrap_or_else(|refusal| panic!("{refusal:?}"))
+}
+
+/// Works as the ordinary user.
+fn as_user<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let switched = || {
+        let (uid, gid) = (rustix::process::Uid::from_raw(USER), rustix::process::Gid::from_raw(USER));
+        rustix::thread::set_thread_res_gid(gid, gid, gid).expect("another group");
+        rustix::thread::set_thread_res_uid(uid, uid, uid).expect("another user");
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(switched).join().expect("no panic"))
+}
+
 /// Bytes of memory that a process and its children have.
 fn memory_of(daemon: u32) -> u64 {
     let all =
@@ -164,22 +193,31 @@ fn damaged_guests_cause_no_crash_or_hang() {
                 scramble(&mut bytes, &blocks, &mut Rng::new(seed + 99));
                 sparse(&store.path(format!("{name}.raw")), &bytes);
             }
-            let mount = Mount::new(&store);
+            let is_user = batch % 2 == 1;
+            let mount = if is_user { mount_as_user(&store) } else { Mount::new(&store) };
             let daemon = mount.daemon();
-            for name in &disks {
-                let mut walk = Walk::default();
-                walk.directory(&mount.path(format!("{name}/files/active")));
-                walk.timed(|| fs::read(mount.path(format!("{name}/volumes.txt"))));
-                assert!(walk.slowest < hang(), "{kind}, {name}: {walk:?}");
-                errors += walk.errors;
-                slowest = slowest.max(walk.slowest);
+            let walk_all = || {
+                for name in &disks {
+                    let mut walk = Walk::default();
+                    walk.directory(&mount.path(format!("{name}/files/active")));
+                    walk.timed(|| fs::read(mount.path(format!("{name}/volumes.txt"))));
+                    assert!(walk.slowest < hang(), "{kind}, {name}: {walk:?}");
+                    errors += walk.errors;
+                    slowest = slowest.max(walk.slowest);
+                }
+                let memory = memory_of(daemon);
+                assert!(memory < MEMORY, "{kind}: {memory} bytes of memory");
+                most = most.max(memory);
+                let mut sound = Walk::default();
+                sound.directory(&mount.path("sound/files/active"));
+                assert!(sound.errors == 0 && sound.entries > 60, "{kind}: {sound:?}");
+            };
+            if is_user {
+                as_user(walk_all);
+            } else {
+                let mut walk_all = walk_all;
+                walk_all();
             }
-            let memory = memory_of(daemon);
-            assert!(memory < MEMORY, "{kind}: {memory} bytes of memory");
-            most = most.max(memory);
-            let mut sound = Walk::default();
-            sound.directory(&mount.path("sound/files/active"));
-            assert!(sound.errors == 0 && sound.entries > 60, "{kind}: {sound:?}");
             assert_eq!(mount.daemon(), daemon);
             mount.umount();
         }

@@ -443,7 +443,7 @@ fn read_runs(
             RunKind::Stored(offset) => {
                 source.read_at(offset + (from - start), part).expect("it lies on the disk");
             }
-            RunKind::Opaque => {
+            RunKind::Verified(_) | RunKind::Opaque => {
                 assert_eq!(files.read_at(ino, from, part).expect("it can be read"), part.len());
             }
         }

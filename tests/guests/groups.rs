@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::btrfs;
 use crate::volumes::arrays::{Says, left_symmetric};
 use chainfs::guest::Source;
 use chainfs::guest::volumes::layout;
@@ -190,5 +191,42 @@ fn an_array_on_several_chains_is_read_whole_and_degraded() {
     check(&mount, "vm-c/files/active");
     let said = mount.text("vm-c/files/active/volumes.txt");
     assert!(said.contains("is on several disks") && said.contains("a directory of its own"), "{said}");
+    mount.umount();
+}
+
+#[test]
+fn a_btrfs_on_several_chains_is_read_whole_and_without_what_is_absent() {
+    let store = Store::new();
+    let (tree, big) = tree(&store);
+    let disk = btrfs::disk::Disk::format("-d raid0 -m raid1", &[200 * MIB, 200 * MIB]);
+    disk.mounted("rw", |dir| {
+        tool("cp").arg("-a").arg(tree.join(".")).arg(dir).succeeds();
+    });
+    for (disk, name) in disk.images.iter().zip(["vm-a.qcow2", "vm-b.qcow2"]) {
+        image(&store, disk, name);
+    }
+    let mount = Mount::new(&store);
+    assert_eq!(give(&mount.path(".chainfs/control/snapshot"), b"monday chains=vm-a,vm-b\n"), None);
+    for files in
+        ["vm-a/files/active", "vm-b/files/active", "vm-a/files/vm-a-monday", "vm-b/files/vm-b-monday"]
+    {
+        assert_eq!(mount.text(format!("{files}/disk/etc/hostname")), "grouped\n", "{files}");
+        let found = fs::read(mount.path(format!("{files}/disk/big"))).expect("a file");
+        assert!(found == big, "{files}");
+        let said = mount.text(format!("{files}/volumes.txt"));
+        assert!(!said.contains("missing") && !said.contains("lacks"), "{said}");
+    }
+    // Two clones of the other device: neither is used, and what both devices have is shown.
+    image(&store, &disk.images[1], "copy.qcow2");
+    mount.umount();
+    let mount = Mount::new(&store);
+    assert_eq!(mount.text("vm-a/files/active/disk/etc/hostname"), "grouped\n");
+    let failed = fs::read(mount.path("vm-a/files/active/disk/big")).expect_err("a half of it is absent");
+    assert_eq!(failed.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
+    let said = mount.text("vm-a/files/active/volumes.txt");
+    assert!(
+        said.contains("is on several disks") && said.contains("1 of its 2 devices are missing"),
+        "{said}"
+    );
     mount.umount();
 }

@@ -9,6 +9,7 @@ fn without_a_feature_of_the_kernel_every_view_is_the_same() {
         "noparallelwrites",
         "nosharedmapping",
         "noacl",
+        "noxattr",
         "noreadahead",
         "noseccomp",
         "noinotify",
@@ -61,6 +62,24 @@ fn without_kernel_support_only_shared_mappings_are_refused() {
 }
 
 #[test]
+fn without_extended_attributes_the_kernel_answers() {
+    let store = Store::new();
+    store.create("web.qcow2", MIB, "");
+    for (options, errno) in [("", None), ("noxattr", Some(rustix::io::Errno::OPNOTSUPP))] {
+        let mount = Mount::with(&store, options);
+        let mut value = [0; 100];
+        for _ in 0..2 {
+            let got =
+                rustix::fs::getxattr(mount.path("web/active.raw"), "user.chainfs.depth", &mut value[..]);
+            assert_eq!(got.err(), errno, "{options}");
+            let listed = rustix::fs::listxattr(mount.path("web/active.raw"), &mut value[..]);
+            assert_eq!(listed.err(), errno, "{options}");
+        }
+        mount.umount();
+    }
+}
+
+#[test]
 fn without_inotify_changes_are_noticed_by_polling() {
     let store = Store::new();
     store.create("one.qcow2", MIB, "");
@@ -70,5 +89,5 @@ fn without_inotify_changes_are_noticed_by_polling() {
     mount.umount();
 }
 
-const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noreadahead,noseccomp,noinotify,\
+const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noxattr,noreadahead,noseccomp,noinotify,\
                        rescan=1,threads=1,cache=1M";

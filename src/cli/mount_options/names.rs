@@ -15,7 +15,7 @@ pub(in crate::cli) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(in crate::cli) const SETTINGS: [(&str, Takes); 29] = [
+pub(in crate::cli) const SETTINGS: [(&str, Takes); 30] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -41,6 +41,7 @@ pub(in crate::cli) const SETTINGS: [(&str, Takes); 29] = [
     ("noparallelwrites", Takes::Nothing),
     ("nosharedmapping", Takes::Nothing),
     ("noacl", Takes::Nothing),
+    ("noxattr", Takes::Nothing),
     ("noseccomp", Takes::Nothing),
     ("noinotify", Takes::Nothing),
     ("noreadahead", Takes::Nothing),

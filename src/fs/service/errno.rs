@@ -37,6 +37,8 @@ pub(super) enum Refusal {
     FixedNames,
     /// The node has no extended attribute of that name.
     NoAttribute,
+    /// The mount has no extended attributes. The kernel does not ask again.
+    WithoutAttributes,
     /// The client's buffer is shorter than the extended attribute.
     ShortBuffer,
     /// lseek(2) found neither data nor a hole there.
@@ -56,6 +58,7 @@ impl Refusal {
         match self {
             Refusal::FixedNames => Errno::PERM,
             Refusal::NoAttribute => Errno::NODATA,
+            Refusal::WithoutAttributes => Errno::NOSYS,
             Refusal::ShortBuffer => Errno::RANGE,
             Refusal::NothingThere => Errno::NXIO,
             Refusal::UnknownSeek | Refusal::CommandFromMapping => Errno::INVAL,

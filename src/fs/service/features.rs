@@ -19,6 +19,9 @@ pub struct Features {
     pub shared_mapping: bool,
     /// Access control lists of guests' files, enforced by the kernel like modes.
     pub access_lists: bool,
+    /// Extended attributes. The kernel does not cache that a file has none: programs that ask for them, like
+    /// ls(1), cost a request for each file.
+    pub extended_attributes: bool,
     /// Worker threads.
     pub threads: usize,
 }

@@ -7,11 +7,14 @@ use crate::error::Result;
 use crate::guest::bytes::{array, le16, le64};
 
 use super::format::{KEY_LEN, Key, corrupt, kind, limit, object, unsupported};
+use super::superblock::DeviceId;
 
 const HEADER_LEN: usize = 48;
 const STRIPE_LEN: usize = 32;
 /// The only stripe length that btrfs has ever used.
 pub(super) const STRIPE: u64 = 64 << 10;
+/// Stripes of a row with parity at most, the kernel's limit of RAID 6.
+const MAX_PARITY_STRIPES: u64 = 255;
 /// Chunks of a file system at most. The usual ones are of a GiB.
 const MAX_CHUNKS: usize = 1 << 20;
 
@@ -81,8 +84,20 @@ pub(super) struct Located {
     pub(super) len: u64,
     /// Each of them holds all bytes.
     pub(super) copies: Vec<Place>,
-    /// The exclusive or of all of these is the same bytes once more; empty: there is no parity.
-    pub(super) parity: Vec<Place>,
+    /// The row with parity that the only copy belongs to.
+    pub(super) row: Option<PlacesOfRow>,
+}
+
+/// A row of stripes with parity.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PlacesOfRow {
+    /// The data, in order.
+    pub(super) data: Vec<Place>,
+    /// Which of them was asked for.
+    pub(super) column: usize,
+    pub(super) first: Place,
+    /// RAID6's second parity: data have the powers of the generator with their own numbers there.
+    pub(super) second: Option<Place>,
 }
 
 impl Chunk {
@@ -114,7 +129,7 @@ impl Chunk {
         let fits = match layout {
             Layout::Copies => profile != 0 || count == 1,
             Layout::Striped { copies } => copies > 0 && (count as u64).is_multiple_of(copies),
-            Layout::Parity { parities } => count as u64 > parities,
+            Layout::Parity { parities } => (parities + 1..=MAX_PARITY_STRIPES).contains(&(count as u64)),
         };
         if !fits {
             return Err(wrong("has an impossible number of stripes"));
@@ -144,7 +159,7 @@ impl Chunk {
             Layout::Copies => {
                 let copies = self.stripes.iter().enumerate();
                 let copies = copies.map(|(stripe, found)| Place { stripe, at: found.offset + offset });
-                Located { len: self.len - offset, copies: copies.collect(), parity: Vec::new() }
+                Located { len: self.len - offset, copies: copies.collect(), row: None }
             }
             Layout::Striped { copies } => {
                 let columns = count / copies;
@@ -152,18 +167,20 @@ impl Chunk {
                 let len = if columns == 1 { self.len - offset } else { len };
                 let first = number % columns * copies;
                 let places = (first..first + copies).map(|stripe| place(stripe, number / columns));
-                Located { len, copies: places.collect(), parity: Vec::new() }
+                Located { len, copies: places.collect(), row: None }
             }
             Layout::Parity { parities } => {
                 let data = count - parities;
                 let (row, column) = (number / data, number % data);
-                // Each row begins one stripe further. All its data and the first parity, in turn.
-                let others = (0..=data).filter(|other| *other != column);
-                Located {
-                    len,
-                    copies: vec![place((row + column) % count, row)],
-                    parity: others.map(|other| place((row + other) % count, row)).collect(),
-                }
+                // Each row begins one stripe further: its data, then the parity.
+                let stripe = |of_row: u64| place((row + of_row) % count, row);
+                let places = PlacesOfRow {
+                    data: (0..data).map(stripe).collect(),
+                    column: column as usize,
+                    first: stripe(data),
+                    second: (parities == 2).then(|| stripe(data + 1)),
+                };
+                Located { len, copies: vec![stripe(column)], row: Some(places) }
             }
         }
     }
@@ -229,6 +246,11 @@ impl Chunks {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Chunk> {
         self.0.iter()
     }
+
+    /// The devices that they are on.
+    pub(super) fn devices(&self) -> impl Iterator<Item = DeviceId> {
+        self.0.iter().flat_map(|chunk| &chunk.stripes).map(|stripe| (stripe.device, stripe.uuid))
+    }
 }
 
 #[cfg(test)]
@@ -270,11 +292,14 @@ mod tests {
         assert_eq!(copies.locate(1 << 20).copies.len(), 3);
         let five = chunk(profile::DATA | profile::RAID5, 1, 3).unwrap();
         assert_eq!([0, 1, 2, 3, 4].map(|n| places(&five, n * STRIPE).0[0]), [0, 1, 1, 2, 2]);
-        assert_eq!(five.locate((1 << 20) + 2 * STRIPE).parity.len(), 2);
+        let row = five.locate((1 << 20) + 2 * STRIPE).row.expect("it has parity");
+        assert_eq!((row.data.len(), row.first.stripe, row.second), (2, 0, None));
         let six = chunk(profile::DATA | profile::RAID6, 1, 4).unwrap();
         assert_eq!([0, 1, 2, 3].map(|n| places(&six, n * STRIPE).0[0]), [0, 1, 1, 2]);
-        let parity = six.locate((1 << 20) + STRIPE).parity;
-        assert_eq!(parity.iter().map(|place| place.stripe).collect::<Vec<_>>(), [0, 2]);
+        let row = six.locate((1 << 20) + STRIPE).row.expect("it has parity");
+        let of_places = |places: &[Place]| places.iter().map(|place| place.stripe).collect::<Vec<_>>();
+        assert_eq!((of_places(&row.data), row.column), (vec![0, 1], 1));
+        assert_eq!((row.first.stripe, row.second.map(|place| place.stripe)), (2, Some(3)));
     }
 
     #[test]

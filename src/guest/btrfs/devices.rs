@@ -6,21 +6,27 @@
 use std::sync::Arc;
 
 use crate::error::Result;
+use crate::guest::raid::{ReadPart, RowParts};
 use crate::guest::source::Source;
 
-use super::chunks::{Chunk, Chunks, Located, Place};
+use super::chunks::{Chunk, Chunks, Located, Place, PlacesOfRow};
 use super::format::{corrupt, is_fact};
-use super::superblock::{self, Superblock};
+use super::superblock::{self, DeviceId, Superblock};
 
 /// The devices of a file system at most. Its device numbers are not reused, but it can lose devices.
-const MAX_DEVICES: usize = 4096;
+pub(super) const MAX_DEVICES: usize = 4096;
 
 /// A device that is there.
 pub(super) struct Device {
     pub(super) id: u64,
     uuid: [u8; 16],
-    generation: u64,
     source: Arc<dyn Source>,
+}
+
+impl Device {
+    pub(super) fn identity(&self) -> DeviceId {
+        (self.id, self.uuid)
+    }
 }
 
 /// The devices that are there, by their numbers.
@@ -29,11 +35,14 @@ pub(super) struct Devices(Vec<Device>);
 impl Devices {
     /// The devices among `sources`, and the newest superblock with the number of its copy. A source without a
     /// superblock is left out if there is another one.
+    ///
+    /// Of clones of a device, one is used: the first source if it is one of them, else one of the first
+    /// source's generation, else the newest.
     pub(super) fn open(sources: &[Arc<dyn Source>]) -> Result<(Self, Superblock, usize)> {
-        let mut newest: Option<(Superblock, usize)> = None;
-        let (mut devices, mut failed): (Vec<Device>, _) = (Vec::new(), None);
-        for source in sources.iter().take(MAX_DEVICES) {
-            let (found, copy) = match superblock::find(&**source) {
+        let mut found: Vec<(Device, Superblock, usize)> = Vec::new();
+        let (mut failed, mut main) = (None, None);
+        for (number, source) in sources.iter().take(MAX_DEVICES).enumerate() {
+            let (superblock, copy) = match superblock::find(&**source) {
                 Ok(found) => found,
                 Err(error) if is_fact(&error) => {
                     failed = Some(error);
@@ -41,29 +50,28 @@ impl Devices {
                 }
                 Err(error) => return Err(error),
             };
-            let device = Device {
-                id: found.device.id,
-                uuid: found.device.uuid,
-                generation: found.generation,
-                source: Arc::clone(source),
-            };
-            // Of two clones of a device, the newer one, or the first.
-            match devices.iter_mut().find(|other| other.id == device.id) {
-                Some(other) if other.generation < device.generation => *other = device,
-                Some(_) => {}
-                None => devices.push(device),
+            let item = superblock.device;
+            let device = Device { id: item.id, uuid: item.uuid, source: Arc::clone(source) };
+            let generation = superblock.generation;
+            if number == 0 {
+                main = Some(generation);
             }
-            // A copy does not name the log.
-            let rank = |found: &Superblock, copy: usize| (found.generation, copy == 0);
-            if newest.as_ref().is_none_or(|(other, other_copy)| rank(other, *other_copy) < rank(&found, copy))
-            {
-                newest = Some((found, copy));
+            let rank = |generation: u64| (Some(generation) == main, generation);
+            match found.iter_mut().position(|(other, ..)| other.id == device.id) {
+                Some(0) if main.is_some() => {}
+                Some(at) if rank(found[at].1.generation) < rank(generation) => {
+                    found[at] = (device, superblock, copy);
+                }
+                Some(_) => {}
+                None => found.push((device, superblock, copy)),
             }
         }
-        let Some((superblock, copy)) = newest else {
+        // A copy does not name the log. Of equal superblocks, the first source's.
+        let newest = found.iter().rev().max_by_key(|(_, found, copy)| (found.generation, *copy == 0));
+        let Some((superblock, copy)) = newest.map(|(_, found, copy)| (found.clone(), *copy)) else {
             return Err(failed.unwrap_or_else(|| corrupt("there is no btrfs superblock")));
         };
-        Ok((Self(devices), superblock, copy))
+        Ok((Self(found.into_iter().map(|(device, ..)| device).collect()), superblock, copy))
     }
 
     fn of(&self, chunk: &Chunk, place: Place) -> Result<&Device> {
@@ -102,33 +110,49 @@ impl Volume {
         Ok(Piece { chunk, located, len })
     }
 
-    /// The offset of a piece in the only source, if it has only one copy.
-    pub(super) fn offset(&self, piece: &Piece<'_>) -> Option<u64> {
-        let [place] = piece.located.copies[..] else { return None };
-        let device = self.devices.of(piece.chunk, place).ok()?;
+    /// The offset of a piece in the only source, and whether that is its only copy. `None` if there are several
+    /// sources.
+    pub(super) fn place(&self, piece: &Piece<'_>) -> Option<(u64, bool)> {
+        let [place, rest @ ..] = &piece.located.copies[..] else { return None };
+        let device = self.devices.of(piece.chunk, *place).ok()?;
         let fits = place.at.checked_add(piece.len).is_some_and(|end| end <= device.source.size());
-        (self.is_alone && fits && piece.located.parity.is_empty()).then_some(place.at)
+        (self.is_alone && fits).then_some((place.at, rest.is_empty() && piece.located.row.is_none()))
     }
 
     /// In how many ways a piece can be read.
     pub(super) fn ways(piece: &Piece<'_>) -> usize {
-        piece.located.copies.len() + usize::from(!piece.located.parity.is_empty())
+        let computed = match &piece.located.row {
+            None => 0,
+            Some(PlacesOfRow { second: None, .. }) => 1,
+            // By either parity, and by both without one of the other data.
+            Some(row) => 1 + row.data.len(),
+        };
+        piece.located.copies.len() + computed
     }
 
     /// Reads bytes of a piece, from `skip` on, in one of its ways.
     pub(super) fn read(&self, piece: &Piece<'_>, way: usize, skip: u64, buf: &mut [u8]) -> Result<()> {
-        let from = |place: Place, buf: &mut [u8]| {
-            self.devices.of(piece.chunk, place)?.source.read_at(place.at + skip, buf)
-        };
         if let Some(place) = piece.located.copies.get(way) {
-            return from(*place, buf);
+            return self.devices.of(piece.chunk, *place)?.source.read_at(place.at + skip, buf);
         }
-        buf.fill(0);
-        let mut other = vec![0; buf.len()];
-        for place in &piece.located.parity {
-            from(*place, &mut other)?;
-            buf.iter_mut().zip(&other).for_each(|(byte, other)| *byte ^= other);
-        }
-        Ok(())
+        let (Some(row), way) = (&piece.located.row, way - piece.located.copies.len()) else {
+            return Err(corrupt("there is no such copy"));
+        };
+        let part = |place: Place| -> Option<ReadPart<'_>> {
+            let device = self.devices.of(piece.chunk, place).ok()?;
+            Some(Box::new(move |buf| device.source.read_at(place.at + skip, buf)))
+        };
+        let others = (0..row.data.len()).filter(|other| *other != row.column);
+        let left_out = way.checked_sub(2).and_then(|number| others.clone().nth(number));
+        let data = row.data.iter().enumerate().map(|(number, place)| {
+            (number != row.column && Some(number) != left_out).then(|| part(*place)).flatten()
+        });
+        let parts = RowParts {
+            data: data.collect(),
+            first: if way == 1 { None } else { part(row.first) },
+            second: row.second.and_then(part),
+            powers: (0..row.data.len()).collect(),
+        };
+        parts.reconstruct(row.column, buf)
     }
 }

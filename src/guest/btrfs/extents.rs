@@ -164,8 +164,14 @@ impl Shared {
                     // What cannot be located is an error of whoever reads it.
                     let piece = self.nodes.volume.piece(at, left).ok();
                     let now = piece.as_ref().map_or(left, |piece| piece.len);
-                    let offset = piece.and_then(|piece| self.nodes.volume.offset(&piece));
-                    if !runs.push(now, offset.map_or(RunKind::Opaque, RunKind::Stored)) {
+                    let kind = match piece.and_then(|piece| self.nodes.volume.place(&piece)) {
+                        Some((offset, true)) if !self.sums.has_some(&self.nodes, at, now) => {
+                            RunKind::Stored(offset)
+                        }
+                        Some((offset, _)) => RunKind::Verified(offset),
+                        None => RunKind::Opaque,
+                    };
+                    if !runs.push(now, kind) {
                         return false;
                     }
                     (at, left) = (at.saturating_add(now), left - now);
@@ -251,7 +257,8 @@ impl Runs {
         if let Some(last) = self.runs.last_mut() {
             let is_adjacent = match (last.kind, kind) {
                 (RunKind::Hole, RunKind::Hole) | (RunKind::Opaque, RunKind::Opaque) => true,
-                (RunKind::Stored(start), RunKind::Stored(next)) => start + last.len == next,
+                (RunKind::Stored(start), RunKind::Stored(next))
+                | (RunKind::Verified(start), RunKind::Verified(next)) => start + last.len == next,
                 _ => false,
             };
             if is_adjacent {

@@ -43,6 +43,7 @@ use parking_lot::Mutex;
 use crate::cache::Cache;
 use crate::error::{Error, Result};
 
+use super::bytes::uuid;
 use super::filesystem::{
     DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, Statistics,
 };
@@ -81,6 +82,15 @@ struct Shared {
     stale: Vec<String>,
 }
 
+/// A device of a btrfs file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BtrfsDevice {
+    /// The UUID of the file system, as users know it.
+    pub fsid: String,
+    /// The UUID of the device.
+    pub id: String,
+}
+
 /// A subvolume of a btrfs file system, with the subvolumes in it.
 pub struct Btrfs {
     shared: Arc<Shared>,
@@ -94,6 +104,17 @@ impl Btrfs {
     /// cannot be replayed is no error: [`FileSystem::stale`] says that the shown state is old.
     pub fn open(sources: &[Arc<dyn Source>]) -> Result<Vec<Subvolume>> {
         open::open(sources)
+    }
+
+    /// The device of a file system that is on this source, if there is one.
+    pub fn device(source: &dyn Source) -> Option<BtrfsDevice> {
+        let (superblock, _) = superblock::find(source).ok()?;
+        Some(BtrfsDevice { fsid: uuid(superblock.fsid)?, id: uuid(superblock.device.uuid)? })
+    }
+
+    /// The identities of devices that are not among `sources`, as far as those name them.
+    pub fn absent_devices(sources: &[Arc<dyn Source>]) -> Result<Vec<String>> {
+        Ok(open::absent(sources)?.into_iter().filter_map(|(_, id)| uuid(id)).collect())
     }
 }
 

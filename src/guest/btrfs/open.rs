@@ -1,5 +1,6 @@
 //! Opening: finds the devices, the chunks, the roots of all trees, and replays the logs.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -10,13 +11,13 @@ use crate::guest::readers::Subvolume;
 use crate::guest::source::Source;
 
 use super::chunks::{Chunk, Chunks};
-use super::devices::{Devices, Volume};
+use super::devices::{Device, Devices, MAX_DEVICES, Volume};
 use super::format::{Key, corrupt, is_fact, kind, object};
 use super::nodes::Nodes;
 use super::number::MAX_SUBVOLUMES;
 use super::statistics::DeviceSpace;
 use super::sums::Sums;
-use super::superblock::{DeviceItem, Superblock};
+use super::superblock::{DeviceId, DeviceItem, Superblock};
 use super::tree::Tree;
 use super::{Btrfs, REMARK_LIMIT, Shared, log, subvolumes};
 
@@ -71,7 +72,7 @@ fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
     let chunks = Chunks::of_array(&superblock.chunk_array)?;
     let is_alone = sources.len() == 1;
     let mut nodes = Nodes::new(Volume { devices, chunks, is_alone }, &superblock);
-    let spaces = read_chunks(&mut nodes, &superblock, &mut remarks)?;
+    let items = read_chunks(&mut nodes, &superblock, &mut remarks)?;
     let missing = superblock.device_count.saturating_sub(nodes.volume.devices.iter().count() as u64);
     if missing > 0 {
         remarks.push(format!(
@@ -102,7 +103,7 @@ fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
         roots,
         sums,
         subvolumes,
-        devices: spaces,
+        devices: items.iter().map(DeviceSpace::new).collect(),
         extents: Cache::new(EXTENT_CACHE_LEN),
         statistics: OnceLock::new(),
         remarks: Mutex::new(Vec::new()),
@@ -121,15 +122,32 @@ fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
     Ok(shared)
 }
 
-/// Reads the chunk tree: all chunks, and the devices' space. A chunk that is not understood costs what it
-/// holds.
+/// The identities of devices that are not among `sources`, as far as the others name them.
+pub(super) fn absent(sources: &[Arc<dyn Source>]) -> Result<Vec<DeviceId>> {
+    let (devices, superblock, _) = Devices::open(sources)?;
+    let present: BTreeSet<DeviceId> = devices.iter().map(Device::identity).collect();
+    if present.len() as u64 >= superblock.device_count {
+        return Ok(Vec::new());
+    }
+    let chunks = Chunks::of_array(&superblock.chunk_array)?;
+    let mut named: BTreeSet<DeviceId> = chunks.devices().collect();
+    let mut nodes = Nodes::new(Volume { devices, chunks, is_alone: false }, &superblock);
+    // The chunk tree can be on a device that is absent: the superblock names it.
+    if let Ok(items) = read_chunks(&mut nodes, &superblock, &mut Vec::new()) {
+        named.extend(items.iter().map(DeviceItem::identity));
+        named.extend(nodes.volume.chunks.devices());
+    }
+    Ok(named.difference(&present).take(MAX_DEVICES).copied().collect())
+}
+
+/// Reads the chunk tree: all chunks, and the devices. A chunk that is not understood costs what it holds.
 fn read_chunks(
     nodes: &mut Nodes,
     superblock: &Superblock,
     remarks: &mut Vec<String>,
-) -> Result<Vec<DeviceSpace>> {
+) -> Result<Vec<DeviceItem>> {
     let tree = Tree::new(superblock.chunk_root);
-    let (mut chunks, mut spaces) = (Chunks::default(), Vec::new());
+    let (mut chunks, mut devices) = (Chunks::default(), Vec::new());
     for item in tree.items(nodes, Key::FIRST) {
         let item = item?;
         match (item.key.object, item.key.kind) {
@@ -140,12 +158,12 @@ fn read_chunks(
                     Ok(()) | Err(_) => {}
                 }
             }
-            (object::DEVICES, kind::DEVICE) if spaces.len() < 4096 => {
-                spaces.push(DeviceSpace::new(&DeviceItem::parse(item.data())));
+            (object::DEVICES, kind::DEVICE) if devices.len() < MAX_DEVICES => {
+                devices.push(DeviceItem::parse(item.data()));
             }
             _ => {}
         }
     }
     nodes.volume.chunks = chunks;
-    Ok(spaces)
+    Ok(devices)
 }

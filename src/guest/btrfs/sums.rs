@@ -68,6 +68,24 @@ impl Sums {
         Ok(sums)
     }
 
+    /// Whether there may be a checksum of one of `len` bytes from `at` on.
+    pub(super) fn has_some(&self, nodes: &Nodes, at: u64, len: u64) -> bool {
+        let last = at.saturating_add(len.saturating_sub(1));
+        let reaches = |start: u64, item: &[u8]| {
+            let sectors = (item.len() / self.sum_len) as u64;
+            start.saturating_add(sectors.saturating_mul(self.sector_len)) > at
+        };
+        let logged = self.logged.range(..=last).next_back();
+        if logged.is_some_and(|(start, item)| reaches(*start, item)) {
+            return true;
+        }
+        match self.item(nodes, last) {
+            Ok(found) => found.is_some_and(|item| reaches(item.key.offset, item.data())),
+            // Whoever reads them gets the error.
+            Err(_) => true,
+        }
+    }
+
     /// The checksum of the sector at `at` in an item whose first sector is at `start`.
     fn within<'a>(&self, start: u64, item: &'a [u8], at: u64) -> Option<&'a [u8]> {
         let index = usize::try_from(at.checked_sub(start)? / self.sector_len).ok()?;

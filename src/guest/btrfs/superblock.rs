@@ -51,8 +51,15 @@ pub(super) struct DeviceItem {
     pub(super) uuid: [u8; 16],
 }
 
+/// The number and the UUID of a device.
+pub(super) type DeviceId = (u64, [u8; 16]);
+
 impl DeviceItem {
     pub(super) const LEN: usize = 98;
+
+    pub(super) fn identity(&self) -> DeviceId {
+        (self.id, self.uuid)
+    }
 
     pub(super) fn parse(item: &[u8]) -> Self {
         Self {
@@ -67,6 +74,8 @@ impl DeviceItem {
 /// A superblock.
 #[derive(Clone, Debug)]
 pub(super) struct Superblock {
+    /// The identity of the file system.
+    pub(super) fsid: [u8; 16],
     /// The identity in its nodes: not that of the file system if this was changed.
     pub(super) node_fsid: [u8; 16],
     pub(super) generation: u64,
@@ -125,6 +134,7 @@ impl Superblock {
         let log_root =
             NodePointer { at: le64(raw, 0x60), level: raw[0xc8], generation: generation.saturating_add(1) };
         Ok(Self {
+            fsid: array(raw, 0x20),
             node_fsid: array(raw, if has_metadata_uuid { 0x23b } else { 0x20 }),
             generation,
             root: NodePointer { at: le64(raw, 0x50), level: raw[0xc6], generation },

@@ -1,11 +1,7 @@
 //! File systems and swap space of Linux.
 
 use super::{ContentProbe, DetectedVolume, VolumeContent};
-use crate::guest::bytes::{array, crc32, le16, le32, le64, slice, text, utf16, uuid};
-
-/// The uberblocks of the first of a pool's four labels.
-pub(super) const ZFS_UBERBLOCKS: u64 = 128 << 10;
-pub(super) const ZFS_UBERBLOCKS_LEN: usize = 128 << 10;
+use crate::guest::bytes::{array, crc32, le16, le32, slice, text, utf16, uuid};
 
 pub(super) fn ext(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     let block = slice(&probe.head, 1024, 1024);
@@ -96,17 +92,6 @@ pub(super) fn nilfs2(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
     (sum == le32(block, 16)).then(|| {
         DetectedVolume::new(VolumeContent::Nilfs2, text(slice(block, 168, 80)), uuid(array(block, 152)))
     })
-}
-
-/// A member of a ZFS pool. As in blkid(8), four uberblocks of either byte order are required.
-pub(super) fn zfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
-    let ring = probe.read(ZFS_UBERBLOCKS, ZFS_UBERBLOCKS_LEN)?;
-    let is_uberblock = |block: &&[u8]| {
-        let magic = le64(block, 0);
-        magic == 0x00ba_b10c || magic.swap_bytes() == 0x00ba_b10c
-    };
-    (ring.chunks_exact(1024).filter(is_uberblock).count() >= 4)
-        .then(|| DetectedVolume::new(VolumeContent::Zfs, None, None))
 }
 
 pub(super) fn squashfs(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {

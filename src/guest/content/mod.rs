@@ -7,6 +7,7 @@
 mod containers;
 mod foreign;
 mod linux;
+mod members;
 
 use std::fmt;
 
@@ -59,6 +60,15 @@ pub enum VolumeContent {
     BitLocker,
     Bcache,
     Vdo,
+    Ceph,
+    Stratis,
+    Drbd,
+    IntelRaid,
+    DdfRaid,
+    Integrity,
+    Verity,
+    Gfs2,
+    Ocfs2,
 }
 
 impl VolumeContent {
@@ -99,6 +109,15 @@ impl VolumeContent {
             Self::BitLocker => "BitLocker",
             Self::Bcache => "bcache",
             Self::Vdo => "vdo",
+            Self::Ceph => "ceph_bluestore",
+            Self::Stratis => "stratis",
+            Self::Drbd => "drbd",
+            Self::IntelRaid => "isw_raid_member",
+            Self::DdfRaid => "ddf_raid_member",
+            Self::Integrity => "DM_integrity",
+            Self::Verity => "DM_verity_hash",
+            Self::Gfs2 => "gfs2",
+            Self::Ocfs2 => "ocfs2",
         }
     }
 
@@ -118,7 +137,16 @@ impl VolumeContent {
             }
             Self::Luks1 | Self::Luks2 | Self::BitLocker => format!("it is encrypted ({self})"),
             Self::MdRaid => "it is a member of an md array; its files are in the array".to_owned(),
-            Self::Bcache | Self::Vdo | Self::Zfs => {
+            Self::Verity => "it holds checksums of another device, without files".to_owned(),
+            Self::Bcache
+            | Self::Vdo
+            | Self::Zfs
+            | Self::Ceph
+            | Self::Stratis
+            | Self::Drbd
+            | Self::IntelRaid
+            | Self::DdfRaid
+            | Self::Integrity => {
                 format!("it is a member of a larger device ({self}), which is not assembled")
             }
             Self::Ext2
@@ -142,6 +170,8 @@ impl VolumeContent {
             | Self::Cramfs
             | Self::Iso9660
             | Self::Udf
+            | Self::Gfs2
+            | Self::Ocfs2
             | Self::Hfs
             | Self::HfsPlus
             | Self::Apfs => format!("there is no reader for {self} yet"),
@@ -184,6 +214,13 @@ pub fn probe(source: &dyn Source) -> DetectedVolume {
         containers::bitlocker,
         containers::bcache,
         containers::vdo,
+        members::intel_raid,
+        members::ddf_raid,
+        members::ceph,
+        members::stratis,
+        members::drbd,
+        members::integrity,
+        members::verity,
         foreign::fat,
         linux::swap,
         linux::xfs,
@@ -192,7 +229,7 @@ pub fn probe(source: &dyn Source) -> DetectedVolume {
         linux::jfs,
         foreign::udf,
         foreign::iso9660,
-        linux::zfs,
+        members::zfs,
         foreign::hfs,
         foreign::ntfs,
         foreign::refs,
@@ -203,6 +240,8 @@ pub fn probe(source: &dyn Source) -> DetectedVolume {
         foreign::exfat,
         linux::f2fs,
         linux::bcachefs,
+        members::gfs2,
+        members::ocfs2,
         foreign::apfs,
         linux::erofs,
         containers::luks_second,
@@ -254,7 +293,7 @@ impl<'a> ContentProbe<'a> {
     fn is_zero(&self) -> bool {
         let tail_at = self.source.size().saturating_sub(1 << 16);
         let tail = self.read(tail_at, (self.source.size() - tail_at) as usize);
-        let further = self.read(linux::ZFS_UBERBLOCKS, linux::ZFS_UBERBLOCKS_LEN).unwrap_or_default();
+        let further = self.read(members::ZFS_UBERBLOCKS, members::ZFS_UBERBLOCKS_LEN).unwrap_or_default();
         [&self.head, &further, &tail.unwrap_or_default()]
             .iter()
             .all(|bytes| bytes.iter().all(|byte| *byte == 0))

@@ -343,7 +343,7 @@ impl FileSystem for Fat {
                 let part = &mut buf[done..done + len as usize];
                 match kind {
                     RunKind::Stored(from) => self.source.read_at(from, part)?,
-                    RunKind::Hole | RunKind::Opaque => part.fill(0),
+                    RunKind::Hole | RunKind::Verified(_) | RunKind::Opaque => part.fill(0),
                 }
                 done += len as usize;
             }

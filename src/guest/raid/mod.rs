@@ -18,6 +18,8 @@ use crate::guest::volumes::{Device, DeviceDisks, Stripes};
 pub(crate) use parity::{Parity, ParityLayout};
 pub(crate) use ten::Ten;
 
+pub(crate) use reconstruct::{ReadPart, RowParts};
+
 use reconstruct::ParitySource;
 
 /// Legs of a striped map: above that, all of the set is computed, or it is refused.

@@ -33,30 +33,61 @@ impl ParitySource {
         if let Some(member) = &self.members[row.data[index]] {
             return member.read_at(at, buf);
         }
-        let mut others = row.data.iter().enumerate().filter(|(other, _)| *other != index);
-        let other = others.find(|(_, member)| self.members[**member].is_none()).map(|(other, _)| other);
-        let first = self.members[row.first].as_ref();
-        let second = row.second.and_then(|second| self.members[second].as_ref());
-        match (other, first, second) {
+        let part = |member: usize| -> Option<ReadPart<'_>> {
+            let member = self.members[member].as_ref()?;
+            Some(Box::new(move |buf| member.read_at(at, buf)))
+        };
+        let parts = RowParts {
+            data: row.data.iter().map(|member| part(*member)).collect(),
+            first: part(row.first),
+            second: row.second.and_then(part),
+            powers: row.powers.clone(),
+        };
+        parts.reconstruct(index, buf)
+    }
+}
+
+/// Reads one part of a row.
+pub(crate) type ReadPart<'a> = Box<dyn Fn(&mut [u8]) -> Result<()> + 'a>;
+
+/// The parts of a row; `None` for those that are missing.
+pub(crate) struct RowParts<'a> {
+    /// The data, in order.
+    pub(crate) data: Vec<Option<ReadPart<'a>>>,
+    /// The sum of the data.
+    pub(crate) first: Option<ReadPart<'a>>,
+    /// RAID 6's second parity.
+    pub(crate) second: Option<ReadPart<'a>>,
+    /// The power of the generator that each of `data` has in the second parity; empty without one.
+    pub(crate) powers: Vec<usize>,
+}
+
+impl RowParts<'_> {
+    /// Fills `buf` with the data with number `index`, which is missing. One other data can be missing as well.
+    /// `Corrupt` if the others are too few.
+    pub(crate) fn reconstruct(&self, index: usize, buf: &mut [u8]) -> Result<()> {
+        let missing = self.data.iter().enumerate().filter(|(other, part)| part.is_none() && *other != index);
+        let missing: Vec<usize> = missing.map(|(other, _)| other).collect();
+        match (&missing[..], &self.first, &self.second) {
             // The sum of all data and the parity is zero.
-            (None, Some(first), _) => {
-                first.read_at(at, buf)?;
-                self.add_data(row, at, buf, |_| 1)
+            ([], Some(first), _) => {
+                first(buf)?;
+                self.add_data(index, buf, |_| 1)
             }
-            (None, None, Some(second)) => {
-                second.read_at(at, buf)?;
-                self.add_data(row, at, buf, |data| power(row.powers[data]))?;
-                scale(buf, inverse(power(row.powers[index])));
+            ([], None, Some(second)) => {
+                second(buf)?;
+                self.add_data(index, buf, |data| power(self.powers[data]))?;
+                scale(buf, inverse(power(self.powers[index])));
                 Ok(())
             }
             // Two equations with two unknowns, x and y: x + y = p, and gx * x + gy * y = q.
-            (Some(other), Some(first), Some(second)) => {
+            ([other], Some(first), Some(second)) => {
                 let mut sum = vec![0; buf.len()];
-                first.read_at(at, &mut sum)?;
-                self.add_data(row, at, &mut sum, |_| 1)?;
-                second.read_at(at, buf)?;
-                self.add_data(row, at, buf, |data| power(row.powers[data]))?;
-                let (of_this, of_other) = (power(row.powers[index]), power(row.powers[other]));
+                first(&mut sum)?;
+                self.add_data(index, &mut sum, |_| 1)?;
+                second(buf)?;
+                self.add_data(index, buf, |data| power(self.powers[data]))?;
+                let (of_this, of_other) = (power(self.powers[index]), power(self.powers[*other]));
                 add_times(buf, of_other, &sum);
                 scale(buf, inverse(of_this ^ of_other));
                 Ok(())
@@ -65,13 +96,13 @@ impl ParitySource {
         }
     }
 
-    /// Adds the present data of a row, each times its factor.
-    fn add_data(&self, row: &ParityRow, at: u64, sum: &mut [u8], factor: impl Fn(usize) -> u8) -> Result<()> {
+    /// Adds the data that are there, but for one, each times its factor.
+    fn add_data(&self, index: usize, sum: &mut [u8], factor: impl Fn(usize) -> u8) -> Result<()> {
         let mut bytes = vec![0; sum.len()];
-        for (index, member) in row.data.iter().enumerate() {
-            if let Some(member) = &self.members[*member] {
-                member.read_at(at, &mut bytes)?;
-                add_times(sum, factor(index), &bytes);
+        for (other, part) in self.data.iter().enumerate() {
+            if let Some(part) = part.as_ref().filter(|_| other != index) {
+                part(&mut bytes)?;
+                add_times(sum, factor(other), &bytes);
             }
         }
         Ok(())

@@ -41,7 +41,7 @@ pub struct VolumeLayout {
     /// Facts that the user should know, one sentence each, for example that the first partition table is
     /// damaged and its copy was used.
     pub remarks: Vec<String>,
-    /// Volume groups and arrays that the first disk is part of and that lack members.
+    /// Volume groups, arrays and file systems that the first disk is part of and that lack members.
     pub missing: Vec<MissingMembers>,
     /// Encrypted volumes whose keys were not given.
     pub locked: Vec<LockedVolume>,
@@ -89,16 +89,19 @@ pub struct Volume {
     pub problem: Option<String>,
 }
 
-/// What volumes are assembled from several devices.
+/// What is assembled from several devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SetKind {
     /// An LVM volume group of physical volumes.
     VolumeGroup,
     /// An md array.
     Array,
+    /// A file system on several devices.
+    FileSystem,
 }
 
-/// A volume group that lacks physical volumes, or an array that lacks members.
+/// A volume group that lacks physical volumes, an array that lacks members, or a file system that lacks
+/// devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MissingMembers {
     /// What it is.
@@ -110,16 +113,17 @@ pub struct MissingMembers {
     /// The sequence number of its metadata, if the absent members must have the same, unless they were
     /// detached.
     pub state: Option<u64>,
-    /// The identities of the absent members: a physical volume's own, or an array's with the member's role.
+    /// The identities of the absent members: a physical volume's or a device's own, or an array's with the
+    /// member's role.
     pub absent: Vec<String>,
 }
 
-/// A member of a volume group or an array, on a disk.
+/// A member of a volume group, an array or a file system, on a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetMember {
     /// Its identity, as in [`MissingMembers::absent`].
     pub id: String,
-    /// The identity of its group or array, by its own metadata.
+    /// The identity of what it is a member of, by its own metadata.
     pub set: Option<String>,
     /// The sequence number of its copy of the set's metadata.
     pub state: Option<u64>,
@@ -131,6 +135,9 @@ pub struct Assembly {
     pub layout: VolumeLayout,
     /// The devices of its volumes; `None` where their bytes are unknown.
     devices: Vec<Option<Device>>,
+    /// Devices on other disks, of file systems that are on a volume as well: the file system's UUID, and the
+    /// device.
+    others: Vec<(String, Device)>,
 }
 
 impl Volume {
@@ -148,6 +155,21 @@ impl Assembly {
             Some(None) | None => Arc::new(Vec::new()),
         }
     }
+
+    /// The bytes of all devices of the file system on the volume with this index: first those of the volume.
+    pub fn file_system_sources(&self, volume: usize) -> Vec<Arc<dyn Source>> {
+        let own = &self.layout.volumes[volume];
+        let is_of = |other: &Volume| other.content == own.content && other.uuid == own.uuid;
+        let mut sources = vec![self.source(volume)];
+        if let Some(id) = &own.uuid {
+            let volumes = self.layout.volumes.iter().enumerate();
+            let volumes = volumes.filter(|(index, other)| *index != volume && is_of(other));
+            sources.extend(volumes.map(|(index, _)| self.source(index)));
+            let others = self.others.iter().filter(|(of, _)| of == id);
+            sources.extend(others.map(|(_, device)| Arc::clone(device.source())));
+        }
+        sources
+    }
 }
 
 #[cfg(test)]
@@ -156,7 +178,7 @@ impl Assembly {
     pub(crate) fn with_segments(layout: VolumeLayout, disks: &[Arc<dyn Source>]) -> Self {
         let disks = DeviceDisks::new(disks);
         let devices = layout.volumes.iter().map(|volume| Some(disks.device(&volume.segments))).collect();
-        Self { layout, devices }
+        Self { layout, devices, others: Vec::new() }
     }
 }
 

@@ -10,6 +10,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
+use crate::guest::btrfs::{Btrfs, BtrfsDevice};
 use crate::guest::content::{DetectedVolume, VolumeContent, probe};
 use crate::guest::luks::{DataSegment, HeaderId};
 use crate::guest::lvm::{GroupAssembler, PhysicalVolume};
@@ -30,6 +31,8 @@ const DEVICE_LIMIT: usize = 4096;
 const DEPTH_LIMIT: u32 = 10;
 /// Encrypted volumes that are opened.
 const CONTAINER_LIMIT: usize = 64;
+/// Absent members that are reported, of all sets together.
+const ABSENT_LIMIT: usize = 1024;
 /// Bytes of a sentence that may quote a guest's texts.
 const PROBLEM_LIMIT: usize = 1000;
 
@@ -87,6 +90,8 @@ struct Stack<'a> {
     /// How deep the deepest member of an array or a group lies.
     depth: u32,
     physical: Vec<PhysicalVolume>,
+    /// Devices of file systems that can be on several, and whether they are shown as volumes.
+    file_system_devices: Vec<(BtrfsDevice, Device, bool)>,
     arrays: BTreeSet<String>,
     groups: GroupAssembler,
     /// Segments and legs that the layout may still have.
@@ -95,7 +100,7 @@ struct Stack<'a> {
 
 pub(super) fn assemble(disks: &[Arc<dyn Source>], unlock: Option<&dyn Unlock>) -> Assembly {
     if disks.is_empty() {
-        return Assembly { layout: VolumeLayout::default(), devices: Vec::new() };
+        return Assembly { layout: VolumeLayout::default(), devices: Vec::new(), others: Vec::new() };
     }
     let mut stack = Stack::new(disks, unlock);
     stack.first_disk();
@@ -103,16 +108,18 @@ pub(super) fn assemble(disks: &[Arc<dyn Source>], unlock: Option<&dyn Unlock>) -
         stack.other_disk(number);
     }
     stack.run();
+    let others = stack.file_systems();
     let Stack { mut layout, devices, .. } = stack;
+    limit_absent(&mut layout.missing);
     if layout.remarks.len() > REMARK_LIMIT {
         let more = layout.remarks.len() - REMARK_LIMIT;
         layout.remarks.truncate(REMARK_LIMIT);
         layout.remarks.push(format!("{more} more remarks are not shown"));
     }
-    Assembly { layout, devices }
+    Assembly { layout, devices, others }
 }
 
-/// The members of volume groups and arrays of a disk: on the disk itself, in its partitions, and in what is
+/// The members of volume groups, arrays and file systems of a disk: on the disk itself, in its partitions, and in what is
 /// assembled of it alone. They identify the other disks of a set.
 pub fn set_members(disk: &Arc<dyn Source>) -> Vec<SetMember> {
     /// A disk's metadata can name any number.
@@ -129,7 +136,12 @@ pub fn set_members(disk: &Arc<dyn Source>) -> Vec<SetMember> {
         let (set, state) = (Some(member.array().to_owned()), Some(member.state()));
         Some(SetMember { id: member.id()?, set, state })
     });
-    physical.chain(members).take(MEMBER_LIMIT).collect()
+    let devices = stack.file_system_devices.iter().map(|(found, ..)| SetMember {
+        id: found.id.clone(),
+        set: Some(found.fsid.clone()),
+        state: None,
+    });
+    physical.chain(members).chain(devices).take(MEMBER_LIMIT).collect()
 }
 
 impl<'a> Stack<'a> {
@@ -144,6 +156,7 @@ impl<'a> Stack<'a> {
             members: Vec::new(),
             depth: 0,
             physical: Vec::new(),
+            file_system_devices: Vec::new(),
             arrays: BTreeSet::new(),
             groups: GroupAssembler::default(),
             listed_left: TOTAL_WEIGHT,
@@ -245,7 +258,39 @@ impl<'a> Stack<'a> {
                 self.layout.remarks.append(&mut found.remarks);
             }
             self.physical.push(found);
+            return;
         }
+        if let Some(found) = Btrfs::device(&**device.source()) {
+            self.file_system_devices.push((found, device, is_own));
+        }
+    }
+
+    /// Reports the devices that file systems on volumes lack. Returns those that they have on other disks, with
+    /// the file system's UUID.
+    fn file_systems(&mut self) -> Vec<(String, Device)> {
+        let own: BTreeSet<String> = self
+            .file_system_devices
+            .iter()
+            .filter(|(.., is_own)| *is_own)
+            .map(|(found, ..)| found.fsid.clone())
+            .collect();
+        let mut others = Vec::new();
+        for id in own {
+            let of_it = || self.file_system_devices.iter().filter(|(found, ..)| found.fsid == id);
+            let sources: Vec<_> = of_it().map(|(_, device, _)| Arc::clone(device.source())).collect();
+            // What is damaged is a problem of the volume.
+            let absent = Btrfs::absent_devices(&sources).unwrap_or_default();
+            if !absent.is_empty() {
+                let volume = self.layout.volumes.iter().find(|volume| volume.uuid.as_ref() == Some(&id));
+                let name = volume.map_or_else(|| id.clone(), |volume| volume.name.clone());
+                let (kind, state) = (SetKind::FileSystem, None);
+                self.layout.missing.push(MissingMembers { kind, name, id: id.clone(), state, absent });
+            }
+            others.extend(
+                of_it().filter(|(.., is_own)| !is_own).map(|(_, device, _)| (id.clone(), device.clone())),
+            );
+        }
+        others
     }
 
     /// Assembles arrays; only those with all members if `complete`. Whether there was one.
@@ -386,6 +431,16 @@ impl<'a> Stack<'a> {
     }
 }
 
+/// Keeps the first absent members: a disk's metadata can name any number.
+fn limit_absent(missing: &mut Vec<MissingMembers>) {
+    let mut left = ABSENT_LIMIT;
+    missing.retain_mut(|set| {
+        set.absent.truncate(left);
+        left -= set.absent.len();
+        !set.absent.is_empty()
+    });
+}
+
 /// The disk where a segment begins.
 fn first_disk(segment: &VolumeSegment) -> Option<u32> {
     segment.cut(0, 1, 0).and_then(|cut| super::locate(&[cut], 0, 1)?.on_disk()).map(|position| position.disk)
@@ -395,4 +450,25 @@ fn first_disk(segment: &VolumeSegment) -> Option<u32> {
 fn readable(text: &str) -> String {
     let shown = text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
     shown.take(PROBLEM_LIMIT).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn absent_members_are_reported_up_to_a_limit() {
+        let set = |name: &str, count: usize| MissingMembers {
+            kind: SetKind::VolumeGroup,
+            name: name.to_owned(),
+            id: name.to_owned(),
+            state: None,
+            absent: (0..count).map(|number| number.to_string()).collect(),
+        };
+        let mut missing = vec![set("a", 1000), set("b", 1000), set("c", 1)];
+        limit_absent(&mut missing);
+        let left: Vec<(&str, usize)> =
+            missing.iter().map(|set| (set.name.as_str(), set.absent.len())).collect();
+        assert_eq!(left, [("a", 1000), ("b", 24)]);
+    }
 }

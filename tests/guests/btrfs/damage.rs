@@ -1,19 +1,20 @@
 //! Damage: other copies are used where there are any, and it stays with the entry that it hits.
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use chainfs::guest::Source;
 use chainfs::guest::btrfs::Btrfs;
+use chainfs::guest::{RunKind, Source};
 
 use super::disk::*;
 use super::{MIB, special};
 use crate::content::many_names;
 use crate::disk::{assert_same_trees, kernel_tree, walk_everything};
 use crate::scramble::{scramble, telling_blocks};
-use support::Rng;
 use support::foreign::amount;
+use support::{Outcome as _, Rng, tool};
 
 /// A small disk with some of everything.
 fn small(mkfs: &str) -> Disk {
@@ -61,6 +62,53 @@ fn damaged_copies_of_metadata_and_data_are_not_used() {
     assert!(count > 100, "{count} blocks were damaged");
     let trees = damaged.open();
     assert_same_trees("the other copies", &theirs, &shown(&*trees[0].files, &damaged));
+}
+
+/// Data with a checksum and without a copy is an error where it is damaged, as for the kernel; data without a
+/// checksum is read as it is.
+#[test]
+fn damaged_data_without_a_copy_is_an_error() {
+    let disk = Disk::format("-m dup -d single", &[260 * MIB]);
+    let content = Rng::new(4).bytes(64 << 10);
+    disk.mounted("rw", |dir| {
+        fs::write(dir.join("summed"), &content).expect("a file");
+        tool("touch").arg(dir.join("plain")).succeeds();
+        tool("chattr").arg("+C").arg(dir.join("plain")).succeeds();
+        fs::write(dir.join("plain"), &content).expect("a file");
+    });
+    let open = |name: &[u8]| {
+        let files = Arc::clone(&disk.open()[0].files);
+        let ino = files.lookup(files.root(), name).expect("a lookup").expect("a file");
+        let runs = files.runs(ino, 0, u64::MAX, 10).expect("its runs");
+        (files, ino, runs[0].kind)
+    };
+    for name in [&b"summed"[..], b"plain"] {
+        let (files, ino, kind) = open(name);
+        let mut found = vec![0; content.len()];
+        assert_eq!(files.read_at(ino, 0, &mut found).expect("its bytes"), content.len());
+        assert!(found == content);
+        let (RunKind::Verified(at) | RunKind::Stored(at)) = kind else { panic!("{kind:?}") };
+        assert_eq!(matches!(kind, RunKind::Verified(_)), name == b"summed", "{kind:?}");
+        assert!(disk.read(0, at, content.len()) == content, "it lies where the reader says");
+        disk.write(0, at + 9000, b"damage");
+    }
+    let (files, ino, _) = open(b"summed");
+    let mut sector = vec![0; 4096];
+    for at in (0..64 << 10).step_by(4096) {
+        let read = files.read_at(ino, at, &mut sector);
+        assert_eq!(read.is_err(), at == 8192, "at {at}");
+    }
+    let (files, ino, _) = open(b"plain");
+    assert_eq!(files.read_at(ino, 8192, &mut sector).expect("its bytes"), 4096);
+    let theirs = disk.mounted("ro", |dir| {
+        let read = |name: &str| {
+            let file = fs::File::open(dir.join(name)).expect("a file");
+            let mut sector = vec![0; 4096];
+            file.read_exact_at(&mut sector, 8192).map(|()| sector).ok()
+        };
+        [read("summed"), read("plain")]
+    });
+    assert_eq!(theirs, [None, Some(sector)]);
 }
 
 /// A damaged node costs the names in it. The others are listed, then comes the error.

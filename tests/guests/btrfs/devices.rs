@@ -39,7 +39,7 @@ fn every_profile() {
         ("raid1c4", 4, 3),
         ("raid10", 4, 1),
         ("raid5", 3, 1),
-        ("raid6", 4, 1),
+        ("raid6", 4, 2),
     ] {
         let disk = Disk::format(&format!("-d {profile} -m {profile}"), &vec![300 * MIB; count]);
         disk.mounted("rw", fill);
@@ -81,4 +81,21 @@ fn mixed_profiles_and_sizes() {
     let disk = Disk::format("-d raid0 -m raid1c3", &[200 * MIB, 400 * MIB, 300 * MIB]);
     disk.mounted("rw,compress=zstd", |dir| Content::small().fill(dir));
     compare(&disk, "devices of different sizes");
+}
+
+/// A copy of a device, as an LVM snapshot is: each of them shows its own content, whichever is newer.
+#[test]
+fn a_clone_beside_a_volume_does_not_replace_it() {
+    let disk = Disk::format("", &[260 * MIB]);
+    disk.mounted("rw", |dir| fs::write(dir.join("state"), "old").expect("a file"));
+    let old = disk.snapshot();
+    disk.mounted("rw", |dir| fs::write(dir.join("state"), "new").expect("a file"));
+    for (first, second, content) in [(&disk, &old, "new"), (&old, &disk, "old")] {
+        let trees = Btrfs::open(&[first.sources([0]), second.sources([0])].concat()).expect("it is whole");
+        let files = &*trees[0].files;
+        let state = files.lookup(files.root(), b"state").expect("a lookup").expect("a file");
+        let mut found = [0; 3];
+        assert_eq!(files.read_at(state, 0, &mut found).expect("its bytes"), 3);
+        assert_eq!(found, content.as_bytes());
+    }
 }

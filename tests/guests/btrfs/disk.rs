@@ -46,10 +46,15 @@ impl Disk {
 
     /// Mounts the file system while `work` is done in it.
     pub(crate) fn mounted<T>(&self, options: &str, work: impl FnOnce(&Path) -> T) -> T {
-        let mount = Mounted::new(&self.images, &self.dir.path().join("mnt"), options);
+        self.mounted_if_readable(options, work).expect("the kernel reads it")
+    }
+
+    /// The same; `None` if the kernel fails to read it.
+    pub(crate) fn mounted_if_readable<T>(&self, options: &str, work: impl FnOnce(&Path) -> T) -> Option<T> {
+        let mount = Mounted::new(&self.images, &self.dir.path().join("mnt"), options)?;
         let result = work(&mount.dir);
         mount.end();
-        result
+        Some(result)
     }
 
     /// The devices at one moment, even while mounted: the content of a snapshot.
@@ -103,13 +108,15 @@ struct Mounted {
 }
 
 impl Mounted {
-    fn new(images: &[PathBuf], dir: &Path, options: &str) -> Self {
+    /// `None` if the kernel fails to read the file system.
+    fn new(images: &[PathBuf], dir: &Path, options: &str) -> Option<Self> {
         fs::create_dir_all(dir).expect("a mount point");
         let attach =
             |image: &PathBuf| tool("losetup").args(["-f", "--show"]).arg(image).succeeds().trim().to_owned();
         let loops: Vec<String> = images.iter().map(attach).collect();
         let devices = loops.join(",device=");
-        let mounted = Self { dir: dir.to_owned(), loops, ended: false };
+        let mut mounted = Self { dir: dir.to_owned(), loops, ended: false };
+        let mut is_readable = true;
         let options = format!("noatime,{options},device={devices}");
         // The kernel remembers devices by their identity; those of a copy may be older. A device of another
         // test can be forgotten between its scan and its mount.
@@ -119,9 +126,11 @@ impl Mounted {
             mount.args(["-t", "btrfs", "-o", &options, &mounted.loops[0]]).arg(dir);
             let (code, _, said) = mount.outcome();
             assert!(code == 0 || !said.contains("wrong fs type"), "{options}: {said}");
-            code == 0
+            is_readable = !said.contains("can't read superblock");
+            code == 0 || !is_readable
         });
-        mounted
+        mounted.ended = !is_readable;
+        is_readable.then_some(mounted)
     }
 
     fn end(mut self) {

@@ -32,7 +32,7 @@ fn replayed_as_by_the_kernel(
         };
         (0..steps).map(snapshot).collect::<Vec<_>>()
     });
-    let mut dirty = 0;
+    let (mut dirty, mut unjudged) = (0, 0);
     for (number, snapshot) in snapshots.iter().enumerate() {
         let what = format!("{what} {number}");
         dirty += usize::from(snapshot.has_log());
@@ -41,11 +41,16 @@ fn replayed_as_by_the_kernel(
         assert_eq!(files.stale(), Vec::<String>::new(), "{what}");
         let mut ours = shown(files, snapshot);
         let begin = SystemTime::now();
-        let mut theirs = snapshot.mounted("rw", kernel_tree);
+        // Linux 6.18 can write a directory with two links when it replays, finds that damaged, and fails.
+        let Some(mut theirs) = snapshot.mounted_if_readable("rw", kernel_tree) else {
+            unjudged += 1;
+            continue;
+        };
         forgive_times_since(begin, &mut theirs, &mut ours);
         assert_same_trees(&what, &theirs, &ours);
     }
-    println!("{what}: {dirty} of {steps} disks had a log");
+    println!("{what}: {dirty} of {steps} disks had a log; the kernel failed to replay {unjudged}");
+    assert!(unjudged * 20 <= steps, "{what}: the kernel failed to replay {unjudged} of {steps} disks");
     assert!(dirty * 2 > steps as usize, "{what}: only {dirty} of {steps} disks had a log");
 }
 

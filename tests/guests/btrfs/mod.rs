@@ -3,7 +3,7 @@
 
 mod damage;
 mod devices;
-mod disk;
+pub(crate) mod disk;
 mod logs;
 
 use std::fs::{self, File};

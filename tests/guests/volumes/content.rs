@@ -12,7 +12,7 @@ use support::*;
 /// A program that makes a format, its arguments, and the format. The volume's name comes last.
 type Make = (&'static str, &'static [&'static str], VolumeContent);
 
-const MAKES: [Make; 28] = [
+const MAKES: [Make; 30] = [
     ("mke2fs", &["-q", "-t", "ext2", "-L", "a label"], VolumeContent::Ext2),
     ("mke2fs", &["-q", "-t", "ext3", "-L", "sixteen letters!"], VolumeContent::Ext3),
     ("mke2fs", &["-q", "-t", "ext4"], VolumeContent::Ext4),
@@ -31,6 +31,8 @@ const MAKES: [Make; 28] = [
     ("mkfs.f2fs", &["-q", "-l", "f2fs label"], VolumeContent::F2fs),
     ("mkfs.jfs", &["-q", "-L", "jfs label"], VolumeContent::Jfs),
     ("mkfs.nilfs2", &["-q", "-f", "-L", "nilfs label"], VolumeContent::Nilfs2),
+    ("mkfs.gfs2", &["-q", "-O", "-p", "lock_nolock", "-t", "web:shared", "-J", "8"], VolumeContent::Gfs2),
+    ("mkfs.ocfs2", &["-q", "-F", "-M", "local", "-L", "shared"], VolumeContent::Ocfs2),
     ("mkudffs", &["--utf8", "--label=udf label"], VolumeContent::Udf),
     ("make-bcache", &["-B"], VolumeContent::Bcache),
     ("make-bcache", &["-C"], VolumeContent::Bcache),
@@ -210,7 +212,22 @@ fn signatures_are_distinguished() {
     for number in 0..8 {
         zfs[(128 << 10) + number * 1024..][..8].copy_from_slice(&0x00ba_b10c_u64.to_le_bytes());
     }
+    let pool = pool_config(&[(b"name", b"tank"), (b"pool_guid", &[]), (b"state", &[])]);
+    zfs[16 << 10..][..pool.len()].copy_from_slice(&pool);
+    let mut drbd = vec![0u8; 1 << 20];
+    drbd[(1 << 20) - 4096 + 60..][..4].copy_from_slice(&0x8374_026d_u32.to_be_bytes());
+    let mut ddf = vec![0u8; 1 << 20];
+    ddf[(1 << 20) - 512..][..4].copy_from_slice(&0xde11_de11_u32.to_be_bytes());
+    let mut verity = place(0, b"verity\0\0\x01\0\0\0\x01\0\0\0");
+    verity[16..32].copy_from_slice(&id);
     let cases = [
+        (place(0, b"bluestore block device\n01020304-0506-0708-090a-0b0c0d0e0f10"), VolumeContent::Ceph),
+        (place(516, b"!Stra0tis\x86\xff\x02^\x41rh"), VolumeContent::Stratis),
+        (drbd, VolumeContent::Drbd),
+        (place((1 << 20) - 1024, b"Intel Raid ISM Cfg Sig. 1.0"), VolumeContent::IntelRaid),
+        (ddf, VolumeContent::DdfRaid),
+        (place(0, b"integrt\0\x01"), VolumeContent::Integrity),
+        (verity, VolumeContent::Verity),
         (apfs, VolumeContent::Apfs),
         (bcachefs, VolumeContent::Bcachefs),
         (zfs, VolumeContent::Zfs),
@@ -231,11 +248,49 @@ fn signatures_are_distinguished() {
         if code == 0 {
             judged_count += 1;
             let expected = (content != VolumeContent::Unknown).then(|| content.name().to_owned());
-            assert_eq!(judged(&file)[0], expected);
+            assert_eq!(judged(&file)[0], expected, "{content:?}");
         }
-        if matches!(content, VolumeContent::Apfs | VolumeContent::Bcachefs | VolumeContent::Reiserfs) {
-            assert_eq!(found.uuid.as_deref(), Some("01020304-0506-0708-090a-0b0c0d0e0f10"));
+        let has_id = matches!(
+            content,
+            VolumeContent::Apfs
+                | VolumeContent::Bcachefs
+                | VolumeContent::Reiserfs
+                | VolumeContent::Ceph
+                | VolumeContent::Verity
+        );
+        if has_id {
+            assert_eq!(found.uuid.as_deref(), Some("01020304-0506-0708-090a-0b0c0d0e0f10"), "{content:?}");
+        }
+        if content == VolumeContent::Zfs {
+            let pool = (found.label.as_deref(), found.uuid.as_deref());
+            assert_eq!(pool, (Some("tank"), Some("20015998343868")));
         }
     }
-    assert!(judged_count >= 3, "blkid has said something of {judged_count} only");
+    assert!(judged_count >= 5, "blkid has said something of {judged_count} only");
+}
+
+/// A pool's configuration: texts, and numbers where the value is empty.
+fn pool_config(pairs: &[(&[u8], &[u8])]) -> Vec<u8> {
+    let padded = |bytes: &[u8]| {
+        let mut out = (bytes.len() as u32).to_be_bytes().to_vec();
+        out.extend(bytes);
+        out.resize(out.len().next_multiple_of(4), 0);
+        out
+    };
+    let mut config = vec![1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    for (name, value) in pairs {
+        let mut pair = padded(name);
+        let (kind, value) = if value.is_empty() {
+            (8u32, 0x1234_5678_9abc_u64.to_be_bytes().to_vec())
+        } else {
+            (9, padded(value))
+        };
+        pair.extend([kind.to_be_bytes(), 1u32.to_be_bytes()].concat());
+        pair.extend(value);
+        let len = (pair.len() + 8) as u32;
+        config.extend([len.to_be_bytes(), len.to_be_bytes()].concat());
+        config.extend(pair);
+    }
+    config.extend([0; 8]);
+    config
 }

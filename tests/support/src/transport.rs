@@ -40,6 +40,7 @@ pub const FEATURES: Features = Features {
     parallel_writes: true,
     shared_mapping: true,
     access_lists: false,
+    extended_attributes: true,
     threads: 4,
 };
 

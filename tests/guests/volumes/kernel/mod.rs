@@ -34,6 +34,12 @@ struct Scenario {
     script: String,
 }
 
+/// Whether a scenario belongs to this run: all do in long runs, and these in others. The machine is emulated,
+/// so that each takes seconds.
+fn is_wanted(name: &str, usual: &[&str]) -> bool {
+    std::env::var_os("CHAINFS_LONG").is_some() || usual.contains(&name)
+}
+
 /// The disks after all scenarios, and the kernel's sum of each device.
 struct Judged {
     /// Of each scenario, its partitions.
