@@ -14,6 +14,7 @@ use chainfs::guest::volumes::{Assembly, assemble};
 use tempfile::TempDir;
 
 use crate::disk::FileSource;
+use support::foreign::amount;
 use support::*;
 
 /// A passphrase, in a file without an end of line as cryptsetup wants it.
@@ -130,7 +131,7 @@ fn containers_of_luks1_show_the_bytes_they_were_made_of() {
     let plain = dir.path().join("plain");
     let bytes = Rng::new(3).bytes(256 * KIB);
     fs::write(&plain, &bytes).expect("room");
-    for words in [
+    let kinds = [
         "cipher-alg=aes-256,cipher-mode=xts,ivgen-alg=plain64,hash-alg=sha256",
         "cipher-alg=aes-128,cipher-mode=xts,ivgen-alg=plain,hash-alg=sha1",
         "cipher-alg=aes-256,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha512",
@@ -140,12 +141,13 @@ fn containers_of_luks1_show_the_bytes_they_were_made_of() {
         "cipher-alg=twofish-128,cipher-mode=cbc,ivgen-alg=plain,hash-alg=sha224",
         "cipher-alg=serpent-128,cipher-mode=cbc,ivgen-alg=plain64,hash-alg=sha256",
         "cipher-alg=aes-128,cipher-mode=ecb,ivgen-alg=plain,hash-alg=sha256",
-    ] {
+    ];
+    for words in kinds.into_iter().step_by(amount(4, 1) as usize) {
         let container = dir.path().join("container");
         let secret = format!("secret,id=s,data={}", PASSPHRASE.replace(',', ",,"));
         let mut command = tool("qemu-img");
         command.args(["convert", "--object", &secret, "-f", "raw", "-O", "luks"]);
-        command.args(["-o", &format!("key-secret=s,iter-time=10,{words}")]);
+        command.args(["-o", &format!("key-secret=s,iter-time=1,{words}")]);
         command.arg(&plain).arg(&container).succeeds();
         assert_decrypts(&container, &[PASSPHRASE.as_bytes()], &bytes, words);
     }
@@ -195,7 +197,7 @@ fn a_volume_is_read_while_it_is_re_encrypted() {
     let dir = TempDir::new().expect("a directory");
     let key = private(dir.path().join("key"), PASSPHRASE.as_bytes());
     let secret: &[&[u8]] = &[PASSPHRASE.as_bytes()];
-    let plain = Rng::new(5).bytes(48 * MIB);
+    let plain = Rng::new(5).bytes(24 * MIB);
     let container = dir.path().join("container");
     // Before the first step, nothing is encrypted.
     encrypt(&plain[..MIB as usize], &format!("{CHEAP} --init-only"), &key, &container);
@@ -214,12 +216,12 @@ fn a_volume_is_read_while_it_is_re_encrypted() {
         command.args(["--resilience", "none", "--hotzone-size", "1M", "--key-file"]).arg(&key);
         let _ = command.args(CHEAP.split_whitespace()).arg(&container).output().expect("timeout(1) runs");
         let dump = tool("cryptsetup").args(["luksDump"]).arg(&container).succeeds();
-        assert_decrypts(&container, secret, &plain, "during re-encryption");
-        is_midway |= dump.matches(": crypt\n").count() > 1;
+        is_midway = dump.matches(": crypt\n").count() > 1;
         if is_midway {
             break;
         }
     }
+    assert_decrypts(&container, secret, &plain, "during re-encryption");
     assert!(is_midway, "it was never interrupted");
 }
 
