@@ -123,6 +123,12 @@ impl WorkerState {
             let mut payload = Vec::new();
             let answer = match message {
                 ToWorker::Request(request) => {
+                    if request.secret_len().is_some() {
+                        with_channel(|channel| {
+                            channel.wipe();
+                            Ok(())
+                        })?;
+                    }
                     catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut payload)))
                         .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in a file-system reader")))
                 }
