@@ -377,7 +377,9 @@ impl DiskContents {
     }
 
     fn read_computed(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
-        for (part, at) in buf.chunks_mut(READ_LEN).zip((at..).step_by(READ_LEN)) {
+        for (number, part) in buf.chunks_mut(READ_LEN).enumerate() {
+            // A worker may have named any place.
+            let at = at.checked_add((number * READ_LEN) as u64).ok_or_else(protocol_violation)?;
             let request = Request::ReadVolume(self.set, volume as u32, at, part.len() as u32);
             match self.ask(&request)? {
                 (Answer::Bytes, bytes) if bytes.len() == part.len() => part.copy_from_slice(&bytes),

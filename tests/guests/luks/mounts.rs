@@ -299,6 +299,7 @@ fn commands_open_containers_with_a_key_file() {
     let (code, said, _) =
         chainfs(&["diff", "--files", "--key-file", &key, "vm-base.qcow2", "vm.qcow2"]).outcome();
     assert!(code == 0 && said.starts_with("0 added, 0 removed, 0 changed;"), "{code}: {said}");
+    assert!(said.contains(" KiB of "), "what both share is not read: {said}");
     let versions = chainfs(&["versions", "--key-file", &key, &hostname]).succeeds();
     assert!(versions.contains("vm-base"), "{versions}");
     // The table serves as well.
