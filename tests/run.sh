@@ -31,6 +31,7 @@ need "${ALL_PROGRAMS[@]}"
 need_rust
 need_fsx
 need_guest
+[ -z "${CHAINFS_LONG:-}" ] || need_debian
 need_fuse
 
 # All that tests create is beneath one directory, so that what they leave can be told from what others own.

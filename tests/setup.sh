@@ -90,6 +90,25 @@ need_fsx() {
     cargo install --quiet --locked fsx --version 0.3.2 --root "$tools" >&2 || exit 1
 }
 
+# need_debian: the files of a whole system, as an archive. For long runs.
+need_debian() {
+    local tools dir
+    tools=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")/target/tools
+    [ -f "$tools/debian.tar" ] && return
+    need debootstrap
+    echo "setup: installing a Debian into an archive" >&2
+    mkdir -p "$tools"
+    dir=$(mktemp -d "$tools/debian.XXXXXX")
+    if debootstrap --variant=minbase bookworm "$dir/root" http://deb.debian.org/debian >"$dir/log" &&
+        tar --xattrs --xattrs-include='*' --numeric-owner -C "$dir/root" -cf "$dir/tar" .; then
+        mv "$dir/tar" "$tools/debian.tar"
+    else
+        tail -n 3 "$dir/log" >&2
+        echo "setup: no Debian: debootstrap failed; the tests of whole systems will fail" >&2
+    fi
+    rm -rf --one-file-system "$dir"
+}
+
 # need_guest: a whole virtual machine, and a distribution's kernel, beside the tests' own programs. Says what it could
 # not get, and lets the others be tested: the test that needs it fails.
 need_guest() {
@@ -160,5 +179,6 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     need_rust
     need_fsx
     need_guest
+    [ -z "${CHAINFS_LONG:-}" ] || need_debian
     need_fuse
 fi

@@ -42,7 +42,7 @@ enum ByteSource {
 impl<'a> OpenContent<'a> {
     /// The bytes of a regular file.
     pub fn new(tree: &'a GuestTree, file: &GuestEntry) -> Self {
-        let GuestEntry { ino, attributes } = *file;
+        let GuestEntry { ino, attributes, .. } = *file;
         Self { tree, file: MappedFile::sized(&tree.contents, tree.tree, ino, attributes.size, WINDOW) }
     }
 

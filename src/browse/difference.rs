@@ -85,6 +85,8 @@ pub enum PathDifference {
         /// In the order of [`Aspect`]; not empty.
         what: Vec<Aspect>,
     },
+    /// A subvolume with everything in it that only one of them has, such as a new snapshot.
+    Subvolume(Side, FileAttributes),
     /// A volume's bytes differ, and its files are not known.
     Bytes,
     /// It cannot be read.
@@ -217,6 +219,7 @@ impl DifferenceWalk<'_> {
             None => Ok(None),
         };
         let is_there = (a.is_some(), b.is_some());
+        let is_within = !self.frames.is_empty();
         let (a, b) = (take(Side::A, a)?, take(Side::B, b)?);
         match (a, b) {
             (Some(a), Some(b)) => match differing((self.a, &a), (self.b, &b), self.counted) {
@@ -226,6 +229,13 @@ impl DifferenceWalk<'_> {
                 }
                 Err((side, error)) => each(&path, PathDifference::Unreadable(side, error))?,
             },
+            // A snapshot has as many files as its original. It is entered if it was asked for.
+            (Some(a), None) if a.is_root && is_within && !is_there.1 => {
+                return each(&path, PathDifference::Subvolume(Side::A, a.attributes));
+            }
+            (None, Some(b)) if b.is_root && is_within && !is_there.0 => {
+                return each(&path, PathDifference::Subvolume(Side::B, b.attributes));
+            }
             (Some(a), None) if !is_there.1 => each(&path, PathDifference::Removed(a.attributes))?,
             (None, Some(b)) if !is_there.0 => each(&path, PathDifference::Added(b.attributes))?,
             _ => return Ok(()),

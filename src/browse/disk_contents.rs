@@ -13,7 +13,7 @@ use crate::guest::content::VolumeContent;
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::luks::{CipherId, ContainerKeys, Decryptor, Unlocked};
 use crate::guest::volumes::{ContainerPosition, OpenContainer, RunPlace, Volume, VolumeLayout};
-use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind, TreeId};
+use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind, TOP_LEVEL_SUFFIX, TreeId};
 use crate::store::ViewId;
 
 use super::disk::{BrowsedDisk, Digests, LeasedDisk};
@@ -21,7 +21,7 @@ use super::validate::{
     check_extended_attributes, check_mounted, check_runs, check_systems, protocol_violation, sanitise_listing,
 };
 use super::worker::protocol::{Answer, ChunkKey, READ_LEN, Request, SetTree};
-use super::worker::{Disks, Listing, Mounted, OpenedFile, Worker};
+use super::worker::{Disks, FoundEntry, Listing, Mounted, OpenedFile, Worker};
 
 /// How often a set is opened for one request: the worker may have evicted it each time, but not forever.
 const OPENINGS: usize = 8;
@@ -145,6 +145,20 @@ impl DiskContents {
         self.layout.volumes.iter().position(|volume| volume.name.as_bytes() == name)
     }
 
+    /// The tree that has all others of a volume in it, if that is not the one that is shown as the volume.
+    pub fn top_level(&self, volume: usize) -> Result<Option<TreeId>> {
+        let subvolume = self.mount(TreeId::main(volume))?.trees.top_level;
+        Ok(subvolume.map(|subvolume| TreeId { volume, subvolume }))
+    }
+
+    /// The volume whose top level has this name: `VOLUME.subvolumes`. A volume of that name has precedence.
+    pub fn volume_of_top_level(&self, name: &[u8]) -> Option<usize> {
+        if self.volume(name).is_some() {
+            return None;
+        }
+        self.volume(name.strip_suffix(TOP_LEVEL_SUFFIX.as_bytes())?)
+    }
+
     /// Leases the disks until the result is dropped. `Stale` if their point in time is no longer known.
     pub fn lease(self: &Arc<Self>) -> Result<DiskLease> {
         for (index, disk) in self.disks.iter().enumerate() {
@@ -230,9 +244,7 @@ impl DiskContents {
         }
         match self.ask(&Request::Inspect(self.set))?.0 {
             Answer::OperatingSystems(mut found) => {
-                // The names of their volumes become targets of symbolic links.
-                found.retain(|system| self.volume(system.volume.as_bytes()).is_some());
-                check_systems(&found, self.layout.volumes.len())?;
+                check_systems(&mut found, &self.layout)?;
                 Ok(self.systems.get_or_init(|| found))
             }
             _ => Err(protocol_violation()),
@@ -244,8 +256,8 @@ impl DiskContents {
         self.systems.get().map(Vec::as_slice)
     }
 
-    /// The inode of a name in a directory, with its attributes.
-    pub fn lookup(&self, tree: TreeId, directory: Ino, name: &[u8]) -> Result<Option<(Ino, FileAttributes)>> {
+    /// What a name in a directory means.
+    pub fn lookup(&self, tree: TreeId, directory: Ino, name: &[u8]) -> Result<Option<FoundEntry>> {
         match self.ask(&Request::Lookup(self.id_of(tree), directory, name.to_vec()))?.0 {
             Answer::Found(found) => Ok(found),
             _ => Err(protocol_violation()),
@@ -377,9 +389,8 @@ impl DiskContents {
     }
 
     fn read_computed(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
-        for (number, part) in buf.chunks_mut(READ_LEN).enumerate() {
-            // A worker may have named any place.
-            let at = at.checked_add((number * READ_LEN) as u64).ok_or_else(protocol_violation)?;
+        for (index, part) in buf.chunks_mut(READ_LEN).enumerate() {
+            let at = at.checked_add((index * READ_LEN) as u64).ok_or_else(protocol_violation)?;
             let request = Request::ReadVolume(self.set, volume as u32, at, part.len() as u32);
             match self.ask(&request)? {
                 (Answer::Bytes, bytes) if bytes.len() == part.len() => part.copy_from_slice(&bytes),
@@ -475,6 +486,7 @@ impl DiskContents {
             statistics: Statistics::default(),
             remarks: Vec::new(),
             stale: Vec::new(),
+            trees: super::Trees::default(),
         };
         Arc::new(Self {
             worker: Worker::new(&super::Pool::new(super::WorkerProgram::this(true), store.descriptors())),

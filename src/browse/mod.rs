@@ -42,7 +42,7 @@ use worker::{Pool, Worker, WorkerProgram};
 pub use disk_contents::{DiskContents, DiskLease, VolumeOrigin};
 pub use keys::Keyring;
 pub use mapped_file::MappedFile;
-pub use worker::{ListedEntry, Listing, Mounted, OpenedFile};
+pub use worker::{FoundEntry, ListedEntry, Listing, Mounted, OpenedFile, Trees};
 
 /// Disk contents that are cached for later clients.
 const CACHED_CONTENTS: NonZero<usize> = NonZero::new(256).expect("not zero");

@@ -7,12 +7,12 @@
 use std::collections::HashSet;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::inspect::OperatingSystem;
+use crate::guest::inspect::{FstabEntry, OperatingSystem};
 use crate::guest::luks::Unlocked;
 use crate::guest::volumes::{
     MissingMembers, Partition, SetMember, Volume, VolumeLayout, VolumeMapping, VolumeSegment,
 };
-use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun};
+use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun, TOP_LEVEL_SUFFIX};
 
 use super::worker::protocol::LIST_LEN;
 use super::worker::{Listing, Mounted};
@@ -28,6 +28,9 @@ const PARTITIONS: usize = 256;
 const SEGMENTS: usize = 1 << 18;
 const REMARKS: usize = 128;
 const MOUNTS: usize = 256;
+const SYSTEMS: usize = 64;
+/// Paths of a file system's trees.
+const TREE_PATHS: usize = 8;
 /// Members of volume groups and arrays on one disk, and missing ones altogether.
 const SET_MEMBERS: usize = 1024;
 /// Extended attributes of one inode; bytes of a name and of a value, which damage can make longer than the
@@ -145,15 +148,21 @@ pub(super) fn check_set_members(found: &[SetMember]) -> Result<()> {
 
 /// Validates the answer about a file system.
 pub(super) fn check_mounted(mounted: &Mounted) -> Result<()> {
+    let Mounted { root: _, statistics, remarks, stale, trees } = mounted;
+    let are_paths = trees.paths.len() <= TREE_PATHS && trees.paths.iter().all(|path| is_text(path));
+    check(are_paths && are_texts([&trees.main]))?;
     // Programs divide by it.
-    check(mounted.statistics.block_size > 0 && are_remarks(&mounted.remarks) && are_remarks(&mounted.stale))
+    check(statistics.block_size > 0 && are_remarks(remarks) && are_remarks(stale))
 }
 
-/// Validates the operating systems on some volumes.
-pub(super) fn check_systems(systems: &[OperatingSystem], volume_count: usize) -> Result<()> {
+/// Validates the operating systems on some volumes, and removes those of volumes that do not exist.
+pub(super) fn check_systems(systems: &mut Vec<OperatingSystem>, layout: &VolumeLayout) -> Result<()> {
     let is_one = |found: &OperatingSystem| {
         let OperatingSystem {
-            volume: _,
+            root,
+            tree: _,
+            reason: _,
+            fstab_root,
             id,
             name,
             version,
@@ -163,15 +172,29 @@ pub(super) fn check_systems(systems: &[OperatingSystem], volume_count: usize) ->
             architecture,
             mounts,
         } = found;
-        let is_mount = |mount: &crate::guest::inspect::FstabEntry| {
+        let is_mount = |mount: &FstabEntry| {
             let words = [&mount.device, &mount.directory, &mount.kind, &mount.options];
-            words.into_iter().all(|word| is_text(word)) && are_texts([&mount.volume])
+            words.into_iter().all(|word| is_text(word)) && are_texts([&mount.place])
         };
-        are_texts([id, name, version, pretty_name, host_name, machine_id, architecture])
+        are_texts([fstab_root, id, name, version, pretty_name, host_name, machine_id, architecture])
+            && root.len() <= TEXT_LEN
             && mounts.len() <= MOUNTS
             && mounts.iter().all(is_mount)
     };
-    check(systems.len() <= volume_count && systems.iter().all(is_one))
+    check(systems.len() <= SYSTEMS && systems.iter().all(is_one))?;
+    systems.retain(|system| {
+        let volume = layout.volumes.get(system.tree.volume);
+        volume.is_some_and(|volume| is_place(&system.root, &volume.name))
+    });
+    Ok(())
+}
+
+/// Whether a path leads to the root of a tree of this volume: it becomes the target of a symbolic link.
+fn is_place(path: &[u8], volume: &str) -> bool {
+    let Some(rest) = path.strip_prefix(volume.as_bytes()) else { return false };
+    let rest = rest.strip_prefix(TOP_LEVEL_SUFFIX.as_bytes()).unwrap_or(rest);
+    let mut names = rest.split(|byte| *byte == b'/');
+    names.next() == Some(b"") && names.all(is_presentable_name)
 }
 
 /// Validates a part of a directory and removes the entries that cannot be shown. Each entry's position is
@@ -193,7 +216,10 @@ pub(super) fn sanitise_listing(mut listing: Listing, from: u64) -> Result<Listin
 
 /// Whether an entry can be shown unchanged.
 fn is_presentable(entry: &DirectoryEntry) -> bool {
-    let name = &entry.name[..];
+    is_presentable_name(&entry.name)
+}
+
+fn is_presentable_name(name: &[u8]) -> bool {
     let is_name = !matches!(name, b"" | b"." | b"..") && name.len() <= NAME_LEN;
     is_name && !name.iter().any(|byte| matches!(byte, 0 | b'/'))
 }
@@ -312,9 +338,19 @@ mod tests {
         let listed = |(name, next): &(&str, u64)| {
             let entry =
                 DirectoryEntry { name: name.as_bytes().to_vec(), ino: Ino(2), kind: None, next: *next };
-            ListedEntry { entry, attributes: None, is_plain: false }
+            ListedEntry { entry, attributes: None, is_plain: false, crossing: None }
         };
         Listing { entries: entries.iter().map(listed).collect(), ends }
+    }
+
+    #[test]
+    fn a_root_lies_within_its_volume() {
+        for good in ["p2", "p2/@", "p2.subvolumes", "p2.subvolumes/@/.snapshots/1/snapshot", "p2/..."] {
+            assert!(is_place(good.as_bytes(), "p2"), "{good}");
+        }
+        for bad in ["", "p", "p1", "p21", "p2.", "p2/", "p2/..", "p2/a/../..", "p2//a", "p2/a\0", "/p2"] {
+            assert!(!is_place(bad.as_bytes(), "p2"), "{bad:?}");
+        }
     }
 
     #[test]

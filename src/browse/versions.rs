@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::guest::FileAttributes;
+use crate::guest::{FileAttributes, TreeId};
 
 use super::DiskContents;
 use super::difference::{Counted, differing};
@@ -31,10 +31,9 @@ pub struct PathVersion {
     pub disks: Vec<usize>,
 }
 
-/// What a disk has at `path` of a volume; a symbolic link in the last place is not followed.
-pub fn find(contents: &Arc<DiskContents>, volume: Option<usize>, path: &[u8]) -> PathState {
-    let Some(volume) = volume else { return PathState::Absent };
-    let found = GuestTree::open(contents, volume).and_then(|tree| {
+/// What a disk has at `path` of a tree; a symbolic link in the last place is not followed.
+pub fn find(contents: &Arc<DiskContents>, tree: TreeId, path: &[u8]) -> PathState {
+    let found = GuestTree::open(contents, tree).and_then(|tree| {
         let entry = tree.resolve(path, FinalSymlink::Itself)?;
         Ok((tree, entry))
     });
@@ -78,7 +77,7 @@ fn version(found: &PathState, index: usize) -> PathVersion {
         PathState::Absent => (None, None),
         PathState::Unreadable(error) => (Some(Err(error.clone())), None),
         PathState::There(there) => {
-            let (tree, GuestEntry { ino, attributes }) = &**there;
+            let (tree, GuestEntry { ino, attributes, .. }) = &**there;
             let is_link = attributes.kind == crate::guest::FileKind::Symlink;
             match is_link.then(|| tree.read_link(*ino)).transpose() {
                 Ok(target) => (Some(Ok(*attributes)), target),

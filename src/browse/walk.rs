@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{ExtendedAttribute, FileAttributes, FileKind, Ino, TreeId};
 use crate::store::shown;
 
-use super::{DiskContents, DiskLease, ListedEntry};
+use super::{DiskContents, DiskLease, FoundEntry, ListedEntry};
 
 /// Symbolic links that one path may follow at most; Linux' limit.
 const LINKS: usize = 40;
@@ -23,7 +23,7 @@ const ENTRIES: usize = 1 << 22;
 /// Nesting of directories at most.
 pub const DEPTH: usize = 512;
 
-/// The files of one volume. Its disks are leased until it is dropped.
+/// The files of one tree of a volume. Its disks are leased until it is dropped.
 #[derive(Debug)]
 pub struct GuestTree {
     pub(super) contents: Arc<DiskContents>,
@@ -39,6 +39,8 @@ pub struct GuestEntry {
     pub ino: Ino,
     /// Its stat(2) attributes.
     pub attributes: FileAttributes,
+    /// Whether it is the root of a subvolume. Links in it do not lead above it.
+    pub is_root: bool,
 }
 
 /// An entry of a directory.
@@ -83,12 +85,11 @@ impl VisitedDirectories {
 }
 
 impl GuestTree {
-    /// The files of a volume, by index.
-    pub fn open(contents: &Arc<DiskContents>, volume: usize) -> Result<Self> {
+    /// The files of a tree.
+    pub fn open(contents: &Arc<DiskContents>, tree: TreeId) -> Result<Self> {
         let lease = contents.lease()?;
-        let tree = TreeId::main(volume);
         let ino = contents.mount(tree)?.root;
-        let root = GuestEntry { ino, attributes: contents.attributes(tree, ino)? };
+        let root = GuestEntry { ino, attributes: contents.attributes(tree, ino)?, is_root: true };
         Ok(Self { contents: Arc::clone(contents), tree, root, _lease: lease })
     }
 
@@ -97,17 +98,18 @@ impl GuestTree {
         self.root
     }
 
-    /// Resolves a path from the root by the guest's own rules: absolute links and `..` stay in the volume.
+    /// Resolves a path from the root by the guest's own rules: absolute links, and `..` in links, stay in
+    /// their subvolume. `..` of `path` itself stays in the tree.
     pub fn resolve(&self, path: &[u8], last: FinalSymlink) -> Result<GuestEntry> {
-        let mut left: Vec<Vec<u8>> = Vec::new();
-        push_names(&mut left, path);
+        let mut left: Vec<PathName> = Vec::new();
+        push_names(&mut left, path, false);
         if path.ends_with(b"/") {
             // A path with a trailing slash is a directory, through a link or not.
-            left.insert(0, b".".to_vec());
+            left.insert(0, PathName { name: b".".to_vec(), of_link: false });
         }
         let mut parents = vec![self.root];
         let mut link_count = 0;
-        while let Some(name) = left.pop() {
+        while let Some(PathName { name, of_link }) = left.pop() {
             let here = parents[parents.len() - 1];
             if here.attributes.kind != FileKind::Directory {
                 return Err(Error::new(ErrorKind::NotFound, "a part of the path is not a directory"));
@@ -115,13 +117,15 @@ impl GuestTree {
             match name.as_slice() {
                 b"." => continue,
                 b".." => {
-                    parents.truncate((parents.len() - 1).max(1));
+                    if parents.len() > 1 && !(of_link && here.is_root) {
+                        parents.pop();
+                    }
                     continue;
                 }
                 _ => {}
             }
             let found = self.contents.lookup(self.tree, here.ino, &name)?;
-            let (ino, attributes) = found.ok_or_else(|| {
+            let FoundEntry { ino, attributes, crossing } = found.ok_or_else(|| {
                 let name = shown(Path::new(OsStr::from_bytes(&name)));
                 Error::new(ErrorKind::NotFound, format!("there is no {name}"))
             })?;
@@ -132,12 +136,13 @@ impl GuestTree {
                 }
                 let target = self.contents.read_link(self.tree, ino)?;
                 if target.starts_with(b"/") {
-                    parents.truncate(1);
+                    let root = parents.iter().rposition(|entry| entry.is_root).unwrap_or(0);
+                    parents.truncate(root + 1);
                 }
-                push_names(&mut left, &target);
+                push_names(&mut left, &target, true);
                 continue;
             }
-            parents.push(GuestEntry { ino, attributes });
+            parents.push(GuestEntry { ino, attributes, is_root: crossing.is_some() });
         }
         Ok(parents[parents.len() - 1])
     }
@@ -161,12 +166,13 @@ impl GuestTree {
                 return if listing.ends { Ok(()) } else { Err(Error::new(ErrorKind::Corrupt, fact)) };
             };
             from = last.entry.next;
-            for ListedEntry { entry: found, attributes, .. } in listing.entries {
+            for ListedEntry { entry: found, attributes, crossing, .. } in listing.entries {
                 let attributes = match attributes {
                     Some(attributes) => Ok(attributes),
                     None => self.contents.attributes(self.tree, found.ino),
                 };
-                let entry = attributes.map(|attributes| GuestEntry { ino: found.ino, attributes });
+                let (ino, is_root) = (found.ino, crossing.is_some());
+                let entry = attributes.map(|attributes| GuestEntry { ino, attributes, is_root });
                 all.push(NamedEntry { name: found.name, entry });
             }
             if listing.ends {
@@ -192,9 +198,18 @@ impl GuestTree {
     }
 }
 
+/// A name that is still to be resolved.
+#[derive(Debug, PartialEq, Eq)]
+struct PathName {
+    name: Vec<u8>,
+    /// Whether it is of a link's target.
+    of_link: bool,
+}
+
 /// Puts a path's names before the remaining ones; the last of the list is the next.
-fn push_names(left: &mut Vec<Vec<u8>>, path: &[u8]) {
-    left.extend(path.split(|byte| *byte == b'/').rev().filter(|name| !name.is_empty()).map(<[u8]>::to_vec));
+fn push_names(left: &mut Vec<PathName>, path: &[u8], of_link: bool) {
+    let names = path.split(|byte| *byte == b'/').rev().filter(|name| !name.is_empty());
+    left.extend(names.map(|name| PathName { name: name.to_vec(), of_link }));
 }
 
 #[cfg(test)]
@@ -203,13 +218,15 @@ mod tests {
 
     #[test]
     fn names_of_a_path_come_first_to_last() {
-        let mut left = vec![b"rest".to_vec()];
-        push_names(&mut left, b"//a/../b/");
+        let mut left = Vec::new();
+        push_names(&mut left, b"rest", false);
+        push_names(&mut left, b"//a/../b/", true);
         let mut order = Vec::new();
-        while let Some(name) = left.pop() {
-            order.push(String::from_utf8(name).unwrap());
+        while let Some(PathName { name, of_link }) = left.pop() {
+            order.push((String::from_utf8(name).unwrap(), of_link));
         }
-        assert_eq!(order, ["a", "..", "b", "rest"]);
+        let expected = [("a", true), ("..", true), ("b", true), ("rest", false)];
+        assert_eq!(order, expected.map(|(name, of_link)| (name.to_owned(), of_link)));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::browse::FoundEntry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, Ino};
 use crate::store::stale;
@@ -121,7 +122,7 @@ fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
         }
         let is_last = rest.is_empty();
         match slot.inside.lookup(slot.tree, walk.here()?, &part)? {
-            Some((ino, found)) if found.kind == FileKind::Symlink && !is_last => {
+            Some(FoundEntry { ino, attributes, .. }) if attributes.kind == FileKind::Symlink && !is_last => {
                 followed += 1;
                 if followed > MAX_FOLLOWED {
                     return Err(Error::new(
@@ -138,7 +139,9 @@ fn follow(mut walk: LinkWalk<'_>, path: &[&[u8]]) -> Result<Vec<u8>> {
                     return Err(Error::new(ErrorKind::Corrupt, "the link leads through too long a path"));
                 }
             }
-            Some((ino, found)) if found.kind == FileKind::Directory || is_last => walk.down.push((part, ino)),
+            Some(FoundEntry { ino, attributes, .. }) if attributes.kind == FileKind::Directory || is_last => {
+                walk.down.push((part, ino));
+            }
             // Not a directory: the kernel's resolution ends here, too.
             _ => {
                 rest.push(part);

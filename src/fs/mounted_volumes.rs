@@ -36,6 +36,9 @@ const PARENTS_CACHED: usize = 1 << 14;
 pub(super) struct MountedVolume {
     pub(super) inside: Arc<DiskContents>,
     pub(super) tree: TreeId,
+    /// The tree through which it was reached: the same one, or one that has it in it. The same directory in
+    /// two places would be one inode, which the kernel moves from one to the other.
+    entry: u32,
     pub(super) mounted: Mounted,
     since: Instant,
     /// The sum of the lookup counts of its inodes.
@@ -83,7 +86,7 @@ impl MountedVolume {
     }
 
     fn place(&self) -> TreePlace {
-        (Arc::as_ptr(&self.inside) as usize, self.tree)
+        (Arc::as_ptr(&self.inside) as usize, self.tree, self.entry)
     }
 
     /// Records that an inode has no extended attributes.
@@ -116,8 +119,9 @@ impl MountedVolume {
     }
 }
 
-/// The address of a disk's contents, which live as long as their slots, and the tree.
-type TreePlace = (usize, TreeId);
+/// The address of a disk's contents, which live as long as their slots, the tree, and that through which it
+/// was reached.
+type TreePlace = (usize, TreeId, u32);
 
 /// All guests' file systems in the mount.
 #[derive(Debug, Default)]
@@ -137,7 +141,22 @@ struct VolumeTable {
 impl MountedVolumes {
     /// The slot of a tree; a new one if it has none.
     pub(super) fn of(&self, inside: &Arc<DiskContents>, tree: TreeId) -> Result<(u16, Arc<MountedVolume>)> {
-        let place = (Arc::as_ptr(inside) as usize, tree);
+        self.reached(inside, tree, tree.subvolume)
+    }
+
+    /// The slot of a tree that begins in a directory of another one.
+    pub(super) fn within(&self, outer: &MountedVolume, subvolume: u32) -> Result<u16> {
+        let tree = TreeId { volume: outer.tree.volume, subvolume };
+        Ok(self.reached(&outer.inside, tree, outer.entry)?.0)
+    }
+
+    fn reached(
+        &self,
+        inside: &Arc<DiskContents>,
+        tree: TreeId,
+        entry: u32,
+    ) -> Result<(u16, Arc<MountedVolume>)> {
+        let place = (Arc::as_ptr(inside) as usize, tree, entry);
         if let Some(found) = self.table.read().find(place) {
             return Ok(found);
         }
@@ -145,6 +164,7 @@ impl MountedVolumes {
         let slot = Arc::new(MountedVolume {
             inside: Arc::clone(inside),
             tree,
+            entry,
             mounted,
             since: Instant::now(),
             lookup_count: AtomicI64::new(0),

@@ -36,7 +36,6 @@ use super::progress::PendingReads;
 
 use directories::Directory;
 pub use guests::GuestOptions;
-pub(super) use guests::guest_node;
 
 /// One entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -23,6 +23,15 @@ impl TreeId {
     }
 }
 
+/// The root directory of a tree, as it is met in another tree of the same file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Crossing {
+    /// Index of the tree among those of the file system.
+    pub subvolume: u32,
+    /// The number of the root directory there.
+    pub ino: Ino,
+}
+
 /// The number of an inode within its tree: any 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Ino(pub u64);
@@ -176,6 +185,12 @@ pub trait FileSystem: Send + Sync {
 
     /// The inode of a name in a directory, by the file system's own rules (such as case folding).
     fn lookup(&self, directory: Ino, name: &[u8]) -> Result<Option<Ino>>;
+
+    /// The tree that begins at a directory of this one, if there is one. Its inodes are also inodes of this
+    /// tree, with other numbers.
+    fn crossing(&self, _: Ino) -> Option<Crossing> {
+        None
+    }
 
     /// Calls `each` with the entries of a directory, without `.` and `..`, from the position `from` on (0:
     /// the beginning; else some entry's `next`), until it returns false or the directory ends. An error may

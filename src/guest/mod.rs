@@ -22,8 +22,8 @@ pub mod volumes;
 pub mod xfs;
 
 pub use filesystem::{
-    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,
+    Crossing, DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, RunKind,
     Statistics, Time, TreeId,
 };
-pub use readers::{OpenTrees, READERS, Reader, SourceSet, Subvolume, open};
+pub use readers::{OpenTrees, READERS, Reader, SourceSet, Subvolume, TOP_LEVEL_SUFFIX, open};
 pub use source::{Slice, Source};

@@ -17,6 +17,10 @@ use super::volumes::Assembly;
 use super::xfs::Xfs;
 use super::{FileSystem, Source};
 
+/// The top level of a volume is shown beside it with its name and this suffix, where the volume shows another
+/// tree.
+pub const TOP_LEVEL_SUFFIX: &str = ".subvolumes";
+
 /// The reader of some contents.
 pub struct Reader {
     /// The contents that it reads.
@@ -39,24 +43,32 @@ pub enum SourceSet {
     SameUuid,
 }
 
-/// One tree of files of a file system.
+/// One tree of files of a file system. The first is shown as the volume.
 pub struct Subvolume {
-    /// Its name; `None` for the tree that is shown as the volume.
-    pub name: Option<Vec<u8>>,
+    /// Its path from the top level: the tree that has all others in it, whose own path is empty. `None` if it
+    /// is unknown.
+    pub path: Option<Vec<u8>>,
+    /// Its number: the value of `subvolid=` in an fstab.
+    pub id: u64,
     /// Its files.
     pub files: Arc<dyn FileSystem>,
 }
 
 impl Subvolume {
+    /// The index of the top level among the trees of a file system; that of the first if it is not known.
+    pub fn top_level(trees: &[Self]) -> usize {
+        trees.iter().position(|tree| tree.path.as_deref() == Some(b"")).unwrap_or(0)
+    }
+
     /// The only tree of a file system.
     fn only(files: impl FileSystem + 'static) -> Vec<Self> {
-        vec![Self { name: None, files: Arc::new(files) }]
+        vec![Self { path: Some(Vec::new()), id: 0, files: Arc::new(files) }]
     }
 }
 
 impl std::fmt::Debug for Subvolume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Subvolume").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("Subvolume").field("path", &self.path).finish_non_exhaustive()
     }
 }
 

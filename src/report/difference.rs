@@ -29,8 +29,8 @@ impl Tally {
     /// Counts one finding.
     pub fn count(&mut self, finding: &PathDifference) {
         match finding {
-            PathDifference::Added(_) => self.added += 1,
-            PathDifference::Removed(_) => self.removed += 1,
+            PathDifference::Added(_) | PathDifference::Subvolume(Side::B, _) => self.added += 1,
+            PathDifference::Removed(_) | PathDifference::Subvolume(Side::A, _) => self.removed += 1,
             PathDifference::Changed { .. } | PathDifference::Bytes => self.changed += 1,
             PathDifference::Unreadable(..) => self.unreadable += 1,
         }
@@ -48,6 +48,7 @@ pub fn line(path: &[u8], finding: &PathDifference) -> String {
     match finding {
         PathDifference::Added(_) => format!("+ {path}\n"),
         PathDifference::Removed(_) => format!("- {path}\n"),
+        PathDifference::Subvolume(side, _) => format!("{} {path}   the whole subvolume\n", mark(*side)),
         PathDifference::Changed { what, .. } => format!("~ {path}   {}\n", words(what).join(", ")),
         PathDifference::Bytes => format!("~ {path}   content, whose files cannot be shown\n"),
         PathDifference::Unreadable(side, error) => {
@@ -59,8 +60,13 @@ pub fn line(path: &[u8], finding: &PathDifference) -> String {
 
 /// A volume that only one side has.
 pub fn volume_line(name: &str, side: Side) -> String {
-    let mark = if side == Side::A { '-' } else { '+' };
+    let mark = mark(side);
     format!("{mark} /{}   the whole volume\n", super::safe::terminal(name))
+}
+
+/// The mark of what only one side has.
+fn mark(side: Side) -> char {
+    if side == Side::A { '-' } else { '+' }
 }
 
 /// `3 added, 1 removed, 12 changed; 4.1 MiB of 1.2 GiB read`.
@@ -118,6 +124,14 @@ impl ChangeObject {
             }
             PathDifference::Removed(before) => {
                 (object.change, object.a) = ("removed", Some(AttributesObject::of(before)));
+            }
+            PathDifference::Subvolume(side, attributes) => {
+                let attributes = Some(AttributesObject::of(attributes));
+                object.what = vec!["subvolume"];
+                match side {
+                    Side::A => (object.change, object.a) = ("removed", attributes),
+                    Side::B => (object.change, object.b) = ("added", attributes),
+                }
             }
             PathDifference::Changed { before, after, what } => {
                 (object.change, object.what) = ("changed", words(what));

@@ -2,17 +2,23 @@
 
 use std::fmt::Write as _;
 
-use crate::guest::inspect::{FstabEntry, OperatingSystem};
+use crate::guest::inspect::{FstabEntry, OperatingSystem, RootReason};
 
-use super::safe::terminal;
+use super::safe::{terminal, terminal_bytes};
 
-/// `key: value` lines for each system, and a line for each mount of its fstab.
+/// `key: value` lines for each system, and a line for each mount of its fstab. A system whose fstab mounts
+/// another one, as that of a snapshot does, gets one line at the end.
 pub fn text(systems: &[OperatingSystem]) -> String {
     if systems.is_empty() {
         return "no operating system was found\n".to_owned();
     }
-    let each: Vec<String> = systems.iter().map(system).collect();
-    each.join("\n")
+    let is_copy = |found: &&OperatingSystem| found.fstab_root.is_some() && found.root != systems[0].root;
+    let (copies, own): (Vec<_>, Vec<_>) = systems.iter().partition(is_copy);
+    let mut parts: Vec<String> = own.into_iter().map(system).collect();
+    if !copies.is_empty() {
+        parts.push(copies.into_iter().map(copy).collect());
+    }
+    parts.join("\n")
 }
 
 fn system(found: &OperatingSystem) -> String {
@@ -29,15 +35,42 @@ fn system(found: &OperatingSystem) -> String {
     line("host-name", found.host_name.as_deref());
     line("machine-id", found.machine_id.as_deref());
     line("architecture", found.architecture.as_deref());
-    line("root", Some(&found.volume));
+    let _ = writeln!(text, "root: {}", terminal_bytes(&found.root));
+    if let Some(reason) = reason(found.reason) {
+        let _ = writeln!(text, "root-reason: {reason}");
+    }
     for mount in &found.mounts {
-        line("mount", Some(&mounted(mount)));
+        let _ = writeln!(text, "mount: {}", terminal(&mounted(mount)));
     }
     text
 }
 
-/// The fstab's fields, with the volume in front, if it is known.
-fn mounted(FstabEntry { device, volume, directory, kind, options }: &FstabEntry) -> String {
-    let volume = volume.as_deref().unwrap_or("-");
-    format!("{directory} {volume} {kind} {options} ({device})")
+/// Why a system is in front of others, if there are others.
+fn reason(reason: RootReason) -> Option<&'static str> {
+    match reason {
+        RootReason::Only => None,
+        RootReason::Fstab => Some("its fstab mounts it as /"),
+        RootReason::BootLoader => Some("the boot loader names it"),
+        RootReason::DefaultSubvolume => Some("it is the default subvolume"),
+        RootReason::First => Some("its volume comes first"),
+    }
+}
+
+/// `copy: PLACE NAME HOST (its fstab mounts PLACE as /)`
+fn copy(found: &OperatingSystem) -> String {
+    let name = found.pretty_name.as_deref().or(found.name.as_deref()).or(found.id.as_deref());
+    let words = [Some("copy:"), Some(&terminal_bytes(&found.root)), name, found.host_name.as_deref()]
+        .into_iter()
+        .flatten()
+        .map(terminal)
+        .collect::<Vec<String>>()
+        .join(" ");
+    let other = found.fstab_root.as_deref().map(terminal).unwrap_or_default();
+    format!("{words} (its fstab mounts {other} as /)\n")
+}
+
+/// The fstab's fields, with the place in front, if it is known.
+fn mounted(FstabEntry { device, place, directory, kind, options }: &FstabEntry) -> String {
+    let place = place.as_deref().unwrap_or("-");
+    format!("{directory} {place} {kind} {options} ({device})")
 }

@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use serde::Serialize;
 use unicode_width::UnicodeWidthStr;
 
-use crate::browse::DiskContents;
+use crate::browse::{DiskContents, Trees};
 use crate::guest::volumes::{SetKind, Volume};
 
 use super::safe::terminal;
-use crate::guest::TreeId;
+use crate::guest::{TOP_LEVEL_SUFFIX, TreeId};
 use crate::units::brief_size;
 
 /// A line for each volume: name, content, size, label and identity, and why its files are not shown; then the
@@ -92,8 +92,28 @@ fn remarks(contents: &DiskContents, index: usize, volume: &Volume) -> String {
     match (&volume.problem, volume.problem.is_none().then(|| contents.mount(TreeId::main(index)))) {
         (Some(problem), _) => words.push(format!("not shown: {}", terminal(problem))),
         (None, Some(Err(error))) => words.push(format!("not shown: {}", terminal(&error.to_string()))),
-        (None, Some(Ok(mounted))) => words.extend(mounted.remarks.iter().map(|remark| terminal(remark))),
+        (None, Some(Ok(mounted))) => {
+            words.extend(trees(&mounted.trees, &volume.name));
+            words.extend(mounted.remarks.iter().map(|remark| terminal(remark)));
+        }
         (None, None) => {}
     }
     if words.is_empty() { String::new() } else { format!("   {}", words.join("; ")) }
+}
+
+/// Which tree is shown as the volume, and where the others are.
+fn trees(Trees { main, top_level: _, count, paths }: &Trees, name: &str) -> Option<String> {
+    let main = main.as_ref().map(|path| format!("subvolume {}", terminal(path)));
+    if *count == 0 {
+        let place = || format!("; the top level is in {name}{TOP_LEVEL_SUFFIX}");
+        return main.map(|main| main + &place());
+    }
+    let listed: Vec<String> = paths.iter().map(|path| terminal(path)).collect();
+    let more = (*count as usize).saturating_sub(paths.len());
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let others = format!("{}{more}", listed.join(", "));
+    Some(match main {
+        Some(main) => format!("{main}; others in {name}{TOP_LEVEL_SUFFIX}: {others}"),
+        None => format!("subvolumes {others}"),
+    })
 }

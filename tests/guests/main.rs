@@ -14,6 +14,7 @@ mod images;
 mod luks;
 mod mount;
 mod scramble;
+mod systems;
 mod volumes;
 mod worker;
 mod xfs;

@@ -45,9 +45,9 @@ fn layout(name: &str) -> String {
     answer(&[&[1, 0, 0, 0, 1], &volume[..], &[0, 0, 0, 0]].concat())
 }
 
-/// The answer that this volume holds an operating system.
+/// The answer that this volume's first tree is the root of an operating system.
 fn system_on(name: &str) -> String {
-    answer(&[&[12, 1, name.len() as u8], name.as_bytes(), &[0; 8]].concat())
+    answer(&[&[12, 1, name.len() as u8], name.as_bytes(), &[0; 12]].concat())
 }
 
 /// The attributes of an inode of that kind.
@@ -98,6 +98,12 @@ fn a_volume_named_like_a_path_is_ignored() {
         let (_place, found) = inside(&layout(name), &system_on(name));
         assert_eq!(found.expect_err(name).kind(), ErrorKind::Io, "{name}");
     }
+    for (root, count) in
+        [("disk/@", 1), ("disk.subvolumes/@", 1), ("disk/../..", 0), ("/etc", 0), ("disk2", 0)]
+    {
+        let (_place, found) = inside(&layout("disk"), &system_on(root));
+        assert_eq!(found.expect("a disk").operating_systems().expect("a list").len(), count, "{root}");
+    }
 }
 
 #[test]
@@ -113,9 +119,9 @@ fn opening_a_set_that_the_worker_does_not_have_ends() {
 /// a link depends on the depth.
 #[test]
 fn type_and_inode_number_of_an_entry_come_from_one_answer() {
-    let mounted = answer(&[&[3, 2, 1][..], &[0; 8]].concat());
+    let mounted = answer(&[&[3, 2, 1][..], &[0; 12]].concat());
     let root = answer(&[&[6][..], &attributes(DIRECTORY)].concat());
-    let found = answer(&[&[4, 1, 12][..], &attributes(DIRECTORY)].concat());
+    let found = answer(&[&[4, 1, 12][..], &attributes(DIRECTORY), &[0]].concat());
     let other = answer(&[&[6][..], &attributes(SYMLINK)].concat());
     let (_place, store, browser) = browser(&[layout("disk"), mounted, root, found].concat(), &other);
     let options = GuestOptions { shown: true, verbatim: false };
@@ -238,7 +244,13 @@ fn odd_answer(rng: &mut Rng, kind: u8) -> String {
             }
             bytes.push(0);
         }
-        _ => bytes.extend([2, 1, 0, 0, 0, 0, 0, 0, 0, 0]),
+        _ => {
+            bytes.extend([2, 1, 0, 0, 0, 0, 0, 0, 0, 0]);
+            // Its other trees.
+            bytes.extend([0, 1]);
+            (0..2).for_each(|_| number(odd(rng) & u64::from(u32::MAX), &mut bytes));
+            bytes.push(0);
+        }
     }
     answer(&bytes)
 }
@@ -259,7 +271,7 @@ fn look_at_everything(inside: &Arc<DiskContents>, rng: &mut Rng) {
         let _ = inside.origin(0, at, odd(rng));
     }
     let _ = chainfs::report::volumes::listed(inside);
-    if let Ok(tree) = walk::GuestTree::open(inside, 0) {
+    if let Ok(tree) = walk::GuestTree::open(inside, TreeId::main(0)) {
         let entry = tree.root();
         let content = OpenContent::new(&tree, &entry);
         for at in [0, entry.attributes.size / 2, entry.attributes.size.saturating_sub(1)] {

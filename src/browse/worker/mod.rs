@@ -11,5 +11,5 @@ mod serve;
 pub(super) use pool::Pool;
 pub(super) use process::{Disks, Worker};
 pub use process::{UNLOCKS, WITHOUT_SECCOMP, WORKER, WorkerProgram, WorkerTask};
-pub use protocol::{ListedEntry, Listing, Mounted, OpenedFile};
+pub use protocol::{FoundEntry, ListedEntry, Listing, Mounted, OpenedFile, Trees};
 pub use serve::serve;

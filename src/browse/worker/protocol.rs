@@ -10,7 +10,9 @@ use crate::error::{Error, ErrorKind};
 use crate::guest::inspect::OperatingSystem;
 use crate::guest::luks::{ContainerKeys, HeaderId, Secret, Unlocked};
 use crate::guest::volumes::{SetMember, VolumeLayout};
-use crate::guest::{DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics, TreeId};
+use crate::guest::{
+    Crossing, DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics, TreeId,
+};
 
 /// Bytes that are fetched and cached as one.
 pub(in crate::browse) const CHUNK: u64 = 1 << 16;
@@ -87,7 +89,7 @@ pub(in crate::browse) enum Answer {
     Layout(Box<VolumeLayout>),
     SetMembers(Vec<SetMember>),
     Mounted(Mounted),
-    Found(Option<(Ino, FileAttributes)>),
+    Found(Option<FoundEntry>),
     Listed(Listing),
     Attributes(FileAttributes),
     Link(Vec<u8>),
@@ -125,6 +127,32 @@ pub struct Mounted {
     pub remarks: Vec<String>,
     /// Why the shown state is not the last one, if so.
     pub stale: Vec<String>,
+    /// Its other trees; only of the main tree.
+    pub trees: Trees,
+}
+
+/// The trees of a file system, for one who sees the main one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trees {
+    /// The path of the main tree from the top level, if it is another tree.
+    pub main: Option<String>,
+    /// Index of the top level, if the main tree is another.
+    pub top_level: Option<u32>,
+    /// Number of all other trees below the top level.
+    pub count: u32,
+    /// The paths of the first of them.
+    pub paths: Vec<String>,
+}
+
+/// What a name in a directory means.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct FoundEntry {
+    /// Its inode.
+    pub ino: Ino,
+    /// The inode's stat(2) attributes.
+    pub attributes: FileAttributes,
+    /// The tree that begins there.
+    pub crossing: Option<Crossing>,
 }
 
 /// An entry of a directory.
@@ -136,6 +164,8 @@ pub struct ListedEntry {
     pub attributes: Option<FileAttributes>,
     /// Whether it is known to have no extended attributes.
     pub is_plain: bool,
+    /// The tree that begins there.
+    pub crossing: Option<Crossing>,
 }
 
 /// A regular file that is about to be read.

@@ -18,19 +18,23 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::{OpenedVolume, inspect};
 use crate::guest::luks::{Attempt, ContainerKeys, KnownKeys};
 use crate::guest::volumes::{Assembly, Volume, VolumeLayout, assemble, set_members};
-use crate::guest::{FileKind, FileSystem, Ino, READERS, Source, Subvolume, TreeId, open};
+use crate::guest::{FileKind, FileSystem, Ino, READERS, Reader, Source, SourceSet, Subvolume, TreeId, open};
 
 use super::channel::Channel;
 use super::confine;
 use super::process::{WorkerTask, channel_name};
 use super::protocol::{
-    Answer, FIRST_RUNS_LEN, Failure, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted, OpenedFile,
-    READ_LEN, RUNS_LEN, RUNS_SPAN, Request, SetTree, ToWorker,
+    Answer, FIRST_RUNS_LEN, Failure, FoundEntry, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted,
+    OpenedFile, READ_LEN, RUNS_LEN, RUNS_SPAN, Request, SetTree, ToWorker, Trees,
 };
 use super::remote::{ChunkCache, RemoteDisk, fail_on_transient, set_channel, with_channel};
 
 /// Sets of disks that are kept at most: each has file systems with caches of their own.
 const SETS: NonZero<usize> = NonZero::new(24).expect("not zero");
+
+/// Paths of trees that the daemon is told, and characters of each.
+const TREE_PATHS: usize = 8;
+const TREE_PATH_LEN: usize = 200;
 
 /// A set of disks.
 struct DiskSet {
@@ -160,13 +164,14 @@ impl WorkerState {
                     Ok(Answer::SetMembers(set_members(&(Arc::new(disk) as Arc<dyn Source>))))
                 })
             }
-            Request::Mount(volume) => self.with(volume, |fs| {
-                let (root, statistics) = (fs.root(), fs.statistics());
-                Ok(Answer::Mounted(Mounted { root, statistics, remarks: fs.remarks(), stale: fs.stale() }))
-            }),
+            Request::Mount(at) => {
+                let Some(set) = self.set(at.set) else { return Ok(Answer::NoSuchSet) };
+                set.mounted(at.tree).map(Answer::Mounted)
+            }
             Request::Lookup(volume, directory, name) => self.with(volume, |fs| {
                 let Some(ino) = fs.lookup(directory, &name)? else { return Ok(Answer::Found(None)) };
-                Ok(Answer::Found(Some((ino, fs.attributes(ino)?))))
+                let (attributes, crossing) = (fs.attributes(ino)?, fs.crossing(ino));
+                Ok(Answer::Found(Some(FoundEntry { ino, attributes, crossing })))
             }),
             Request::List(volume, directory, from) => {
                 self.with(volume, |fs| listing(fs, directory, from).map(Answer::Listed))
@@ -196,7 +201,7 @@ impl WorkerState {
                 self.with(volume, |fs| fs.extended_attributes(ino).map(Answer::ExtendedAttributes))
             }
             Request::ReadVolume(set, volume, at, len) => {
-                let Some(set) = self.sets.lock().get(&set).cloned() else { return Ok(Answer::NoSuchSet) };
+                let Some(set) = self.set(set) else { return Ok(Answer::NoSuchSet) };
                 payload.resize((len as usize).min(READ_LEN), 0);
                 set.assembly.source(volume as usize).read_at(at, payload)?;
                 Ok(Answer::Bytes)
@@ -229,49 +234,88 @@ impl WorkerState {
 
     /// Calls `work` with a file system, which is opened on first use.
     fn with(&self, at: SetTree, work: impl FnOnce(&dyn FileSystem) -> Result<Answer>) -> Result<Answer> {
-        let Some(set) = self.sets.lock().get(&at.set).cloned() else { return Ok(Answer::NoSuchSet) };
+        let Some(set) = self.set(at.set) else { return Ok(Answer::NoSuchSet) };
         work(&*set.file_system(at.tree)?)
     }
 
+    fn set(&self, number: u32) -> Option<Arc<DiskSet>> {
+        self.sets.lock().get(&number).cloned()
+    }
+
     fn inspect(&self, set: u32) -> Answer {
-        let Some(set) = self.sets.lock().get(&set).cloned() else { return Answer::NoSuchSet };
+        let Some(set) = self.set(set) else { return Answer::NoSuchSet };
         // A volume that cannot be opened contains no system that could be shown.
-        let open: Vec<_> =
-            (0..set.open.len()).map(|index| set.file_system(TreeId::main(index)).ok()).collect();
-        Answer::OperatingSystems(inspect(&opened(&set.assembly.layout, &open)))
+        let trees: Vec<_> = (0..set.open.len()).map(|index| set.trees(index).unwrap_or_default()).collect();
+        Answer::OperatingSystems(inspect(&opened(&set.assembly.layout, &trees)))
     }
 }
 
 impl DiskSet {
-    /// A tree of the file system on a volume, which is opened on first use.
-    fn file_system(&self, TreeId { volume, subvolume }: TreeId) -> Result<Arc<dyn FileSystem>> {
-        let unknown = |what| Error::new(ErrorKind::Stale, format!("there is no such {what}"));
+    /// The trees of the file system on a volume, which is opened on first use.
+    fn trees(&self, volume: usize) -> Result<Arc<[Subvolume]>> {
         let mut slot = self.open.get(volume).ok_or_else(|| unknown("volume"))?.lock();
         if slot.is_none() {
             *slot = Some(fail_on_transient(|| open(READERS, volume, &self.assembly))?.into());
         }
-        let trees = slot.as_ref().expect("it was just put there");
+        Ok(Arc::clone(slot.as_ref().expect("it was just put there")))
+    }
+
+    fn file_system(&self, TreeId { volume, subvolume }: TreeId) -> Result<Arc<dyn FileSystem>> {
+        let trees = self.trees(volume)?;
         let tree = trees.get(subvolume as usize).ok_or_else(|| unknown("subvolume"))?;
         Ok(Arc::clone(&tree.files))
     }
+
+    fn mounted(&self, tree: TreeId) -> Result<Mounted> {
+        let fs = self.file_system(tree)?;
+        let (root, statistics) = (fs.root(), fs.statistics());
+        let is_main = tree == TreeId::main(tree.volume);
+        let trees = if is_main { described(&self.trees(tree.volume)?) } else { Trees::default() };
+        Ok(Mounted { root, statistics, remarks: fs.remarks(), stale: fs.stale(), trees })
+    }
 }
 
-/// The open volumes, with their names in an fstab.
-fn opened<'a>(layout: &'a VolumeLayout, open: &'a [Option<Arc<dyn FileSystem>>]) -> Vec<OpenedVolume<'a>> {
-    let volumes = layout.volumes.iter().zip(open);
-    let described = |(volume, open): (&'a Volume, &'a Option<Arc<dyn FileSystem>>)| {
+fn unknown(what: &str) -> Error {
+    Error::new(ErrorKind::Stale, format!("there is no such {what}"))
+}
+
+/// What one who sees the main tree is told about the others.
+fn described(trees: &[Subvolume]) -> Trees {
+    let top_level = Subvolume::top_level(trees);
+    let shown = |tree: &Subvolume| {
+        let path = tree.path.as_deref().unwrap_or(b"?");
+        String::from_utf8_lossy(path).chars().take(TREE_PATH_LEN).collect::<String>()
+    };
+    let others = || trees.iter().enumerate().filter(|(index, _)| *index != 0 && *index != top_level);
+    Trees {
+        main: (top_level != 0).then(|| shown(&trees[0])),
+        top_level: (top_level != 0).then_some(top_level as u32),
+        count: others().count() as u32,
+        paths: others().take(TREE_PATHS).map(|(_, tree)| shown(tree)).collect(),
+    }
+}
+
+/// The volumes with their names in an fstab, and the trees of those that can be opened.
+fn opened<'a>(layout: &'a VolumeLayout, trees: &'a [Arc<[Subvolume]>]) -> Vec<OpenedVolume<'a>> {
+    let described = |(index, volume): (usize, &'a Volume)| {
         let partition =
             layout.partitions.iter().find(|partition| volume.name == format!("p{}", partition.number));
-        Some(OpenedVolume {
+        // A file system on several volumes is one.
+        let is_it = |other: &Volume| other.content == volume.content && other.uuid == volume.uuid;
+        let has_several = Reader::of(READERS, volume.content)
+            .is_some_and(|reader| reader.sources == SourceSet::SameUuid && volume.uuid.is_some());
+        let is_known = has_several && layout.volumes[..index].iter().any(is_it);
+        OpenedVolume {
             name: &volume.name,
-            files: &**open.as_ref()?,
+            trees: if is_known { &[] } else { &trees[index] },
+            content: volume.content,
             label: volume.label.as_deref(),
             uuid: volume.uuid.as_deref(),
             partition_uuid: partition.and_then(|partition| partition.uuid.as_deref()),
             partition_label: partition.and_then(|partition| partition.name.as_deref()),
-        })
+        }
     };
-    volumes.filter_map(described).collect()
+    layout.volumes.iter().enumerate().map(described).collect()
 }
 
 fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
@@ -281,7 +325,7 @@ fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
             listing.ends = false;
             return false;
         }
-        listing.entries.push(ListedEntry { entry, attributes: None, is_plain: false });
+        listing.entries.push(ListedEntry { entry, attributes: None, is_plain: false, crossing: None });
         true
     });
     // Entries before the damage are returned first; the next request gets the error.
@@ -292,6 +336,7 @@ fn listing(fs: &dyn FileSystem, directory: Ino, from: u64) -> Result<Listing> {
     }
     for listed in &mut listing.entries {
         listed.attributes = fs.attributes(listed.entry.ino).ok();
+        listed.crossing = fs.crossing(listed.entry.ino);
         listed.is_plain = fs.extended_attributes(listed.entry.ino).is_ok_and(|found| found.is_empty());
     }
     Ok(listing)

@@ -17,7 +17,7 @@ use super::{OpenedPath, about, complain, open};
 use crate::browse::content::OpenContent;
 use crate::browse::walk::{FinalSymlink, GuestEntry, GuestTree, NamedEntry, VisitedDirectories};
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{ExtendedAttribute, FileKind, Ino, RunKind};
+use crate::guest::{ExtendedAttribute, FileKind, Ino, RunKind, TreeId};
 use crate::report::files::kind;
 use crate::report::safe::terminal_bytes;
 use crate::store::ViewId;
@@ -70,14 +70,14 @@ struct CopyRun {
     /// What was not kept: the number of files, and the first of them.
     remarks: BTreeMap<String, (u64, String)>,
     /// The first copy of each file with several hard links.
-    names: HashMap<(ViewId, usize, Ino), (Rc<OutputDirectory>, PathBuf)>,
+    names: HashMap<(ViewId, TreeId, Ino), (Rc<OutputDirectory>, PathBuf)>,
 }
 
 /// One source operand.
 struct CopyOperand<'a> {
     word: &'a OsStr,
     tree: &'a GuestTree,
-    volume: &'a (ViewId, usize),
+    place: &'a (ViewId, TreeId),
     /// The directory of the host that receives the copy.
     root: Rc<OutputDirectory>,
 }
@@ -101,7 +101,7 @@ impl CopyRun {
         dest: &Path,
         is_directory: bool,
     ) -> Result<()> {
-        let OpenedPath { tree, path, volume } = open(images, word)?;
+        let OpenedPath { tree, path, place } = open(images, word)?;
         let last = if self.recursive { FinalSymlink::Itself } else { FinalSymlink::Followed };
         let entry = tree.resolve(&path, last)?;
         let is_tree = entry.attributes.kind == FileKind::Directory;
@@ -113,7 +113,7 @@ impl CopyRun {
         if name == b".." {
             return Err(Error::new(ErrorKind::Usage, "its path ends in ..; give a path that ends in a name"));
         }
-        let source = |root| CopyOperand { word, tree: &tree, volume: &volume, root };
+        let source = |root| CopyOperand { word, tree: &tree, place: &place, root };
         if name == b"." && is_tree && is_directory {
             let root = Rc::new(OutputDirectory::open(dest)?);
             return self.directories(&source(Rc::clone(&root)), root, entry, PathBuf::new(), self.keep.all);
@@ -207,7 +207,7 @@ impl CopyRun {
             let (made, is_new) = folder.enter(name)?;
             return Ok(Some((Rc::new(made), is_new)));
         }
-        let key = (source.volume.0.clone(), source.volume.1, entry.ino);
+        let key = (source.place.0.clone(), source.place.1, entry.ino);
         let has_more_names = self.archive && found.links > 1;
         if has_more_names && let Some((root, first)) = self.names.get(&key) {
             folder.hard_link(name, root, first)?;

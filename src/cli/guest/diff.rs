@@ -18,6 +18,7 @@ use crate::browse::walk::{FinalSymlink, GuestEntry, GuestTree};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::content::VolumeContent;
 use crate::guest::volumes::{VolumeLayout, VolumeMapping as Lies};
+use crate::guest::{TOP_LEVEL_SUFFIX, TreeId};
 use crate::report::difference::{
     ChangeObject, FilesObject, RangeObject, RangesObject, Tally, line, range_line, ranges_summary, summary,
     volume_line,
@@ -208,9 +209,17 @@ impl FileComparison<'_> {
                 Err((side, error)) => self.found(&path, &PathDifference::Unreadable(side, error)),
             };
         }
-        match (GuestTree::open(a.0, a.1), GuestTree::open(b.0, b.1)) {
+        // Where the volume shows one of several subvolumes, all of them are compared.
+        let top_level = |(inside, volume): (&Arc<DiskContents>, usize)| inside.top_level(volume);
+        let (top_a, top_b) = (top_level(a), top_level(b));
+        let has_several = matches!((&top_a, &top_b), (Ok(Some(_)), _) | (_, Ok(Some(_))));
+        let open = |(inside, volume), top: Result<Option<TreeId>>| {
+            GuestTree::open(inside, top?.unwrap_or(TreeId::main(volume)))
+        };
+        match (open(a, top_a), open(b, top_b)) {
             (Ok(tree_a), Ok(tree_b)) => {
                 let (root_a, root_b) = (Some(tree_a.root()), Some(tree_b.root()));
+                let path = if has_several { [&path, TOP_LEVEL_SUFFIX.as_bytes()].concat() } else { path };
                 self.trees(&path, (&tree_a, root_a), (&tree_b, root_b))
             }
             (a, b) => {
@@ -242,7 +251,7 @@ fn files(
             return Err(about(&args.a, Error::new(ErrorKind::NotFound, "neither disk has it")));
         }
         let size = |inside: &DiskContents, inner: &DiskPath| {
-            operands::volume(inside, &inner.volume).map_or(0, |index| inside.layout().volumes[index].size)
+            operands::tree(inside, &inner.volume).map_or(0, |tree| inside.layout().volumes[tree.volume].size)
         };
         files.tally.bytes_total = size(&inside_a, inner_a) + size(&inside_b, inner_b);
         let prefix = [b"/", inner_b.volume.as_slice(), &inner_b.path].concat();
@@ -288,7 +297,7 @@ fn files(
 
 /// The entry at a path of a disk. Symbolic links are followed: their targets are compared.
 fn at(inside: &Arc<DiskContents>, inner: &DiskPath) -> Result<(GuestTree, Option<GuestEntry>)> {
-    let tree = GuestTree::open(inside, operands::volume(inside, &inner.volume)?)?;
+    let tree = GuestTree::open(inside, operands::tree(inside, &inner.volume)?)?;
     match tree.resolve(&inner.path, FinalSymlink::Followed) {
         Ok(entry) => Ok((tree, Some(entry))),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok((tree, None)),

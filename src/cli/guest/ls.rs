@@ -127,7 +127,7 @@ impl Listing<'_> {
         for NamedEntry { name, entry } in entries {
             let mut listed = Listed { name, attributes: None, target: None };
             match entry {
-                Ok(GuestEntry { ino, attributes }) => {
+                Ok(GuestEntry { ino, attributes, .. }) => {
                     listed.attributes = Some(attributes);
                     if attributes.kind == FileKind::Symlink && (self.args.long || is_json) {
                         match tree.read_link(ino) {

@@ -17,18 +17,19 @@ use std::ffi::OsStr;
 use super::warn;
 use crate::browse::walk::GuestTree;
 use crate::error::{Error, Result};
+use crate::guest::TreeId;
 use operands::shown;
 
 use images::OpenStores;
 use operands::DiskPath;
 
-/// An operand with its volume opened.
+/// An operand with its tree opened.
 struct OpenedPath {
     tree: GuestTree,
-    /// The path within the volume.
+    /// The path within the tree.
     path: Vec<u8>,
-    /// The disk and the volume's index: part of the key for hard links.
-    volume: (crate::store::ViewId, usize),
+    /// The disk and the tree: part of the key for hard links.
+    place: (crate::store::ViewId, TreeId),
 }
 
 /// Opens the volume that an operand names. An operand without a volume has its own error.
@@ -39,11 +40,11 @@ fn open(images: &mut OpenStores, word: &OsStr) -> Result<OpenedPath> {
         return Err(operands::no_volume(word));
     };
     let inside = disk.contents()?;
-    let index = operands::volume(&inside, volume)?;
+    let tree = operands::tree(&inside, volume)?;
     Ok(OpenedPath {
-        tree: GuestTree::open(&inside, index)?,
+        tree: GuestTree::open(&inside, tree)?,
         path: path.clone(),
-        volume: (inside.id().clone(), index),
+        place: (inside.id().clone(), tree),
     })
 }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use super::super::target::place_in_mount;
 use crate::browse::DiskContents;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::TreeId;
 
 /// The name of the volume with the operating system.
 const ROOT: &[u8] = b"root";
@@ -144,16 +145,18 @@ fn mounted(
     }
 }
 
-/// The index of the volume with this name; `root` means the volume with the operating system.
-pub(super) fn volume(inside: &DiskContents, name: &[u8]) -> Result<usize> {
-    if let Some(index) = inside.volume(name) {
-        return Ok(index);
+/// The tree with this name: a volume's; its top level (`VOLUME.subvolumes`), which may be the same; or `root`,
+/// that of the operating system.
+pub(super) fn tree(inside: &DiskContents, name: &[u8]) -> Result<TreeId> {
+    if let Some(volume) = inside.volume(name) {
+        return Ok(TreeId::main(volume));
+    }
+    if let Some(volume) = inside.volume_of_top_level(name) {
+        return Ok(inside.top_level(volume)?.unwrap_or(TreeId::main(volume)));
     }
     let is_root = name == ROOT;
     if is_root && let Some(found) = inside.operating_systems()?.first() {
-        return inside
-            .volume(found.volume.as_bytes())
-            .ok_or_else(|| crate::store::stale("the disk's partitions have changed"));
+        return Ok(found.tree);
     }
     let names: Vec<&str> = inside.layout().volumes.iter().map(|volume| volume.name.as_str()).collect();
     let fact = if is_root {

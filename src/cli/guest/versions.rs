@@ -54,8 +54,8 @@ fn found(disk: &StoreDisk, inner: &DiskPath) -> PathState {
         Ok(inside) => inside,
         Err(error) => return PathState::Unreadable(error),
     };
-    match operands::volume(&inside, &inner.volume) {
-        Ok(volume) => find(&inside, Some(volume), &inner.path),
+    match operands::tree(&inside, &inner.volume) {
+        Ok(tree) => find(&inside, tree, &inner.path),
         // In an early view, the disk may not be partitioned.
         Err(error) if error.kind() == ErrorKind::NotFound => PathState::Absent,
         Err(error) => PathState::Unreadable(error),

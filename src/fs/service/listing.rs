@@ -16,7 +16,7 @@ use super::super::guest_file::GuestDirectory;
 use super::super::guest_numbers::GuestNode;
 use super::super::handles::Handle;
 use super::super::node::{Node, NodeKind};
-use super::super::tree::{MountTree, NodeEntry, guest_node};
+use super::super::tree::{MountTree, NodeEntry};
 use super::calls::OpenFile;
 use super::replies::DirectoryEntry;
 
@@ -129,14 +129,14 @@ fn add_entries(
     skip: usize,
     take: &mut dyn FnMut(&ListedNode<'_>) -> bool,
 ) -> bool {
-    for ListedEntry { entry, attributes, is_plain } in &listing.entries[skip..] {
+    for ListedEntry { entry, attributes, is_plain, crossing } in &listing.entries[skip..] {
         if *is_plain {
             directory.slot.note_plain(entry.ino);
         }
         let kind = attributes.as_ref().map(|found| found.kind).or(entry.kind);
         // A damaged inode is listed as a file; a lookup returns the error.
         let kind_shown = kind.unwrap_or(crate::guest::FileKind::File);
-        let node = guest_node(&directory.slot, parent, entry.ino, kind_shown);
+        let node = tree.guest_node(&directory.slot, parent, entry.ino, kind_shown, *crossing);
         let attributes = attributes.as_ref().map(|found| tree.shown_attributes(node, found));
         let shown = DirectoryEntry {
             name: OsStr::from_bytes(&entry.name),

@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use crate::browse::PointInTime;
+use crate::browse::{FoundEntry, PointInTime};
 use crate::error::{Error, ErrorKind, Result};
-use crate::guest::{self, FileKind, Ino, Time, TreeId};
+use crate::guest::{self, Crossing, FileKind, Ino, Time, TreeId};
 use crate::report::safe::terminal;
 use crate::report::{os, volumes};
 use crate::store::{Access, ViewId, stale};
@@ -65,8 +65,37 @@ impl MountTree {
     pub(super) fn guest_entry(&self, parent: GuestNode, name: &OsStr) -> Result<Option<Attributes>> {
         let slot = self.slots.get(parent.slot)?;
         let found = slot.inside.lookup(slot.tree, parent.ino, name.as_bytes())?;
-        Ok(found
-            .map(|(ino, found)| self.shown_attributes(guest_node(&slot, parent, ino, found.kind), &found)))
+        Ok(found.map(|FoundEntry { ino, attributes, crossing }| {
+            let node = self.guest_node(&slot, parent, ino, attributes.kind, crossing);
+            self.shown_attributes(node, &attributes)
+        }))
+    }
+
+    /// The node of an entry of the directory `parent`. A tree that begins there has a slot of its own, as it
+    /// has a device number of its own for the guest's kernel: its inode numbers are small, and links in it
+    /// stay in it.
+    pub(in crate::fs) fn guest_node(
+        &self,
+        slot: &MountedVolume,
+        parent: GuestNode,
+        ino: Ino,
+        kind: FileKind,
+        crossing: Option<Crossing>,
+    ) -> GuestNode {
+        if let Some(Crossing { subvolume, ino }) = crossing
+            && let Ok(slot) = self.slots.within(slot, subvolume)
+        {
+            return GuestNode { slot, depth: 0, ino };
+        }
+        let depth = match kind {
+            FileKind::Directory => (parent.depth + 1).min(GuestNode::DEEPEST),
+            FileKind::Symlink => parent.depth,
+            _ => 0,
+        };
+        if matches!(kind, FileKind::Directory | FileKind::Symlink) {
+            slot.note_parent(ino, parent.ino);
+        }
+        GuestNode { slot: parent.slot, depth, ino }
     }
 
     /// The attributes of a guest's file.
@@ -188,7 +217,7 @@ impl MountTree {
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
         let inside = self.browser.contents(view, PointInTime::First)?;
         let gone = || stale("the disk no longer has an operating system");
-        Ok(inside.operating_systems()?.first().ok_or_else(gone)?.volume.clone().into_bytes())
+        Ok(inside.operating_systems()?.first().ok_or_else(gone)?.root.clone())
     }
 
     /// The target of a symbolic link.
@@ -292,24 +321,6 @@ impl MountTree {
             self.slots.forget(node.slot, times);
         }
     }
-}
-
-/// The node of an entry of the directory `parent`.
-pub(in crate::fs) fn guest_node(
-    slot: &MountedVolume,
-    parent: GuestNode,
-    ino: Ino,
-    kind: FileKind,
-) -> GuestNode {
-    let depth = match kind {
-        FileKind::Directory => (parent.depth + 1).min(GuestNode::DEEPEST),
-        FileKind::Symlink => parent.depth,
-        _ => 0,
-    };
-    if matches!(kind, FileKind::Directory | FileKind::Symlink) {
-        slot.note_parent(ino, parent.ino);
-    }
-    GuestNode { slot: parent.slot, depth, ino }
 }
 
 /// Linux' encoding of device numbers in FUSE, which is that of the 32-bit stat(2).

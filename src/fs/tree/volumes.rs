@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::browse::{DiskContents, PointInTime};
 use crate::error::Result;
-use crate::guest::TreeId;
+use crate::guest::{TOP_LEVEL_SUFFIX, TreeId};
 use crate::store::ViewId;
 
 use super::super::guest_numbers::GuestNode;
@@ -27,9 +27,9 @@ pub(super) struct Volumes<'a> {
 }
 
 impl Volumes<'_> {
-    /// The root of a volume; an error if it cannot be mounted.
-    fn root(&self, inside: &Arc<DiskContents>, volume: usize) -> Result<Node> {
-        let (slot, found) = self.tree.slots.of(inside, TreeId::main(volume))?;
+    /// The root of a tree; an error if it cannot be mounted.
+    fn root(&self, inside: &Arc<DiskContents>, tree: TreeId) -> Result<Node> {
+        let (slot, found) = self.tree.slots.of(inside, tree)?;
         Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
     }
 
@@ -52,7 +52,12 @@ impl Entries for Volumes<'_> {
             return Ok(has_system.then(|| Node::RootLink(self.view.clone())));
         }
         if let Some(volume) = inside.volume(name.as_bytes()) {
-            return self.root(&inside, volume).map(Some);
+            return self.root(&inside, TreeId::main(volume)).map(Some);
+        }
+        if let Some(volume) = inside.volume_of_top_level(name.as_bytes()) {
+            let has_files = inside.layout().volumes[volume].problem.is_none();
+            let top_level = if has_files { inside.top_level(volume)? } else { None };
+            return top_level.map(|tree| self.root(&inside, tree)).transpose();
         }
         let volume = name.to_str().and_then(|name| name.strip_suffix(PROBLEM));
         let volume = volume.and_then(|volume| inside.volume(volume.as_bytes()));
@@ -67,8 +72,15 @@ impl Entries for Volumes<'_> {
         }
         for (volume, described) in inside.layout().volumes.iter().enumerate() {
             // A volume that cannot be mounted is in the list of volumes, with the reason.
-            let Ok(root) = self.root(&inside, volume) else { continue };
+            let Ok(root) = self.root(&inside, TreeId::main(volume)) else { continue };
             found.push((described.name.clone().into(), root));
+            let name = format!("{}{TOP_LEVEL_SUFFIX}", described.name);
+            if inside.volume(name.as_bytes()).is_none()
+                && let Some(tree) = inside.top_level(volume)?
+                && let Ok(root) = self.root(&inside, tree)
+            {
+                found.push((name.into(), root));
+            }
             let name = format!("{}{PROBLEM}", described.name);
             // A volume of that name has precedence.
             if inside.volume(name.as_bytes()).is_none()

@@ -10,7 +10,7 @@
 //!   read on demand.
 //!
 //! Every subvolume is a tree of its own. As for the kernel, a nested subvolume is also a directory of the
-//! tree that holds it. Its inodes have numbers of their own there: see [`number`].
+//! tree that holds it. Its inodes have numbers of their own there: see `number`.
 //!
 //! Permissions and the resolution of symbolic links are left to the callers.
 
@@ -45,7 +45,8 @@ use crate::error::{Error, Result};
 
 use super::bytes::uuid;
 use super::filesystem::{
-    DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino, Statistics,
+    Crossing, DirectoryEntry, ExtendedAttribute, FileAttributes, FileKind, FileRun, FileSystem, Ino,
+    Statistics,
 };
 use super::readers::Subvolume;
 use super::source::Source;
@@ -72,6 +73,8 @@ struct Shared {
     sums: Sums,
     /// The trees of files, by their numbers.
     subvolumes: Vec<Root>,
+    /// For each of them, its index among the trees that [`Btrfs::open`] returns.
+    trees: Vec<Option<u32>>,
     devices: Vec<DeviceSpace>,
     /// Decompressed extents, by where they are.
     extents: Cache<u64, Arc<[u8]>>,
@@ -99,9 +102,9 @@ pub struct Btrfs {
 }
 
 impl Btrfs {
-    /// All trees of the file system on `sources`, its devices; the default one is the first, and has no name.
-    /// The others have their path from the top level as a name, and the top level itself `/`. A log that
-    /// cannot be replayed is no error: [`FileSystem::stale`] says that the shown state is old.
+    /// All trees of the file system on `sources`, its devices; the default one is the first. Subvolumes that
+    /// no path leads to are being deleted, and are left out. A log that cannot be replayed is no error:
+    /// [`FileSystem::stale`] says that the shown state is old.
     pub fn open(sources: &[Arc<dyn Source>]) -> Result<Vec<Subvolume>> {
         open::open(sources)
     }
@@ -180,6 +183,13 @@ impl FileSystem for Btrfs {
             Object::Inode { subvolume, object } => self.look_up(subvolume, object, name),
             Object::Stub { .. } => Ok(None),
         }
+    }
+
+    fn crossing(&self, ino: Ino) -> Option<Crossing> {
+        let Ok(Object::Inode { subvolume, object }) = self.object(ino) else { return None };
+        let is_root = subvolume != self.subvolume && object == self.shared.subvolumes[subvolume].directory;
+        let tree = self.shared.trees[subvolume].filter(|_| is_root)?;
+        Some(Crossing { subvolume: tree, ino: Ino(object) })
     }
 
     fn list(&self, directory: Ino, from: u64, each: &mut dyn FnMut(DirectoryEntry) -> bool) -> Result<()> {

@@ -23,11 +23,9 @@ use super::{Btrfs, REMARK_LIMIT, Shared, log, subvolumes};
 
 /// Bytes of decompressed extents cached per file system.
 const EXTENT_CACHE_LEN: usize = 8 << 20;
-/// The name of the top level where another subvolume is the default.
-const TOP_LEVEL: &[u8] = b"/";
 
 pub(super) fn open(sources: &[Arc<dyn Source>]) -> Result<Vec<Subvolume>> {
-    let shared = Arc::new(share(sources)?);
+    let mut shared = share(sources)?;
     let default = match shared.default_subvolume() {
         Ok(id) => id,
         Err(error) if is_fact(&error) => {
@@ -41,29 +39,35 @@ pub(super) fn open(sources: &[Arc<dyn Source>]) -> Result<Vec<Subvolume>> {
         shared.index_of(object::FS_TREE)
     });
     let main = main.ok_or_else(|| corrupt("there is no tree of files"))?;
-    let show = |name, subvolume| Subvolume {
-        name,
+    let mut trees = vec![(main, path(&shared, main)?)];
+    for index in (0..shared.subvolumes.len()).filter(|index| *index != main) {
+        let path = path(&shared, index)?;
+        trees.extend(path.map(|path| (index, Some(path))));
+    }
+    let mut numbers = vec![None; shared.subvolumes.len()];
+    for (number, (index, _)) in trees.iter().enumerate() {
+        numbers[*index] = Some(number as u32);
+    }
+    shared.trees = numbers;
+    let shared = Arc::new(shared);
+    let show = |(subvolume, path): (usize, Option<Vec<u8>>)| Subvolume {
+        path,
+        id: shared.subvolumes[subvolume].id,
         files: Arc::new(Btrfs { shared: Arc::clone(&shared), subvolume }),
     };
-    let mut trees = vec![show(None, main)];
-    for (index, root) in shared.subvolumes.iter().enumerate() {
-        if index == main {
-            continue;
+    Ok(trees.into_iter().map(show).collect())
+}
+
+/// The path of a subvolume from the top level, if it is known.
+fn path(shared: &Shared, subvolume: usize) -> Result<Option<Vec<u8>>> {
+    match shared.path(subvolume) {
+        Err(error) if is_fact(&error) => {
+            let id = shared.subvolumes[subvolume].id;
+            shared.remark(format!("the path of subvolume {id} is unknown: {error}"));
+            Ok(None)
         }
-        if root.id == object::FS_TREE {
-            trees.push(show(Some(TOP_LEVEL.to_vec()), index));
-            continue;
-        }
-        match shared.path(index) {
-            Ok(Some(path)) => trees.push(show(Some(path), index)),
-            Ok(None) => {}
-            Err(error) if is_fact(&error) => {
-                shared.remark(format!("subvolume {} is not shown: {error}", root.id));
-            }
-            Err(error) => return Err(error),
-        }
+        found => found,
     }
-    Ok(trees)
 }
 
 fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
@@ -103,6 +107,7 @@ fn share(sources: &[Arc<dyn Source>]) -> Result<Shared> {
         roots,
         sums,
         subvolumes,
+        trees: Vec::new(),
         devices: items.iter().map(DeviceSpace::new).collect(),
         extents: Cache::new(EXTENT_CACHE_LEN),
         statistics: OnceLock::new(),

@@ -1,4 +1,4 @@
-//! Paths within a volume.
+//! Paths within a tree.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::{FileKind, FileSystem, Ino};
@@ -10,7 +10,7 @@ const NAME_LIMIT: usize = 4096;
 /// Bytes of a link's target: Linux' limit of a path.
 const TARGET_LIMIT: usize = 4096;
 
-/// Resolves a path and follows all symbolic links, including the last. They stay within the volume: an
+/// Resolves a path and follows all symbolic links, including the last. They stay within the tree: an
 /// absolute target begins at its root directory, and `..` does not leave it. `NotFound` if a name does not
 /// exist.
 pub fn resolve_path(files: &dyn FileSystem, path: &[u8]) -> Result<Ino> {
@@ -65,6 +65,20 @@ pub fn resolve_path(files: &dyn FileSystem, path: &[u8]) -> Result<Ino> {
 
 fn push(names: &mut Vec<Vec<u8>>, path: &[u8]) {
     names.extend(path.split(|byte| *byte == b'/').rev().filter(|name| !name.is_empty()).map(<[u8]>::to_vec));
+}
+
+/// The first names in a directory, in its order; none if it cannot be read.
+pub(super) fn list_names(files: &dyn FileSystem, path: &str, limit: usize) -> Vec<Vec<u8>> {
+    let mut names = Vec::new();
+    let listed = resolve_path(files, path.as_bytes()).and_then(|directory| {
+        files.list(directory, 0, &mut |entry| {
+            names.push(entry.name);
+            names.len() < limit
+        })
+    });
+    // Names before the damage are good.
+    drop(listed);
+    names
 }
 
 /// The beginning of a regular file, up to `limit` bytes.

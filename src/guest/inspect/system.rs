@@ -1,52 +1,69 @@
-//! The operating system of one volume.
+//! The operating system of one tree.
 
 use crate::guest::bytes::{array, slice};
-use crate::guest::{FileKind, FileSystem};
+use crate::guest::{FileKind, FileSystem, TreeId};
 
+use super::fstab::mounts;
 use super::path::{read_bytes, read_text, resolve_path};
-use super::{FstabEntry, OpenedVolume, OperatingSystem};
+use super::{OpenedVolume, OperatingSystem, RootReason};
 
 /// Bytes of a file that are read; os-release and fstab usually have a few hundred.
-const FILE_LIMIT: usize = 64 << 10;
+pub(super) const FILE_LIMIT: usize = 64 << 10;
 /// Characters of a returned text.
 const TEXT_LIMIT: usize = 256;
-/// Lines of an fstab.
-const MOUNT_LIMIT: usize = 256;
 
-/// The operating system whose root directory is on `volume`. If `/usr` is a separate volume, it is searched
-/// as well.
-pub(super) fn find(volume: &OpenedVolume<'_>, all: &[OpenedVolume<'_>]) -> Option<OperatingSystem> {
-    let root = volume.files;
+/// A tree with an operating system.
+pub(super) struct FoundSystem {
+    /// What it says about itself. Its place, and its relation to others, are not known yet.
+    pub(super) system: OperatingSystem,
+    /// What its fstab mounts as `/`.
+    pub(super) fstab_root: Option<TreeId>,
+}
+
+/// The operating system whose root directory is that of `tree`. If `/usr` is another tree, it is searched as
+/// well.
+pub(super) fn find(tree: TreeId, all: &[OpenedVolume<'_>]) -> Option<FoundSystem> {
+    let files = |TreeId { volume, subvolume }: TreeId| {
+        all.get(volume)?.trees.get(subvolume as usize).map(|tree| &*tree.files)
+    };
+    let root = files(tree)?;
     if !has_root(root) {
         return None;
     }
     let mounts = mounts(root, all);
-    let usr_volume =
-        mounts.iter().find(|mount| mount.directory == "/usr").and_then(|mount| mount.volume.clone());
-    let usr = usr_volume.and_then(|name| all.iter().find(|other| other.name == name));
-    let places = SystemRoots { root, usr: usr.map(|usr| usr.files) };
+    let mounted = |directory: &str| mounts.iter().find(|mount| mount.entry.directory == directory)?.tree;
+    let usr = mounted("/usr").and_then(files);
+    let fstab_root = mounted("/");
+    let places = SystemRoots { root, usr };
     let mut system = OperatingSystem {
-        volume: volume.name.to_owned(),
+        root: all[tree.volume].place(tree.subvolume)?,
+        tree,
+        reason: RootReason::Only,
+        fstab_root: None,
+        id: None,
+        name: None,
+        version: None,
+        pretty_name: None,
         host_name: host_name(root),
         machine_id: read_text(root, "/etc/machine-id", FILE_LIMIT).and_then(|text| first_line(&text)),
         architecture: architecture(&places),
-        mounts,
-        ..OperatingSystem::default()
+        mounts: mounts.into_iter().map(|mount| mount.entry).collect(),
     };
     name(&places, &mut system);
     // A volume that only resembles a root directory (a /boot with an etc, a home) names no system.
     let is_named = system.id.is_some() || system.name.is_some() || system.pretty_name.is_some();
-    (is_named || system.architecture.is_some() && !system.mounts.is_empty()).then_some(system)
+    let is_system = is_named || system.architecture.is_some() && !system.mounts.is_empty();
+    is_system.then_some(FoundSystem { system, fstab_root })
 }
 
 /// The directories without which no system boots. `bin` may be a link into a separate `/usr`.
-fn has_root(root: &dyn FileSystem) -> bool {
+pub(super) fn has_root(root: &dyn FileSystem) -> bool {
     let has = |name: &[u8]| matches!(root.lookup(root.root(), name), Ok(Some(_)));
     let has_etc = resolve_path(root, b"/etc").and_then(|etc| root.attributes(etc));
     has_etc.is_ok_and(|etc| etc.kind == FileKind::Directory) && (has(b"bin") || has(b"usr") || has(b"nix"))
 }
 
-/// The root directory, and `/usr` if it is a separate volume.
+/// The root directory, and `/usr` if it is another tree.
 struct SystemRoots<'a> {
     root: &'a dyn FileSystem,
     usr: Option<&'a dyn FileSystem>,
@@ -64,7 +81,7 @@ impl SystemRoots<'_> {
 }
 
 fn name(places: &SystemRoots<'_>, system: &mut OperatingSystem) {
-    // Links to /usr/lib fail if /usr is a separate volume, so both paths are tried.
+    // Links to /usr/lib fail if /usr is another tree, so both paths are tried.
     let release = places.text("/etc/os-release").or_else(|| places.text("/usr/lib/os-release"));
     if let Some(text) = release {
         let value = |key: &str| text.lines().filter_map(|line| assigned(line, key)).next_back();
@@ -164,69 +181,6 @@ fn elf_machine(header: &[u8]) -> Option<&'static str> {
     Some(name)
 }
 
-fn mounts(root: &dyn FileSystem, all: &[OpenedVolume<'_>]) -> Vec<FstabEntry> {
-    let Some(text) = read_text(root, "/etc/fstab", FILE_LIMIT) else { return Vec::new() };
-    let lines = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
-    let mount = |line: &str| {
-        let mut fields = line.split_whitespace().map(|field| unescaped(&unquoted(field)));
-        let device = bounded(&fields.next()?)?;
-        let directory = bounded(&fields.next()?)?;
-        let mut word = || fields.next().and_then(|field| bounded(&field)).unwrap_or_default();
-        let (kind, options) = (word(), word());
-        let volume = find_device(&device, all).map(|volume| volume.name.to_owned());
-        Some(FstabEntry { device, volume, directory, kind, options })
-    };
-    lines.filter_map(mount).take(MOUNT_LIMIT).collect()
-}
-
-/// The volume of an fstab's first field. Disk names (`/dev/vda1`) change between boots; partition numbers do
-/// not, and only one disk is inspected.
-fn find_device<'a>(device: &str, all: &[OpenedVolume<'a>]) -> Option<OpenedVolume<'a>> {
-    let find = |is_it: &dyn Fn(&OpenedVolume<'a>) -> bool| all.iter().find(|volume| is_it(volume)).copied();
-    let same = |one: Option<&str>, other: &str| one.is_some_and(|one| one.eq_ignore_ascii_case(other));
-    let tag = |tag: &str, value: &str| match tag {
-        "UUID" => find(&|volume| same(volume.uuid, value)),
-        "LABEL" => find(&|volume| volume.label == Some(value)),
-        "PARTUUID" => find(&|volume| same(volume.partition_uuid, value)),
-        "PARTLABEL" => find(&|volume| volume.partition_label == Some(value)),
-        _ => None,
-    };
-    if let Some((name, value)) = device.split_once('=') {
-        return tag(name, &unquoted(value));
-    }
-    if let Some((by, value)) = device.strip_prefix("/dev/disk/by-").and_then(|rest| rest.split_once('/')) {
-        return tag(&by.to_uppercase(), value);
-    }
-    if let Some(name) = device.strip_prefix("/dev/mapper/") {
-        return find(&|volume| volume.name == name);
-    }
-    let name = device.strip_prefix("/dev/")?;
-    if let Some(array) = name.strip_prefix("md/") {
-        return find(&|volume| {
-            volume.name.strip_prefix("md-").or(volume.name.strip_prefix("md")) == Some(array)
-        });
-    }
-    if name.starts_with("md") {
-        return find(&|volume| volume.name == name);
-    }
-    if let Some((group, volume)) = name.split_once('/') {
-        let mapped = format!("{}-{}", group.replace('-', "--"), volume.replace('-', "--"));
-        return find(&|volume| volume.name == mapped);
-    }
-    let disks = ["sd", "vd", "hd", "xvd", "nvme", "mmcblk"];
-    let number = name.trim_start_matches(|c: char| !c.is_ascii_digit());
-    let number = if name.starts_with("nvme") || name.starts_with("mmcblk") {
-        name.rsplit_once('p')?.1
-    } else {
-        number
-    };
-    if !disks.iter().any(|disk| name.starts_with(disk)) {
-        return None;
-    }
-    let wanted = if number.is_empty() { "disk".to_owned() } else { format!("p{number}") };
-    find(&|volume| volume.name == wanted)
-}
-
 /// The value that a line of a shell's assignments gives to `key`.
 fn assigned(line: &str, key: &str) -> Option<String> {
     let value = line.trim().strip_prefix(key)?.strip_prefix('=')?;
@@ -234,7 +188,7 @@ fn assigned(line: &str, key: &str) -> Option<String> {
 }
 
 /// Text without the quotation marks around it; within double quotes, without backslashes.
-fn unquoted(text: &str) -> String {
+pub(super) fn unquoted(text: &str) -> String {
     if let Some(inner) = text.strip_prefix('\'').and_then(|rest| rest.strip_suffix('\'')) {
         return inner.to_owned();
     }
@@ -249,32 +203,12 @@ fn unquoted(text: &str) -> String {
     plain
 }
 
-/// An fstab writes a space as `\040`.
-fn unescaped(field: &str) -> String {
-    let mut bytes = Vec::new();
-    let mut rest = field.as_bytes();
-    while let [first, tail @ ..] = rest {
-        let digits = tail
-            .get(..3)
-            .filter(|digits| *first == b'\\' && digits.iter().all(|digit| (b'0'..b'8').contains(digit)));
-        let (byte, next) = match digits {
-            Some(digits) => {
-                (digits.iter().fold(0u8, |byte, digit| byte.wrapping_mul(8) + (digit - b'0')), &tail[3..])
-            }
-            None => (*first, tail),
-        };
-        bytes.push(byte);
-        rest = next;
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
-}
-
 fn first_line(text: &str) -> Option<String> {
     bounded(text.lines().next()?)
 }
 
 /// Trimmed, without control characters, and at most [`TEXT_LIMIT`] characters; `None` if it is empty.
-fn bounded(text: &str) -> Option<String> {
+pub(super) fn bounded(text: &str) -> Option<String> {
     let shown: String = text.trim().chars().filter(|c| !c.is_control()).take(TEXT_LIMIT).collect();
     (!shown.is_empty()).then_some(shown)
 }

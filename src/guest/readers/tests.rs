@@ -83,11 +83,12 @@ const TOYS: &[Reader] = &[Reader {
     contents: &[VolumeContent::Btrfs],
     sources: SourceSet::SameUuid,
     open: |sources| {
-        let tree = |name: Option<&[u8]>| Subvolume {
-            name: name.map(<[u8]>::to_vec),
+        let tree = |path: &[u8], id| Subvolume {
+            path: Some(path.to_vec()),
+            id,
             files: Arc::new(ToyTree(sources.to_vec())),
         };
-        Ok(vec![tree(None), tree(Some(b"home"))])
+        Ok(vec![tree(b"home", 256), tree(b"", 5)])
     },
 }];
 
@@ -118,8 +119,9 @@ fn a_reader_gets_all_volumes_of_its_file_system_and_gives_several_trees() {
     let assembly = Assembly::with_segments(layout, &disks);
     let read = |index: usize| {
         let trees = open(TOYS, index, &assembly)?;
-        let names: Vec<Option<&[u8]>> = trees.iter().map(|tree| tree.name.as_deref()).collect();
-        assert_eq!(names, [None, Some(&b"home"[..])]);
+        let paths: Vec<Option<&[u8]>> = trees.iter().map(|tree| tree.path.as_deref()).collect();
+        assert_eq!(paths, [Some(&b"home"[..]), Some(b"")]);
+        assert_eq!((Subvolume::top_level(&trees), Subvolume::top_level(&trees[..1])), (1, 0));
         let files = &trees[1].files;
         let file = files.lookup(files.root(), b"a")?.expect("its file");
         let mut bytes = vec![0; files.attributes(file)?.size as usize];

@@ -189,8 +189,9 @@ pub(crate) fn forgive_times_since(begin: SystemTime, theirs: &mut Tree, ours: &m
 pub(crate) fn compare(disk: &Disk, what: &str) -> Vec<Subvolume> {
     let trees = disk.open();
     let begin = SystemTime::now();
-    for tree in &trees {
-        let name = tree.name.as_deref().map(String::from_utf8_lossy);
+    for (index, tree) in trees.iter().enumerate() {
+        let path = tree.path.as_deref().map(String::from_utf8_lossy);
+        let name = path.filter(|_| index > 0).map(|path| format!("/{path}"));
         let what = format!("{what}, {name:?}");
         assert_eq!(tree.files.remarks(), Vec::<String>::new(), "{what}");
         let mut ours = shown(&*tree.files, disk);

@@ -4,7 +4,7 @@ pub(crate) mod arrays;
 mod content;
 mod damage;
 mod groups;
-mod kernel;
+pub(crate) mod kernel;
 mod persistent;
 mod tables;
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
@@ -126,6 +126,19 @@ pub(super) fn run(
     modules: &[&str],
     script: &str,
 ) -> String {
+    converse(dir, (disks, "unsafe"), programs, modules, script, &mut |_| None)
+}
+
+/// The same with disks that QEMU caches in this way. `answer` gets each line that the script prints, and may
+/// return a line that the script reads.
+pub(crate) fn converse(
+    dir: &TempDir,
+    (disks, cache): (&[PathBuf], &str),
+    programs: &[&str],
+    modules: &[&str],
+    script: &str,
+    answer: &mut dyn FnMut(&str) -> Option<&'static str>,
+) -> String {
     let kernel = project().join("target/tools/kernel");
     let mut found = Modules::new(&kernel.join("lib/modules"));
     let always = ["virtio_pci", "virtio_blk", "crc32c_generic", "crc32c-intel"];
@@ -175,14 +188,15 @@ pub(super) fn run(
     command.arg("-kernel").arg(vmlinuz).arg("-initrd").arg(initramfs);
     command.args(["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on raid=noautodetect"]);
     for disk in disks {
-        command.arg("-drive").arg(format!("format=raw,if=virtio,cache=unsafe,file={}", disk.display()));
+        command.arg("-drive").arg(format!("format=raw,if=virtio,cache={cache},file={}", disk.display()));
     }
     let mut child = command
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
         .spawn()
         .unwrap_or_else(|e| panic!("qemu-system-x86_64: {e}; run tests/setup.sh"));
+    let mut input = child.stdin.take().expect("a pipe");
     let output = BufReader::new(child.stdout.take().expect("a pipe"));
     let (tell, lines) = channel();
     thread::spawn(move || {
@@ -196,6 +210,9 @@ pub(super) fn run(
     let mut said = String::new();
     while let Ok(line) = lines.recv_timeout(ends.saturating_duration_since(Instant::now())) {
         println!("{line}");
+        if let Some(answer) = answer(&line) {
+            writeln!(input, "{answer}").expect("the machine runs");
+        }
         said.push_str(&line);
         said.push('\n');
     }

@@ -6,7 +6,7 @@
 
 mod luks;
 mod lvm;
-mod machine;
+pub(crate) mod machine;
 mod md;
 
 use std::collections::BTreeMap;
