@@ -5,11 +5,12 @@
 use crate::chain::Origin;
 use crate::error::{Error, Result};
 use crate::guest::RunKind;
+use crate::guest::luks::CipherId;
 use crate::units::Run;
 
-use super::DiskContents;
 use super::mapped_file::MappedFile;
 use super::walk::{GuestEntry, GuestTree};
+use super::{DiskContents, VolumeOrigin};
 
 /// Bytes of a file whose runs are requested at once.
 const WINDOW: u64 = 1 << 40;
@@ -31,6 +32,8 @@ enum ByteSource {
         image: u64,
         place: u64,
         within: Option<u64>,
+        /// How it is decrypted.
+        cipher: Option<(CipherId, u64, u64)>,
     },
     /// Unknown without reading.
     Unknown,
@@ -55,11 +58,15 @@ impl<'a> OpenContent<'a> {
 }
 
 impl ByteSource {
-    fn of(origin: Option<Origin>) -> Self {
-        match origin {
-            None => Self::Unknown,
-            Some(Origin { image: 0, .. }) => Self::Zero,
-            Some(Origin { image, place, within, .. }) => Self::Place { image, place, within },
+    fn of(found: Option<VolumeOrigin>) -> Self {
+        let Some(VolumeOrigin { origin: Origin { image, place, within, .. }, cipher }) = found else {
+            return Self::Unknown;
+        };
+        match (image, cipher) {
+            (0, None) => Self::Zero,
+            // Zeroes have no place. Decrypted, they are something else.
+            (0, Some(_)) => Self::Place { image, place: 0, within: None, cipher },
+            _ => Self::Place { image, place, within, cipher },
         }
     }
 
@@ -191,7 +198,9 @@ mod tests {
 
     #[test]
     fn unknown_origins_are_never_the_same() {
-        let place = |image, place, within| Some(Origin { image, place, within, len: 10 });
+        let place = |image, place, within| {
+            Some(VolumeOrigin { origin: Origin { image, place, within, len: 10 }, cipher: None })
+        };
         let same = |a, b| ByteSource::of(a).is_same(ByteSource::of(b));
         assert!(same(place(1, 5, None), place(1, 5, None)));
         assert!(same(place(0, 5, None), place(0, 9, None)), "zeroes have no place");

@@ -9,8 +9,10 @@ use parking_lot::Mutex;
 
 use crate::chain::Origin;
 use crate::error::{Error, ErrorKind, Result};
+use crate::guest::content::VolumeContent;
 use crate::guest::inspect::OperatingSystem;
-use crate::guest::volumes::{RunPlace, Volume, VolumeLayout};
+use crate::guest::luks::{CipherId, ContainerKeys, Decryptor, Unlocked};
+use crate::guest::volumes::{ContainerPosition, OpenContainer, RunPlace, Volume, VolumeLayout};
 use crate::guest::{ExtendedAttribute, FileAttributes, FileRun, Ino, RunKind, TOP_LEVEL_SUFFIX, TreeId};
 use crate::store::ViewId;
 
@@ -33,6 +35,10 @@ pub struct DiskContents {
     pub(super) set: u32,
     /// The disk itself, and the other disks of its volume groups and arrays.
     pub(super) disks: Vec<BrowsedDisk>,
+    /// The keys of its encrypted volumes, and the version of the table that they are of.
+    pub(super) keys: (ContainerKeys, u64),
+    /// Those of the layout's containers.
+    pub(super) decryptors: Vec<Decryptor>,
     pub(super) layout: VolumeLayout,
     /// Facts about how the disks were found that the user should know.
     pub(super) remarks: Vec<String>,
@@ -45,6 +51,24 @@ impl std::fmt::Debug for DiskContents {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("DiskContents").field("id", self.id()).finish_non_exhaustive()
     }
+}
+
+/// The origin of bytes of a volume: equal ones are of equal bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VolumeOrigin {
+    /// Where the stored bytes come from.
+    pub origin: Origin,
+    /// How they are decrypted: the cipher, the number of the first byte's sector, and that byte in it.
+    pub cipher: Option<(CipherId, u64, u64)>,
+}
+
+/// How the opened containers of a layout are decrypted.
+pub(super) fn decryptors(layout: &VolumeLayout, keys: &ContainerKeys) -> Result<Vec<Decryptor>> {
+    let of = |container: &OpenContainer| match keys.get(container.id) {
+        Some(Unlocked::Keys(keys)) => Decryptor::new(&container.data, keys).map_err(|_| protocol_violation()),
+        _ => Err(protocol_violation()),
+    };
+    layout.containers.iter().map(of).collect()
 }
 
 /// Keeps the disks open, and locked, until it is dropped.
@@ -159,7 +183,8 @@ impl DiskContents {
             }
             // The set was opened in another process, or it was evicted.
             let sizes = self.disks.iter().map(BrowsedDisk::size).collect();
-            match self.worker.ask(&Request::Open { set: self.set, sizes }, &exchange)?.0 {
+            let request = Request::Open { set: self.set, sizes, keys: self.keys.0.clone() };
+            match self.worker.ask(&request, &exchange)?.0 {
                 Answer::Layout(layout) if *layout == self.layout => {}
                 Answer::Layout(_) => return Err(crate::store::stale("the disk's partitions have changed")),
                 _ => return Err(protocol_violation()),
@@ -344,11 +369,23 @@ impl DiskContents {
             match run.place {
                 RunPlace::Disk(position) => exchange.read(position.disk, position.offset, piece)?,
                 RunPlace::Zero => piece.fill(0),
+                RunPlace::Encrypted(position) => {
+                    let (decryptor, below) = self.container(position)?;
+                    decryptor
+                        .read_at(position.offset, piece, &mut |at, buf| self.read_volume(below, at, buf))?;
+                }
                 RunPlace::Computed => self.read_computed(volume, here, piece)?,
             }
             done = end;
         }
         Ok(())
+    }
+
+    /// The decryptor of a container, and the index of its volume, which is below those of the volumes in it.
+    fn container(&self, position: ContainerPosition) -> Result<(&Decryptor, usize)> {
+        let number = position.container as usize;
+        let (decryptor, container) = (self.decryptors.get(number), self.layout.containers.get(number));
+        Ok((decryptor.ok_or_else(protocol_violation)?, container.ok_or_else(protocol_violation)?.volume))
     }
 
     fn read_computed(&self, volume: usize, at: u64, buf: &mut [u8]) -> Result<()> {
@@ -365,7 +402,8 @@ impl DiskContents {
 
     /// The origin of the bytes of a volume from `at` on, and the number of bytes (of `max`) that share it;
     /// `None` where it is unknown without reading. `Corrupt` where the volume has no bytes.
-    pub fn origin(&self, volume: usize, at: u64, max: u64) -> Result<(Option<Origin>, u64)> {
+    pub fn origin(&self, volume: usize, at: u64, max: u64) -> Result<(Option<VolumeOrigin>, u64)> {
+        let plain = |origin| VolumeOrigin { origin, cipher: None };
         let described = &self.layout.volumes[volume];
         let absent = || {
             let fact = format!("{} has no bytes at {at:#x}", described.name);
@@ -376,11 +414,41 @@ impl DiskContents {
             RunPlace::Disk(position) => {
                 let disk = self.disks.get(position.disk as usize).ok_or_else(absent)?;
                 let origin = disk.lease()?.origin(position.offset, run.len)?;
-                Ok((origin, origin.map_or(run.len, |origin| origin.len)))
+                Ok((origin.map(plain), origin.map_or(run.len, |origin| origin.len)))
             }
-            RunPlace::Zero => Ok((Some(Origin { image: 0, place: 0, within: None, len: run.len }), run.len)),
+            RunPlace::Zero => {
+                let zero = Origin { image: 0, place: 0, within: None, len: run.len };
+                Ok((Some(plain(zero)), run.len))
+            }
+            RunPlace::Encrypted(position) => self.encrypted_origin(position, run.len),
             RunPlace::Computed => Ok((None, run.len)),
         }
+    }
+
+    /// The same for bytes of a container's data. What whole sectors come from is known, or nothing.
+    fn encrypted_origin(&self, position: ContainerPosition, max: u64) -> Result<(Option<VolumeOrigin>, u64)> {
+        let (decryptor, below) = self.container(position)?;
+        let place = decryptor.place(position.offset).ok_or_else(protocol_violation)?;
+        let Some((id, sector_len, number)) = place.cipher else {
+            return self.origin(below, place.start, max.min(place.len));
+        };
+        let needed = (place.into + max).next_multiple_of(sector_len).min(place.len);
+        let (origin, len) = self.origin(below, place.start, needed)?;
+        let whole = len - len % sector_len;
+        match origin {
+            Some(VolumeOrigin { origin, cipher: None }) if whole > 0 => {
+                let cipher = Some((id, number, place.into));
+                Ok((Some(VolumeOrigin { origin, cipher }), (whole - place.into).min(max)))
+            }
+            _ => Ok((None, (len.max(sector_len) - place.into).min(max))),
+        }
+    }
+
+    /// Whether it is opened with the keys of this version of the table, or needs none.
+    pub(super) fn has_keys_of(&self, version: u64) -> bool {
+        let is_encrypted =
+            |volume: &Volume| matches!(volume.content, VolumeContent::Luks1 | VolumeContent::Luks2);
+        self.keys.1 == version || !self.layout.volumes.iter().any(is_encrypted)
     }
 
     /// Whether the disks' point in time is still known, for a new client.
@@ -403,7 +471,7 @@ impl DiskContents {
 impl DiskContents {
     /// The contents of a disk with one volume, with all answers that showing it needs.
     pub(crate) fn with_one_volume(store: &Arc<crate::store::Store>, id: &ViewId) -> Arc<Self> {
-        use crate::guest::{Statistics, content::VolumeContent};
+        use crate::guest::Statistics;
         let volume = Volume {
             name: "disk".into(),
             size: 0,
@@ -425,6 +493,8 @@ impl DiskContents {
             digests: Arc::new(Digests::new()),
             set: 0,
             disks: vec![BrowsedDisk::new(store, id, &Arc::default()).expect("a disk")],
+            keys: (ContainerKeys::default(), 0),
+            decryptors: Vec::new(),
             layout: VolumeLayout { volumes: vec![volume], ..VolumeLayout::default() },
             remarks: Vec::new(),
             mounted: vec![Mutex::new(Some(mounted))],

@@ -11,6 +11,7 @@ pub mod content;
 pub mod difference;
 mod disk;
 mod disk_contents;
+mod keys;
 mod mapped_file;
 pub mod ranges;
 mod validate;
@@ -29,15 +30,17 @@ use lru::LruCache;
 use parking_lot::Mutex;
 
 use crate::error::Result;
+use crate::guest::luks::ContainerKeys;
 use crate::guest::volumes::VolumeLayout;
 use crate::store::{Store, ViewId};
 
 use disk::{BrowsedDisk, Digests};
-use disk_contents::Exchange;
+use disk_contents::{Exchange, decryptors};
 use worker::protocol::{Answer, Request};
 use worker::{Pool, Worker, WorkerProgram};
 
-pub use disk_contents::{DiskContents, DiskLease};
+pub use disk_contents::{DiskContents, DiskLease, VolumeOrigin};
+pub use keys::Keyring;
 pub use mapped_file::MappedFile;
 pub use worker::{FoundEntry, ListedEntry, Listing, Mounted, OpenedFile, Trees};
 
@@ -69,6 +72,8 @@ pub struct Browser {
     store: Arc<Store>,
     pool: Arc<Pool>,
     digests: Arc<Digests>,
+    /// The keys of encrypted volumes.
+    keyring: Arc<Keyring>,
     sets: AtomicU32,
     /// Bytes read from disks.
     read: Arc<AtomicU64>,
@@ -88,12 +93,18 @@ impl std::fmt::Debug for Browser {
 }
 
 impl Browser {
-    /// For the disks of `store`, with workers that run `program`.
+    /// For the disks of `store`, with workers that run `program`. Encrypted volumes stay closed.
     pub fn new(store: &Arc<Store>, program: WorkerProgram) -> Arc<Self> {
+        Self::with_keys(store, program, Arc::default())
+    }
+
+    /// The same, with keys for encrypted volumes.
+    pub fn with_keys(store: &Arc<Store>, program: WorkerProgram, keyring: Arc<Keyring>) -> Arc<Self> {
         Arc::new(Self {
             store: Arc::clone(store),
             pool: Pool::new(program, store.descriptors()),
             digests: Arc::new(Digests::new()),
+            keyring,
             sets: AtomicU32::new(1),
             read: Arc::default(),
             workers: Mutex::default(),
@@ -116,7 +127,7 @@ impl Browser {
             return Ok(known);
         }
         self.start_idle_thread();
-        let contents = Arc::new(self.open_contents(id, &worker)?);
+        let contents = Arc::new(self.open_contents(id, &worker, key.1)?);
         self.in_use.lock().push(Arc::downgrade(&contents));
         let old = self.contents.lock().push(key, Arc::clone(&contents));
         drop(old);
@@ -150,7 +161,7 @@ impl Browser {
     fn known(&self, key: &ContentsKey, moment: PointInTime) -> Option<Arc<DiskContents>> {
         let known = self.contents.lock().get(key).cloned()?;
         let is_valid = if moment == PointInTime::First { known.is_valid() } else { known.is_unchanged() };
-        is_valid.then_some(known)
+        (is_valid && known.has_keys_of(self.keyring.version())).then_some(known)
     }
 
     fn worker(&self, chain: &Arc<PathBuf>) -> Arc<Worker> {
@@ -173,26 +184,41 @@ impl Browser {
         self.pool.running()
     }
 
-    fn open_contents(&self, id: &ViewId, worker: &Arc<Worker>) -> Result<DiskContents> {
+    fn open_contents(&self, id: &ViewId, worker: &Arc<Worker>, is_table: bool) -> Result<DiskContents> {
         let mut disks = vec![BrowsedDisk::new(&self.store, id, &self.read)?];
         let mut set = self.sets.fetch_add(1, Ordering::Relaxed);
-        let mut layout = self.open(worker, set, &disks)?;
+        let (mut keys, version) = (ContainerKeys::default(), self.keyring.version());
+        let mut layout = self.open(worker, set, &disks, &keys)?;
         // The layout refers to disks by index: another list of disks is another set.
         let mut remarks = Vec::new();
-        while let Some(more) = self.more_disks(worker, &disks, &layout.missing, &mut remarks) {
-            remarks.clear();
-            disks.extend(more);
+        loop {
+            if let Some(more) = self.more_disks(worker, &disks, &layout.missing, &mut remarks) {
+                remarks.clear();
+                disks.extend(more);
+            } else if is_table || !self.unlock_more(&disks, &layout, &mut keys)? {
+                break;
+            }
+            // What an unlocked volume holds may lack members again.
             set = self.sets.fetch_add(1, Ordering::Relaxed);
-            layout = self.open(worker, set, &disks)?;
+            layout = self.open(worker, set, &disks, &keys)?;
         }
         let mounted = layout.volumes.iter().map(|_| Mutex::default()).collect();
         let (worker, digests, systems) = (Arc::clone(worker), Arc::clone(&self.digests), OnceLock::new());
-        Ok(DiskContents { worker, digests, set, disks, layout, remarks, mounted, systems })
+        let decryptors = decryptors(&layout, &keys)?;
+        let keys = (keys, version);
+        Ok(DiskContents { worker, digests, set, disks, keys, decryptors, layout, remarks, mounted, systems })
     }
 
-    fn open(&self, worker: &Worker, set: u32, disks: &[BrowsedDisk]) -> Result<VolumeLayout> {
+    fn open(
+        &self,
+        worker: &Worker,
+        set: u32,
+        disks: &[BrowsedDisk],
+        keys: &ContainerKeys,
+    ) -> Result<VolumeLayout> {
         let sizes = disks.iter().map(BrowsedDisk::size).collect();
-        match worker.ask(&Request::Open { set, sizes }, &Exchange::new(disks, &self.digests))?.0 {
+        let request = Request::Open { set, sizes, keys: keys.clone() };
+        match worker.ask(&request, &Exchange::new(disks, &self.digests))?.0 {
             Answer::Layout(layout) => {
                 validate::check_layout(&layout, disks[0].size())?;
                 Ok(*layout)

@@ -8,7 +8,10 @@ use std::collections::HashSet;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::{FstabEntry, OperatingSystem};
-use crate::guest::volumes::{MissingMembers, Partition, SetMember, Volume, VolumeLayout, VolumeSegment};
+use crate::guest::luks::Unlocked;
+use crate::guest::volumes::{
+    MissingMembers, Partition, SetMember, Volume, VolumeLayout, VolumeMapping, VolumeSegment,
+};
 use crate::guest::{DirectoryEntry, ExtendedAttribute, FileRun, TOP_LEVEL_SUFFIX};
 
 use super::worker::protocol::LIST_LEN;
@@ -35,6 +38,11 @@ const SET_MEMBERS: usize = 1024;
 const ATTRIBUTES: usize = 8192;
 const ATTRIBUTE_NAME_LEN: usize = 300;
 const ATTRIBUTE_LEN: usize = 1 << 17;
+/// Opened containers of a set, and ranges of data of one.
+const CONTAINERS: usize = 64;
+/// Volume keys of one container, and bytes of one, at most.
+const VOLUME_KEYS: usize = 32;
+const VOLUME_KEY_LEN: usize = 512;
 
 /// The error for an answer that does not match the request.
 pub(super) fn protocol_violation() -> Error {
@@ -86,7 +94,36 @@ pub(super) fn check_layout(layout: &VolumeLayout, size: u64) -> Result<()> {
         let is_absent = |id: &String| is_text(id);
         is_text(&group.name) && is_text(&group.id) && group.absent.iter().all(is_absent)
     };
-    check(layout.missing.len() <= SET_MEMBERS && layout.missing.iter().all(is_group))
+    check(layout.missing.len() <= SET_MEMBERS && layout.missing.iter().all(is_group))?;
+    check(layout.locked.len() <= volumes.len())?;
+    check(layout.locked.iter().all(|locked| locked.volume < volumes.len()))?;
+    // Reading a volume leads down to a volume of a lower index, each time.
+    let containers = &layout.containers;
+    check(containers.len() <= CONTAINERS)?;
+    check(containers.iter().all(|open| open.data.len() <= CONTAINERS && open.volume < volumes.len()))?;
+    let is_down = |index: usize, segment: &VolumeSegment| match &segment.place {
+        VolumeMapping::Encrypted(position) => {
+            containers.get(position.container as usize).is_some_and(|open| open.volume < index)
+        }
+        _ => true,
+    };
+    check(
+        volumes
+            .iter()
+            .enumerate()
+            .all(|(index, volume)| volume.segments.iter().all(|segment| is_down(index, segment))),
+    )
+}
+
+/// Validates what has become of an attempt to unlock a volume.
+pub(super) fn check_unlocked(unlocked: &Unlocked) -> Result<()> {
+    check(match unlocked {
+        Unlocked::Keys(keys) => {
+            keys.len() <= VOLUME_KEYS && keys.all().all(|key| key.bytes().len() <= VOLUME_KEY_LEN)
+        }
+        Unlocked::NoKeyFits => true,
+        Unlocked::Problem(sentence) => is_text(sentence),
+    })
 }
 
 /// Names of volumes become names of directories, and targets of the link to the operating system's volume.
@@ -209,7 +246,7 @@ mod tests {
     use crate::browse::ListedEntry;
     use crate::guest::Ino;
     use crate::guest::content::VolumeContent;
-    use crate::guest::volumes::{DiskPosition, Stripes, VolumeMapping};
+    use crate::guest::volumes::{DiskPosition, Stripes};
 
     const SIZE: u64 = 1 << 30;
 

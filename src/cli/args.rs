@@ -79,6 +79,9 @@ pub enum Command {
         /// Run without the seccomp filter
         #[arg(long)]
         without_seccomp: bool,
+        /// Derive the key of an encrypted volume
+        #[arg(long)]
+        unlocks: bool,
     },
     /// Print a shell's completion script
     #[command(
@@ -116,6 +119,7 @@ Options of -o:
   nolock                 write images even on file systems without file locks
   nofiles                do not show the guests' partitions and files
   symlinks=HOW           symbolic links of guests: inside (their volume, the default) or verbatim
+  keys=FILE              keys of encrypted volumes (LUKS); FILE must be readable by its owner only
   rescan=SECONDS         interval of scans for a store that cannot be watched
   trash=DAYS             how long removed layers can be restored
   config=FILE            read FILE instead of /etc/chainfs.toml and the user's file

@@ -106,7 +106,7 @@ fn one(options: &mut MountOptions, key: &str, value: &Value) -> Result<()> {
         Value::Integer(number) => number.to_string(),
         _ => return Err(refuse("must be text or a number")),
     };
-    let is_relative = key == "backing_dir" && !Path::new(&text).is_absolute();
+    let is_relative = matches!(key, "backing_dir" | "keys") && !Path::new(&text).is_absolute();
     if is_relative {
         return Err(refuse("must be an absolute path"));
     }

@@ -30,6 +30,7 @@ use std::process::ExitCode;
 
 use args::Command;
 
+use crate::browse::worker::WorkerTask;
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal;
 
@@ -44,7 +45,10 @@ pub fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Mount(args) => return mount::run(args),
-        Command::Worker { without_seccomp } => return crate::browse::worker::serve(!without_seccomp),
+        Command::Worker { without_seccomp, unlocks } => {
+            let task = if *unlocks { WorkerTask::Unlock } else { WorkerTask::Read };
+            return crate::browse::worker::serve(!without_seccomp, task);
+        }
         Command::Umount(args) => return umount::run(args),
         Command::Tree(args) => tree::run(args),
         Command::Info(args) => info::run(args),

@@ -22,8 +22,8 @@ use super::args::MountArgs;
 use super::mount_options::{MountOptions, Symlinks};
 use super::store_options::{store_options, variable};
 use super::{complain, config, warn};
-use crate::browse::Browser;
 use crate::browse::worker::WorkerProgram;
+use crate::browse::{Browser, Keyring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount::{self, OwnMount};
 use crate::fs::{Features, GuestOptions, MountTree, Ownership, Server};
@@ -108,13 +108,14 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     // Signals are caught before mounting, so that none can leave a mount without a daemon.
     let signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ])
         .map_err(|error| Error::io("catching signals", error))?;
+    let keyring = Keyring::open(options.keys.as_deref(), None)?;
     let store_options = StoreOptions { remember: !options.read_only, ..store_options(&options) };
     let store = Store::open(&args.store, store_options)?;
     for hint in hints(&args.dir, &store, &options) {
         warn(&hint);
     }
     let ownership = Ownership { uid: options.uid, gid: options.gid, umask: options.umask };
-    let browser = Browser::new(&store, WorkerProgram::this(!options.no_seccomp));
+    let browser = Browser::with_keys(&store, WorkerProgram::this(!options.no_seccomp), keyring);
     let guests =
         GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
     let tree = MountTree::new(&store, ownership, &browser, guests);

@@ -58,6 +58,8 @@ pub struct MountOptions {
     pub no_lock: bool,
     /// `nofiles`: do not show `files/`.
     pub no_files: bool,
+    /// `keys=`: the table of keys of encrypted volumes.
+    pub keys: Option<PathBuf>,
     /// `symlinks=`: how symbolic links of a guest's file system are shown.
     pub symlinks: Option<Symlinks>,
     /// `rescan=`: interval of scans for a store that cannot be watched.
@@ -139,6 +141,7 @@ impl MountOptions {
             salvage: self.salvage || defaults.salvage,
             no_lock: self.no_lock || defaults.no_lock,
             no_files: self.no_files || defaults.no_files,
+            keys: self.keys.or(defaults.keys),
             symlinks: self.symlinks.or(defaults.symlinks),
             rescan: self.rescan.or(defaults.rescan),
             trash: self.trash.or(defaults.trash),
@@ -214,6 +217,7 @@ impl MountOptions {
             "salvage" => self.salvage = true,
             "nolock" => self.no_lock = true,
             "nofiles" => self.no_files = true,
+            "keys" => self.keys = Some(path_of(value)),
             "symlinks" => {
                 self.symlinks = Some(match value {
                     b"inside" => Symlinks::Inside,

@@ -110,7 +110,7 @@ pub(super) fn guid(mut bytes: [u8; 16]) -> Option<String> {
     uuid(bytes)
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
     bytes.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

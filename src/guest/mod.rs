@@ -11,6 +11,7 @@ pub mod ext;
 pub mod fat;
 pub mod filesystem;
 pub mod inspect;
+pub mod luks;
 pub mod lvm;
 mod md;
 pub mod partition;

@@ -11,6 +11,7 @@ mod ext;
 mod fat;
 mod groups;
 mod images;
+mod luks;
 mod mount;
 mod scramble;
 mod systems;

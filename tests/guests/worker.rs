@@ -42,7 +42,7 @@ fn answer(bytes: &[u8]) -> String {
 /// The answer that a disk holds one volume of that name, with an ext4 file system.
 fn layout(name: &str) -> String {
     let volume = [&[name.len() as u8], name.as_bytes(), &[0, 0, 4, 0, 0, 0]].concat();
-    answer(&[&[1, 0, 0, 0, 1], &volume[..], &[0, 0]].concat())
+    answer(&[&[1, 0, 0, 0, 1], &volume[..], &[0, 0, 0, 0]].concat())
 }
 
 /// The answer that this volume's first tree is the root of an operating system.
@@ -194,9 +194,16 @@ fn odd_answer(rng: &mut Rng, kind: u8) -> String {
             for _ in 0..count {
                 number(odd(rng), &mut bytes);
                 number(odd(rng), &mut bytes);
+                // In a container that is not there.
+                if rng.below(50) == 0 {
+                    bytes.push(3);
+                    number(rng.below(3), &mut bytes);
+                    number(odd(rng), &mut bytes);
+                    continue;
+                }
                 // Linear, striped, zeroes, or computed.
                 let place = rng.below(8).min(3) as u8;
-                bytes.push(3 - place);
+                bytes.push([4, 2, 1, 0][usize::from(place)]);
                 let legs = if place == 3 { 1 } else { rng.below(4) as u8 };
                 if place == 2 {
                     (0..3).for_each(|_| number(odd(rng), &mut bytes));
@@ -213,7 +220,7 @@ fn odd_answer(rng: &mut Rng, kind: u8) -> String {
                     }
                 }
             }
-            bytes.extend([4, 0, 0, 0, 0, 0]);
+            bytes.extend([4, 0, 0, 0, 0, 0, 0, 0]);
         }
         OPENED => {
             number(odd(rng), &mut bytes);
@@ -295,4 +302,23 @@ fn any_number_from_a_worker_causes_at_most_an_error() {
         }
     }
     assert!(looked > 100, "{looked} answers were understood");
+}
+
+#[test]
+// G6
+fn a_container_within_itself_and_one_without_a_key_are_refused() {
+    // Volume `disk`, 4096 bytes, encrypted in container 0, whose volume is the given one.
+    let layout = |volume: u8| {
+        let head = [&[LAYOUT, 0, 0, 0, 1, 4][..], b"disk", &[0x80, 0x20, 1, 0, 0x80, 0x20, 3, 0, 0]].concat();
+        let data = [1, 0, 0x80, 0x20, 0, 0];
+        answer(&[&head[..], &[4, 0, 0, 0, 0, 0, 0, 1, volume], &[7; 32], &data].concat())
+    };
+    for volume in [0, 1, 200] {
+        let (_place, found) = inside(&layout(volume), &layout(volume));
+        assert_eq!(found.expect_err("it reads itself").kind(), ErrorKind::Io);
+    }
+    let head = [&[LAYOUT, 0, 0, 0, 1, 4][..], b"disk", &[0x80, 0x20, 0, 4, 0, 0, 0, 0, 0, 0, 1, 0]].concat();
+    let keyless = answer(&[&head[..], &[7; 32], &[1, 0, 0x80, 0x20, 0, 0]].concat());
+    let (_place, found) = inside(&keyless, &keyless);
+    assert_eq!(found.expect_err("there is no key").kind(), ErrorKind::Io);
 }

@@ -7,9 +7,14 @@ use std::os::unix::net::UnixStream;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use zeroize::Zeroize as _;
 
 /// Bytes of a message, at most.
 const MESSAGE_LEN: usize = 4 << 20;
+/// The same where the daemon is the sender: it may send key files.
+const LARGE_MESSAGE_LEN: usize = 64 << 20;
+/// Bytes by which a message is longer than the secrets in it, at most.
+const BESIDE_SECRETS: usize = 64 << 10;
 /// Bytes of the two lengths.
 const LENGTHS: usize = 8;
 /// Bytes of one read.
@@ -25,11 +30,33 @@ pub(super) struct Channel {
     /// Received bytes that are not consumed yet: most messages arrive in one read.
     incoming: Vec<u8>,
     consumed: usize,
+    message_len: usize,
 }
 
 impl Channel {
     pub(super) fn new(socket: UnixStream) -> Self {
-        Self { socket, outgoing: Vec::new(), incoming: Vec::new(), consumed: 0 }
+        let (outgoing, incoming) = (Vec::new(), Vec::new());
+        Self { socket, outgoing, incoming, consumed: 0, message_len: MESSAGE_LEN }
+    }
+
+    /// Accepts messages with key files: for the worker's end.
+    pub(super) fn with_large_messages(self) -> Self {
+        Self { message_len: LARGE_MESSAGE_LEN, ..self }
+    }
+
+    /// Makes room for a message with so many bytes of secrets, so that no copies of it are left behind when
+    /// the buffer grows.
+    pub(super) fn prepare_for_secrets(&mut self, len: usize) {
+        self.outgoing.clear();
+        self.outgoing.reserve(len + BESIDE_SECRETS);
+        self.incoming.reserve(BESIDE_SECRETS);
+    }
+
+    /// Overwrites the messages that were sent and received.
+    pub(super) fn wipe(&mut self) {
+        let rest = self.incoming.split_off(self.consumed);
+        [std::mem::take(&mut self.outgoing), std::mem::replace(&mut self.incoming, rest)].zeroize();
+        self.consumed = 0;
     }
 
     /// Sends a message and its payload.
@@ -58,7 +85,7 @@ impl Channel {
             let bytes = lengths[at..at + 4].try_into().expect("four bytes");
             u32::from_le_bytes(bytes) as usize
         });
-        if message > MESSAGE_LEN || payload > PAYLOAD_LEN {
+        if message > self.message_len || payload > PAYLOAD_LEN {
             return Err(io::Error::new(ErrorKind::InvalidData, "the message is too long"));
         }
         self.await_bytes(message + payload, patience)?;

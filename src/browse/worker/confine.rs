@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
@@ -14,8 +14,12 @@ use seccompiler::{
 
 use crate::error::{Error, ErrorKind, Result};
 
+use super::process::WorkerTask;
+
 /// Bytes of address space of a worker: its caches, the parsers' memory, and the program itself.
 const ADDRESSES: u64 = 1 << 30;
+/// The same for a worker that derives keys: what Argon2 may take in addition.
+const UNLOCKER_ADDRESSES: u64 = ADDRESSES + (4 << 30);
 
 /// The system calls of a worker with running threads: channels, memory, locks, the clock, and exit.
 const CALLS: [libc::c_long; 27] = [
@@ -68,6 +72,8 @@ fn bound_calls() -> [(libc::c_long, u8, u64, u64); 3] {
 /// Rights are per thread, so no other thread may exist yet.
 pub(super) fn drop_rights() -> Result<()> {
     let fail = |error: rustix::io::Errno| Error::io("dropping a worker's rights", error);
+    // A worker may have keys of its guest: its memory is for no other process of the same user.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(fail)?;
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })
         .map_err(fail)?;
@@ -75,12 +81,16 @@ pub(super) fn drop_rights() -> Result<()> {
 }
 
 /// Limits memory and descriptors. After this nothing can be opened.
-pub(super) fn limit() -> Result<()> {
+pub(super) fn limit(task: WorkerTask) -> Result<()> {
+    let addresses = match task {
+        WorkerTask::Read => ADDRESSES,
+        WorkerTask::Unlock => UNLOCKER_ADDRESSES,
+    };
     // Guest data must not appear in core dumps. If a core pattern pipes dumps to a program, the kernel checks
     // this limit only if it is 1; no dump file is that short.
     // G1: the parser cannot open descriptors, whatever it is made to do.
     let limits =
-        [(Resource::As, ADDRESSES), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
+        [(Resource::As, addresses), (Resource::Nofile, 0), (Resource::Fsize, 0), (Resource::Core, 1)];
     for (resource, limit) in limits {
         setrlimit(resource, Rlimit { current: Some(limit), maximum: Some(limit) })
             .map_err(|error| Error::io("limiting a worker", error))?;

@@ -10,6 +10,6 @@ mod serve;
 
 pub(super) use pool::Pool;
 pub(super) use process::{Disks, Worker};
-pub use process::{WITHOUT_SECCOMP, WORKER, WorkerProgram};
+pub use process::{UNLOCKS, WITHOUT_SECCOMP, WORKER, WorkerProgram, WorkerTask};
 pub use protocol::{FoundEntry, ListedEntry, Listing, Mounted, OpenedFile, Trees};
 pub use serve::serve;

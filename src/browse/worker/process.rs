@@ -27,18 +27,23 @@ use super::protocol::{Answer, CHUNK, ChunkKey, Failure, FromWorker, GROUP, Reque
 pub const WORKER: &str = "guest-worker";
 /// The argument that disables a worker's seccomp filter.
 pub const WITHOUT_SECCOMP: &str = "--without-seccomp";
+/// The argument that gives a worker the memory to derive keys.
+pub const UNLOCKS: &str = "--unlocks";
 
 /// How often the progress of a worker is checked.
 const CHECK_PERIOD: Duration = Duration::from_millis(250);
 /// Processor time of an ordinary request, and of one that reads a whole disk.
 const USUAL: Duration = Duration::from_secs(2);
 const LARGE: Duration = Duration::from_secs(30);
+/// Processor time of deriving keys: minutes, as a container's header may demand.
+const UNLOCKING: Duration = Duration::from_mins(3);
 /// How long a worker may be silent, busy or not.
 const SILENCE: Duration = Duration::from_mins(1);
 /// How long one request may wait for the worker, however often the worker sends something: on a busy machine
 /// a worker gets a small share of a processor.
 const USUAL_WAIT: Duration = Duration::from_mins(1);
 const LARGE_WAIT: Duration = Duration::from_mins(5);
+const UNLOCKING_WAIT: Duration = Duration::from_mins(10);
 /// Bytes that one request may read from the disks: a journal at most.
 const FETCHED: u64 = 8 << 30;
 
@@ -58,6 +63,15 @@ impl WorkerProgram {
     }
 }
 
+/// What a worker is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerTask {
+    /// To read guests' disks.
+    Read,
+    /// To derive the keys of one encrypted volume; it ends with that.
+    Unlock,
+}
+
 /// The disks of a set, as the handler of a worker's requests sees them.
 pub(in crate::browse) trait Disks {
     /// The keys of chunks of a disk.
@@ -70,6 +84,7 @@ pub(in crate::browse) trait Disks {
 #[derive(Debug)]
 pub(in crate::browse) struct Worker {
     pool: Arc<Pool>,
+    task: WorkerTask,
     /// This worker itself, for the pool.
     this: Weak<Self>,
     /// Whether it was used since the last search for reclaimable descriptors.
@@ -111,6 +126,8 @@ struct RequestLimits {
     spent: Duration,
     /// Wall-clock time, without the time that the disks take.
     waited: Duration,
+    /// Wall-clock time without a message.
+    silent: Duration,
 }
 
 /// Why a request has no answer.
@@ -123,8 +140,18 @@ enum WorkerFailure {
 
 impl Worker {
     pub(in crate::browse) fn new(pool: &Arc<Pool>) -> Arc<Self> {
+        Self::for_task(pool, WorkerTask::Read)
+    }
+
+    /// A worker for one request to unlock a volume. What stops it is `Limit`.
+    pub(in crate::browse) fn unlocker(pool: &Arc<Pool>) -> Arc<Self> {
+        Self::for_task(pool, WorkerTask::Unlock)
+    }
+
+    fn for_task(pool: &Arc<Pool>, task: WorkerTask) -> Arc<Self> {
         Arc::new_cyclic(|this| Self {
             pool: Arc::clone(pool),
+            task,
             this: Weak::clone(this),
             is_used: AtomicBool::new(false),
             state: Mutex::new(ProcessState { process: None, last_used: Instant::now() }),
@@ -151,6 +178,10 @@ impl Worker {
                 Err(WorkerFailure::Gone(error)) => {
                     self.discard(&process);
                     tracing::warn!("a file-system worker exited unexpectedly: {error}");
+                    if self.task == WorkerTask::Unlock {
+                        let fact = "deriving its key needed more memory than there is, or failed";
+                        return Err(Error::new(ErrorKind::Limit, fact));
+                    }
                     if is_retry {
                         let fact =
                             "the file-system worker crashed twice on this request; the disk may be damaged";
@@ -204,12 +235,12 @@ impl Worker {
             return Ok(Arc::clone(process));
         }
         let this = self.this.upgrade().expect("the caller holds it");
-        let mut started = WorkerProcess::start(&self.pool.program, self.pool.admit(&this)?);
+        let mut started = WorkerProcess::start(&self.pool.program, self.task, self.pool.admit(&this)?);
         // Idle workers may have used up the limit of processes.
         if started.as_ref().is_err_and(|error| error.kind() == ErrorKind::Exhausted)
             && self.pool.stop_one_idle(Duration::ZERO)
         {
-            started = WorkerProcess::start(&self.pool.program, self.pool.admit(&this)?);
+            started = WorkerProcess::start(&self.pool.program, self.task, self.pool.admit(&this)?);
         }
         let process = Arc::new(started?);
         state.last_used = Instant::now();
@@ -244,7 +275,7 @@ impl Drop for WorkerProcess {
 }
 
 impl WorkerProcess {
-    fn start(program: &WorkerProgram, permit: Permit) -> Result<Self> {
+    fn start(program: &WorkerProgram, task: WorkerTask, permit: Permit) -> Result<Self> {
         /// One at a time: a start takes more descriptors until the other ends are closed.
         static STARTING: Mutex<()> = Mutex::new(());
         let fail = |error| Error::beginning("starting a file-system worker", error);
@@ -260,6 +291,9 @@ impl WorkerProcess {
         command.arg0("chainfs").arg(WORKER).env_clear().current_dir("/");
         if !program.seccomp {
             command.arg(WITHOUT_SECCOMP);
+        }
+        if task == WorkerTask::Unlock {
+            command.arg(UNLOCKS);
         }
         let child = command
             .stdin(Stdio::from(OwnedFd::from(first_end)))
@@ -325,12 +359,21 @@ impl WorkerProcess {
                 | Request::ReadVolume(..)
                 | Request::ExtendedAttributes(..)
         );
-        let limits = if is_large {
-            RequestLimits { spent: LARGE, waited: LARGE_WAIT }
+        let limits = if matches!(request, Request::Unlock { .. }) {
+            RequestLimits { spent: UNLOCKING, waited: UNLOCKING_WAIT, silent: UNLOCKING_WAIT }
+        } else if is_large {
+            RequestLimits { spent: LARGE, waited: LARGE_WAIT, silent: SILENCE }
         } else {
-            RequestLimits { spent: USUAL, waited: USUAL_WAIT }
+            RequestLimits { spent: USUAL, waited: USUAL_WAIT, silent: SILENCE }
         };
-        exchange(&mut channel, request, disks, limits, &|| processor_time(self.id, &channel_name(number)))
+        let secret_len = request.secret_len();
+        secret_len.inspect(|len| channel.prepare_for_secrets(*len));
+        let spent = || processor_time(self.id, &channel_name(number));
+        let answered = exchange(&mut channel, request, disks, limits, &spent);
+        if secret_len.is_some() {
+            channel.wipe();
+        }
+        answered
     }
 }
 
@@ -373,7 +416,7 @@ fn exchange(
     loop {
         let asked = Instant::now();
         let mut patience = || {
-            let mut is_too_long = asked.elapsed() > SILENCE || waited + asked.elapsed() > limits.waited;
+            let mut is_too_long = asked.elapsed() > limits.silent || waited + asked.elapsed() > limits.waited;
             if checked.elapsed() > CHECK_PERIOD {
                 checked = Instant::now();
                 is_too_long |= spent() > limits.spent;
@@ -388,6 +431,10 @@ fn exchange(
             FromWorker::Locate { .. } | FromWorker::Read { .. } => patience().map(|()| found),
         });
         let (message, payload) = received.map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut if limits.spent == UNLOCKING => {
+                let fact = "deriving its key took too long and was stopped";
+                WorkerFailure::Killed(Error::new(ErrorKind::Limit, fact))
+            }
             io::ErrorKind::TimedOut => WorkerFailure::Killed(too_long()),
             _ => WorkerFailure::Gone(error),
         })?;
@@ -451,7 +498,11 @@ mod tests {
         socket.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
         let worker = std::thread::spawn(move || work(end));
         let request = Request::Attributes(SetTree { set: 1, tree: TreeId::main(0) }, Ino(2));
-        let limits = RequestLimits { spent: Duration::from_secs(1), waited: Duration::from_millis(300) };
+        let limits = RequestLimits {
+            spent: Duration::from_secs(1),
+            waited: Duration::from_millis(300),
+            silent: SILENCE,
+        };
         let start = Instant::now();
         let answer = exchange(&mut Channel::new(socket), &request, &All, limits, &|| Duration::ZERO);
         assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());

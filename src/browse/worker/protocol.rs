@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, ErrorKind};
 use crate::guest::inspect::OperatingSystem;
+use crate::guest::luks::{ContainerKeys, HeaderId, Secret, Unlocked};
 use crate::guest::volumes::{SetMember, VolumeLayout};
 use crate::guest::{
     Crossing, DirectoryEntry, ExtendedAttribute, FileAttributes, FileRun, Ino, Statistics, TreeId,
@@ -49,8 +50,9 @@ pub(in crate::browse) struct SetTree {
 /// A request of the daemon.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::browse) enum Request {
-    /// Opens a set of disks with these sizes, and keeps it under its number.
-    Open { set: u32, sizes: Vec<u64> },
+    /// Opens a set of disks with these sizes, and keeps it under its number. Its encrypted volumes are opened
+    /// with these keys.
+    Open { set: u32, sizes: Vec<u64>, keys: ContainerKeys },
     /// The members of volume groups and arrays on the one disk of a temporary set.
     SetMembers { size: u64 },
     /// The root, the statistics and the remarks of a file system.
@@ -75,6 +77,8 @@ pub(in crate::browse) enum Request {
     ReadVolume(u32, u32, u64, u32),
     /// The operating systems on a set.
     Inspect(u32),
+    /// Tries secrets on an encrypted volume of a temporary set. Only for a worker that is started for this.
+    Unlock { sizes: Vec<u64>, keys: ContainerKeys, id: HeaderId, secrets: Vec<Secret> },
 }
 
 /// An answer of the worker.
@@ -95,6 +99,21 @@ pub(in crate::browse) enum Answer {
     Bytes,
     ExtendedAttributes(Vec<ExtendedAttribute>),
     OperatingSystems(Vec<OperatingSystem>),
+    Unlocked(Unlocked),
+}
+
+impl Request {
+    /// Bytes of the secrets in it; `None` if it has none, and need not be overwritten in memory.
+    pub(super) fn secret_len(&self) -> Option<usize> {
+        match self {
+            Self::Open { keys, .. } if !keys.0.is_empty() => Some(keys.secret_len()),
+            Self::Unlock { keys, secrets, .. } => {
+                let given: usize = secrets.iter().map(|secret| secret.bytes().len()).sum();
+                Some(keys.secret_len() + given)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// The root, the statistics and the remarks of a file system.

@@ -16,12 +16,13 @@ use parking_lot::Mutex;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::inspect::{OpenedVolume, inspect};
+use crate::guest::luks::{Attempt, ContainerKeys, KnownKeys};
 use crate::guest::volumes::{Assembly, Volume, VolumeLayout, assemble, set_members};
 use crate::guest::{FileKind, FileSystem, Ino, READERS, Reader, Source, SourceSet, Subvolume, TreeId, open};
 
 use super::channel::Channel;
 use super::confine;
-use super::process::channel_name;
+use super::process::{WorkerTask, channel_name};
 use super::protocol::{
     Answer, FIRST_RUNS_LEN, Failure, FoundEntry, FromWorker, LIST_LEN, ListedEntry, Listing, Mounted,
     OpenedFile, READ_LEN, RUNS_LEN, RUNS_SPAN, Request, SetTree, ToWorker, Trees,
@@ -50,16 +51,20 @@ struct WorkerState {
 
 /// Runs the program as a worker: standard input and output are its channels, and standard error ends with the
 /// daemon. `confined`: by seccomp.
-pub fn serve(confined: bool) -> ExitCode {
-    match run(confined) {
+pub fn serve(confined: bool, task: WorkerTask) -> ExitCode {
+    match run(confined, task) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
 }
 
-fn run(confined: bool) -> Result<()> {
+fn run(confined: bool, task: WorkerTask) -> Result<()> {
     let fail = |error: std::io::Error| Error::io("taking over the channels", error);
     close_others();
+    if task == WorkerTask::Unlock {
+        // Where memory is short, this process ends, and no other.
+        let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
+    }
     confine::drop_rights()?;
     let channels: [OwnedFd; 2] = [
         std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?,
@@ -77,7 +82,7 @@ fn run(confined: bool) -> Result<()> {
         let socket = UnixStream::from(socket);
         let (state, ready, is_confined) = (Arc::clone(&state), Arc::clone(&ready), Arc::clone(&is_confined));
         let work = move || {
-            set_channel(Channel::new(socket));
+            set_channel(Channel::new(socket).with_large_messages());
             ready.wait();
             if is_confined.lock().is_ok_and(|done| *done) {
                 let _ = state.serve_requests();
@@ -88,7 +93,7 @@ fn run(confined: bool) -> Result<()> {
     }
     let mut done = is_confined.lock().expect("no thread panics with this lock");
     ready.wait();
-    confine::limit()?;
+    confine::limit(task)?;
     if confined {
         confine::filter()?;
     }
@@ -122,6 +127,12 @@ impl WorkerState {
             let mut payload = Vec::new();
             let answer = match message {
                 ToWorker::Request(request) => {
+                    if request.secret_len().is_some() {
+                        with_channel(|channel| {
+                            channel.wipe();
+                            Ok(())
+                        })?;
+                    }
                     catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut payload)))
                         .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "a bug in a file-system reader")))
                 }
@@ -139,7 +150,14 @@ impl WorkerState {
 
     fn answer(&self, request: Request, payload: &mut Vec<u8>) -> Result<Answer> {
         match request {
-            Request::Open { set, sizes } => self.open_set(set, &sizes),
+            Request::Open { set, sizes, keys } => self.open_set(set, &sizes, &keys),
+            Request::Unlock { sizes, keys, id, secrets } => {
+                let attempt = Attempt::new(&keys, id);
+                fail_on_transient(|| {
+                    assemble(&self.disks(0, &sizes), Some(&attempt));
+                    Ok(Answer::Unlocked(attempt.unlock(&secrets)))
+                })
+            }
             Request::SetMembers { size } => {
                 let disk = RemoteDisk { set: None, index: 0, size, chunks: Arc::clone(&self.chunks) };
                 fail_on_transient(|| {
@@ -192,17 +210,21 @@ impl WorkerState {
         }
     }
 
-    fn open_set(&self, set: u32, sizes: &[u64]) -> Result<Answer> {
+    fn disks(&self, set: u32, sizes: &[u64]) -> Vec<Arc<dyn Source>> {
         let disk = |(index, size): (usize, &u64)| -> Arc<dyn Source> {
             let chunks = Arc::clone(&self.chunks);
             Arc::new(RemoteDisk { set: Some(set), index: index as u32, size: *size, chunks })
         };
-        let disks: Vec<Arc<dyn Source>> = sizes.iter().enumerate().map(disk).collect();
+        sizes.iter().enumerate().map(disk).collect()
+    }
+
+    fn open_set(&self, set: u32, sizes: &[u64], keys: &ContainerKeys) -> Result<Answer> {
+        let disks = self.disks(set, sizes);
         // Parsers treat unreadable parts as absent. A fully unreadable disk is not empty: it is an error.
         for disk in &disks {
             disk.read_at(0, &mut vec![0; disk.size().min(512) as usize])?;
         }
-        let assembly = fail_on_transient(|| Ok(assemble(&disks, None)))?;
+        let assembly = fail_on_transient(|| Ok(assemble(&disks, Some(&KnownKeys(keys)))))?;
         let open = assembly.layout.volumes.iter().map(|_| Mutex::default()).collect();
         let answer = Answer::Layout(Box::new(assembly.layout.clone()));
         let old = self.sets.lock().push(set, Arc::new(DiskSet { assembly, open }));

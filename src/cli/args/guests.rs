@@ -13,6 +13,9 @@ pub struct LookArgs {
     /// The store that holds the images and the other disks of their volume groups
     #[arg(long, value_name = "DIR")]
     pub store: Option<PathBuf>,
+    /// Open encrypted volumes (LUKS) with the bytes of this file, or of standard input (-); see also -o keys=
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
     /// How images are opened.
     #[command(flatten)]
     pub image: ImageArgs,

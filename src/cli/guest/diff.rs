@@ -143,7 +143,8 @@ fn names_at(layout: &VolumeLayout, start: u64, len: u64) -> Vec<String> {
                 let of_each = rows.saturating_mul(stripes.row_len);
                 stripes.legs.iter().flatten().any(|leg| leg.disk == 0 && meets(leg.offset, of_each))
             }
-            Lies::Zero | Lies::Computed => false,
+            // Of what an encrypted volume holds, that volume is named.
+            Lies::Zero | Lies::Encrypted(_) | Lies::Computed => false,
         })
     };
     layout.volumes.iter().filter(has_part).map(|volume| volume.name.clone()).collect()

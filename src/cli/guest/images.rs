@@ -15,8 +15,8 @@ use super::super::store_options::{store_options, variable};
 use super::super::warn;
 use super::operands::{DiskName, GuestOperand};
 use super::store_disk::{self, OpenStore, StoreDisk};
-use crate::browse::Browser;
 use crate::browse::worker::WorkerProgram;
+use crate::browse::{Browser, Keyring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal;
 use crate::store::{MARKER, Store, StoreOptions, shown};
@@ -27,6 +27,7 @@ const REPLAY_REMEDY: &str = "let the guest replay it, or run e2fsck on a clone";
 /// The stores that a command has opened.
 pub(super) struct OpenStores {
     options: StoreOptions,
+    keyring: Arc<Keyring>,
     /// The store given with `--store`.
     store: Option<PathBuf>,
     open: Vec<Arc<OpenStore>>,
@@ -43,9 +44,10 @@ impl OpenStores {
                 options.formats.insert(0, FormatRule { glob, format: *format });
             }
         }
+        let keyring = Keyring::open(options.keys.as_deref(), args.key_file.as_deref())?;
         // A single command: the store is not watched.
         let options = StoreOptions { notify: false, ..store_options(&options) };
-        Ok(Self { options, store: args.store.clone(), open: Vec::new() })
+        Ok(Self { options, keyring, store: args.store.clone(), open: Vec::new() })
     }
 
     /// Warns of each volume that was read without its journal, and so without its last writes; whether there
@@ -68,7 +70,7 @@ impl OpenStores {
             return Ok(Arc::clone(known));
         }
         let store = Store::open(path, self.options.clone())?;
-        let browser = Browser::new(&store, WorkerProgram::this(true));
+        let browser = Browser::with_keys(&store, WorkerProgram::this(true), Arc::clone(&self.keyring));
         let opened = Arc::new(OpenStore { path: path.to_path_buf(), store, browser });
         self.open.push(Arc::clone(&opened));
         Ok(opened)

@@ -15,7 +15,7 @@ pub(in crate::cli) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(in crate::cli) const SETTINGS: [(&str, Takes); 29] = [
+pub(in crate::cli) const SETTINGS: [(&str, Takes); 30] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -33,6 +33,7 @@ pub(in crate::cli) const SETTINGS: [(&str, Takes); 29] = [
     ("salvage", Takes::Nothing),
     ("nolock", Takes::Nothing),
     ("nofiles", Takes::Nothing),
+    ("keys", Takes::Value),
     ("symlinks", Takes::Value),
     ("rescan", Takes::Value),
     ("trash", Takes::Value),

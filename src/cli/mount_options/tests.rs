@@ -14,7 +14,8 @@ fn every_option_is_parsed() {
         "ro,allow_other,uid=5,gid=0,umask=027,threads=4,cache=64M,backing_dir=/a,backing_dir=/b,\
          map=/old=/new,readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,standalone=old/*,probe,\
          force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,config=/c.toml,\
-         nopassthrough,noparallelwrites,nosharedmapping,noacl,noxattr,noseccomp,noinotify,noreadahead,noexec,noatime,\
+         keys=/k.toml,nopassthrough,noparallelwrites,nosharedmapping,noacl,noxattr,noseccomp,noinotify,\
+         noreadahead,noexec,noatime,\
          sync,dirsync",
     );
     let expected = MountOptions {
@@ -38,6 +39,7 @@ fn every_option_is_parsed() {
         salvage: true,
         no_lock: true,
         no_files: true,
+        keys: Some("/k.toml".into()),
         symlinks: Some(Symlinks::Verbatim),
         rescan: Some(Duration::from_secs(30)),
         trash: Some(Duration::from_hours(7 * 24)),

@@ -2,7 +2,8 @@
 //! encryption.
 
 use super::{ContentProbe, DetectedVolume, VolumeContent};
-use crate::guest::bytes::{array, be16, be32, le32, slice, text, uuid};
+use crate::guest::bytes::{array, be16, be32, be64, le32, slice, text, uuid};
+use crate::guest::luks::SECOND_MAGIC;
 use crate::guest::lvm;
 
 const MD_MAGIC: u32 = 0xa92b_4efc;
@@ -62,6 +63,19 @@ pub(super) fn luks(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
         2 => Some(DetectedVolume::new(VolumeContent::Luks2, text(slice(&probe.head, 24, 48)), id)),
         _ => None,
     }
+}
+
+/// A LUKS2 container whose first header lost its magic; its second one is where cryptsetup usually puts it. A
+/// volume that was formatted anew may still have it, so anything else has precedence.
+pub(super) fn luks_second(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {
+    for at in [0x4000, 0x8000, 0x10000] {
+        let block = slice(&probe.head, at, 0x1000);
+        if block.starts_with(SECOND_MAGIC) && be16(block, 6) == 2 && be64(block, 256) == at as u64 {
+            let (label, id) = (text(slice(block, 24, 48)), text(slice(block, 168, 40)));
+            return Some(DetectedVolume::new(VolumeContent::Luks2, label, id));
+        }
+    }
+    None
 }
 
 pub(super) fn bitlocker(probe: &ContentProbe<'_>) -> Option<DetectedVolume> {

@@ -244,6 +244,7 @@ pub fn probe(source: &dyn Source) -> DetectedVolume {
         members::ocfs2,
         foreign::apfs,
         linux::erofs,
+        containers::luks_second,
     ];
     let found = formats.iter().find_map(|format| format(&probe));
     found.unwrap_or_else(|| {

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::guest::source::within;
 use crate::guest::{Slice, Source};
 
-use super::map::{DiskPosition, MappedSource, Stripes, VolumeMapping, VolumeSegment};
+use super::map::{ContainerPosition, DiskPosition, MappedSource, Stripes, VolumeMapping, VolumeSegment};
 
 /// Segments and legs of all devices of a layout together, and of those that are shown. A fragmented group of
 /// 10,000 volumes has fewer.
@@ -105,10 +105,10 @@ impl Device {
         map.finish(|| Arc::new(Striped { size, stripes: stripes.clone(), computed }))
     }
 
-    /// A device whose bytes only a source can produce.
-    pub(crate) fn computed(source: Arc<dyn Source>, disks: &DeviceDisks) -> Self {
+    /// The data of an opened container, by its number.
+    pub(crate) fn encrypted(source: Arc<dyn Source>, container: u32, disks: &DeviceDisks) -> Self {
         let mut map = DeviceMap::new(disks);
-        map.computed(source.size());
+        map.push(source.size(), VolumeMapping::Encrypted(ContainerPosition { container, offset: 0 }));
         map.finish(|| source)
     }
 }
@@ -243,6 +243,10 @@ impl<'a> DeviceMap<'a> {
                 (VolumeMapping::Linear(before), VolumeMapping::Linear(after)) => {
                     before.disk == after.disk && before.offset.checked_add(last.len) == Some(after.offset)
                 }
+                (VolumeMapping::Encrypted(before), VolumeMapping::Encrypted(after)) => {
+                    before.container == after.container
+                        && before.offset.checked_add(last.len) == Some(after.offset)
+                }
                 (VolumeMapping::Zero, VolumeMapping::Zero)
                 | (VolumeMapping::Computed, VolumeMapping::Computed) => true,
                 _ => false,
@@ -276,7 +280,7 @@ impl<'a> DeviceMap<'a> {
         let is_computed = |segment: &VolumeSegment| match &segment.place {
             VolumeMapping::Linear(_) | VolumeMapping::Zero => false,
             VolumeMapping::Striped(stripes) => stripes.legs.contains(&None),
-            VolumeMapping::Computed => true,
+            VolumeMapping::Encrypted(_) | VolumeMapping::Computed => true,
         };
         let computed = segments.iter().any(is_computed).then(computed);
         let segments: Arc<[VolumeSegment]> = segments.into();

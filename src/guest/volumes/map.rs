@@ -31,7 +31,9 @@ pub enum VolumeMapping {
     Striped(Stripes<Option<DiskPosition>>),
     /// Nowhere: they read as zeroes.
     Zero,
-    /// Only the worker can produce them: they are reconstructed from parity, or encrypted.
+    /// Contiguous in the data of an opened container, from which they are decrypted.
+    Encrypted(ContainerPosition),
+    /// Only the worker can produce them: they are reconstructed from parity.
     Computed,
 }
 
@@ -59,6 +61,15 @@ pub struct DiskPosition {
     pub offset: u64,
 }
 
+/// A position in the data of an opened container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerPosition {
+    /// The container's number: its index in the layout.
+    pub container: u32,
+    /// Bytes from the beginning of its data.
+    pub offset: u64,
+}
+
 /// A run of a volume's bytes with one location.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VolumeRun {
@@ -75,6 +86,8 @@ pub enum RunPlace {
     Disk(DiskPosition),
     /// Nowhere: it reads as zeroes.
     Zero,
+    /// Contiguous in the data of an opened container.
+    Encrypted(ContainerPosition),
     /// Only the worker can produce it.
     Computed,
 }
@@ -84,8 +97,15 @@ impl VolumeRun {
     pub fn on_disk(&self) -> Option<DiskPosition> {
         match self.place {
             RunPlace::Disk(position) => Some(position),
-            RunPlace::Zero | RunPlace::Computed => None,
+            RunPlace::Zero | RunPlace::Encrypted(_) | RunPlace::Computed => None,
         }
+    }
+}
+
+impl ContainerPosition {
+    /// The position `bytes` further.
+    fn plus(self, bytes: u64) -> Option<Self> {
+        Some(Self { container: self.container, offset: self.offset.checked_add(bytes)? })
     }
 }
 
@@ -122,8 +142,8 @@ impl VolumeSegment {
     /// How many positions it has: the measure of its memory.
     pub fn weight(&self) -> usize {
         match &self.place {
-            VolumeMapping::Linear(_) | VolumeMapping::Zero | VolumeMapping::Computed => 1,
             VolumeMapping::Striped(stripes) => 1 + stripes.legs.len(),
+            _ => 1,
         }
     }
 
@@ -140,6 +160,7 @@ impl VolumeSegment {
                 (place, len.min(rest))
             }
             VolumeMapping::Zero => (RunPlace::Zero, len),
+            VolumeMapping::Encrypted(position) => (RunPlace::Encrypted(position.plus(into)?), len),
             VolumeMapping::Computed => (RunPlace::Computed, len),
         };
         Some(VolumeRun { place, len })
@@ -161,6 +182,7 @@ impl VolumeSegment {
                 VolumeMapping::Striped(Stripes { start: from % row, legs, ..*stripes })
             }
             VolumeMapping::Zero => VolumeMapping::Zero,
+            VolumeMapping::Encrypted(position) => VolumeMapping::Encrypted(position.plus(into)?),
             VolumeMapping::Computed => VolumeMapping::Computed,
         };
         Some(Self { at, len, place })
@@ -209,7 +231,9 @@ impl Source for MappedSource {
                     disk.read_at(position.offset, piece)?;
                 }
                 RunPlace::Zero => piece.fill(0),
-                RunPlace::Computed => self.computed.as_ref().ok_or_else(absent)?.read_at(here, piece)?,
+                RunPlace::Encrypted(_) | RunPlace::Computed => {
+                    self.computed.as_ref().ok_or_else(absent)?.read_at(here, piece)?;
+                }
             }
             done += len;
         }

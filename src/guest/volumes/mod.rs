@@ -18,11 +18,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::Source;
 use crate::guest::content::VolumeContent;
+use crate::guest::luks::{DataSegment, HeaderId};
 
 pub use crate::guest::partition::Partition;
 pub(crate) use device::{Device, DeviceDisks, DeviceMap};
-pub use map::{DiskPosition, RunPlace, Stripes, VolumeMapping, VolumeRun, VolumeSegment, locate};
-pub use stack::{Unlock, UnlockedVolume, set_members};
+pub use map::{
+    ContainerPosition, DiskPosition, RunPlace, Stripes, VolumeMapping, VolumeRun, VolumeSegment, locate,
+};
+pub use stack::{Unlock, UnlockOutcome, UnlockedVolume, set_members};
 
 /// The content of the guest's disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +43,30 @@ pub struct VolumeLayout {
     pub remarks: Vec<String>,
     /// Volume groups, arrays and file systems that the first disk is part of and that lack members.
     pub missing: Vec<MissingMembers>,
+    /// Encrypted volumes whose keys were not given.
+    pub locked: Vec<LockedVolume>,
+    /// Encrypted volumes that were opened.
+    pub containers: Vec<OpenContainer>,
+}
+
+/// An encrypted volume that was opened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenContainer {
+    /// Its index among the volumes: below those of all volumes in it.
+    pub volume: usize,
+    /// Identifies the container.
+    pub id: HeaderId,
+    /// Its data.
+    pub data: Vec<DataSegment>,
+}
+
+/// An encrypted volume whose key was not given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockedVolume {
+    /// Its index among the volumes.
+    pub volume: usize,
+    /// Identifies the container.
+    pub id: HeaderId,
 }
 
 /// A volume: it may hold a file system.

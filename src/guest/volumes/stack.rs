@@ -12,14 +12,15 @@ use std::sync::Arc;
 
 use crate::guest::btrfs::{Btrfs, BtrfsDevice};
 use crate::guest::content::{DetectedVolume, VolumeContent, probe};
+use crate::guest::luks::{DataSegment, HeaderId};
 use crate::guest::lvm::{GroupAssembler, PhysicalVolume};
 use crate::guest::md::{self, MdMember};
 use crate::guest::{Source, partition};
 
 use super::device::TOTAL_WEIGHT;
 use super::{
-    Assembly, Device, DeviceDisks, MissingMembers, SetKind, SetMember, Volume, VolumeLayout, VolumeMapping,
-    VolumeSegment,
+    Assembly, Device, DeviceDisks, LockedVolume, MissingMembers, OpenContainer, SetKind, SetMember, Volume,
+    VolumeLayout, VolumeMapping, VolumeSegment,
 };
 
 /// Remarks that are kept.
@@ -28,6 +29,8 @@ const REMARK_LIMIT: usize = 100;
 const DEVICE_LIMIT: usize = 4096;
 /// Devices on each other: partition, array, physical volume, encrypted volume, and the same again.
 const DEPTH_LIMIT: u32 = 10;
+/// Encrypted volumes that are opened.
+const CONTAINER_LIMIT: usize = 64;
 /// Absent members that are reported, of all sets together.
 const ABSENT_LIMIT: usize = 1024;
 /// Bytes of a sentence that may quote a guest's texts.
@@ -35,14 +38,20 @@ const PROBLEM_LIMIT: usize = 1000;
 
 /// Opens encrypted volumes.
 pub trait Unlock {
-    /// The volume inside of an encrypted one: `name` is the volume's own. `None` if there is no key for it;
-    /// an error if there is one and it does not fit.
-    fn unlock(
-        &self,
-        name: &str,
-        found: &DetectedVolume,
-        source: &Arc<dyn Source>,
-    ) -> Option<Result<UnlockedVolume, String>>;
+    /// The volume inside of an encrypted one: `name` is the volume's own.
+    fn unlock(&self, name: &str, found: &DetectedVolume, source: &Arc<dyn Source>) -> UnlockOutcome;
+}
+
+/// What an encrypted volume is without and with its key.
+pub enum UnlockOutcome {
+    /// Opened.
+    Opened(UnlockedVolume),
+    /// A container whose key is not known.
+    Locked(HeaderId),
+    /// It cannot be opened; one sentence.
+    Problem(String),
+    /// Of a kind that is never opened.
+    Unknown,
 }
 
 /// An opened encrypted volume.
@@ -51,6 +60,10 @@ pub struct UnlockedVolume {
     pub name: String,
     /// Its decrypted bytes.
     pub source: Arc<dyn Source>,
+    /// Identifies the container.
+    pub id: HeaderId,
+    /// Where its bytes are in the container.
+    pub data: Vec<DataSegment>,
 }
 
 /// A device that is not yet sorted in.
@@ -393,15 +406,27 @@ impl<'a> Stack<'a> {
     /// Shows what an encrypted volume holds, if there is a key for it.
     fn open(&mut self, index: usize, found: &DetectedVolume, device: &Device, depth: u32) {
         let name = &self.layout.volumes[index].name;
-        let opened = self.unlock.and_then(|unlock| unlock.unlock(name, found, device.source()));
-        match opened {
-            Some(Ok(UnlockedVolume { name, source })) if depth < DEPTH_LIMIT => {
-                let device = Device::computed(source, &self.disks);
+        let Some(unlock) = self.unlock else { return };
+        match unlock.unlock(name, found, device.source()) {
+            UnlockOutcome::Opened(_)
+                if depth >= DEPTH_LIMIT || self.layout.containers.len() >= CONTAINER_LIMIT =>
+            {
+                let fact = format!("it is encrypted ({}); there are too many of these", found.content);
+                self.layout.volumes[index].problem = Some(fact);
+            }
+            UnlockOutcome::Opened(UnlockedVolume { name, source, id, data }) => {
+                let device = Device::encrypted(source, self.layout.containers.len() as u32, &self.disks);
+                self.layout.containers.push(OpenContainer { volume: index, id, data });
                 let (name, size) = (self.unique(name, &index.to_string()), device.size());
+                self.layout.volumes[index].problem =
+                    Some(format!("it is encrypted ({}); its files are in {name}", found.content));
                 self.show(name, Ok(device), size, depth + 1);
             }
-            Some(Ok(_)) | None => {}
-            Some(Err(problem)) => self.layout.volumes[index].problem = Some(readable(&problem)),
+            UnlockOutcome::Locked(id) => self.layout.locked.push(LockedVolume { volume: index, id }),
+            UnlockOutcome::Problem(problem) => {
+                self.layout.volumes[index].problem = Some(readable(&problem));
+            }
+            UnlockOutcome::Unknown => {}
         }
     }
 }

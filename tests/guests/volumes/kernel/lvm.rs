@@ -45,7 +45,7 @@ const USUAL: [&str; 6] = ["raid10", "raid6_zr", "snapshots", "thin", "cachevol",
 
 /// Shell functions: LVM restricted to the devices in `$PVS`, a new group of them, and a write of `$4` blocks
 /// of 4 KiB at block `$3` with the pattern's from block `$2`.
-const BEFORE: &str = "mkdir -p /etc/lvm /run/lock/lvm /run/lvm\n\
+pub(super) const BEFORE: &str = "mkdir -p /etc/lvm /run/lock/lvm /run/lvm\n\
     cat >/etc/lvm/lvm.conf <<END\n\
     devices { use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source = \"none\" \
         md_component_detection = 1 issue_discards = 0 }\n\

@@ -4,6 +4,7 @@
 //!
 //! Every scenario has a partition of each disk for itself.
 
+mod luks;
 mod lvm;
 pub(crate) mod machine;
 mod md;
@@ -18,6 +19,8 @@ use std::sync::Arc;
 use chainfs::guest::Source;
 use chainfs::guest::volumes::{Assembly, assemble};
 use tempfile::TempDir;
+
+use lvm::BEFORE;
 
 use super::{blank, told};
 use support::*;
