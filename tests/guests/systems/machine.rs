@@ -19,8 +19,19 @@ use crate::volumes::kernel::machine::converse;
 
 const DISK: u64 = 1100 * MIB;
 const VOLUME: u64 = 900 * MIB;
-const MODULES: [&str; 9] =
-    ["md-mod", "raid1", "dm-thin-pool", "xfs", "crc32c_generic", "dm-crypt", "aesni-intel", "xts", "ext4"];
+const MODULES: [&str; 11] = [
+    "md-mod",
+    "raid1",
+    "dm-thin-pool",
+    "xfs",
+    "crc32c_generic",
+    "dm-crypt",
+    "aesni-intel",
+    "ecb",
+    "xts",
+    "trusted",
+    "ext4",
+];
 const PROGRAMS: [&str; 7] = ["lvm", "mdadm", "dmsetup", "mkfs.xfs", "mkfs.ext4", "blkid", "cryptsetup"];
 
 /// How a system's root volume, `/dev/vg/root`, lies on its disks.
@@ -61,7 +72,7 @@ const ENCRYPTED: Stack = Stack {
     open: "cryptsetup open --disable-keyring --disable-locks --key-file /key $D secret",
     close: "cryptsetup close --disable-locks secret",
     pv: "/dev/mapper/secret",
-    volume: "-L 900m -Wn",
+    volume: "-L 900m -Wn vg",
     kind: "ext4",
     options: "rw",
     crypttab: "secret UUID=9c448801-9c28-427e-beaa-6c656f92b030 none luks",
