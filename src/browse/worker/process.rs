@@ -513,9 +513,12 @@ mod tests {
     #[test]
     fn each_channel_has_its_own_processor_time() {
         let stop = Arc::new(AtomicBool::new(false));
+        // Before a thread exists, the whole process's time counts.
+        let started = Arc::new(std::sync::Barrier::new(3));
         let thread = |number: usize, is_busy: bool| {
-            let stop = Arc::clone(&stop);
+            let (stop, started) = (Arc::clone(&stop), Arc::clone(&started));
             let work = move || {
+                started.wait();
                 while !stop.load(Ordering::Relaxed) {
                     if !is_busy {
                         std::thread::sleep(Duration::from_millis(5));
@@ -525,6 +528,7 @@ mod tests {
             std::thread::Builder::new().name(channel_name(number)).spawn(work).unwrap()
         };
         let threads = [thread(77, true), thread(78, false)];
+        started.wait();
         let start = Instant::now();
         let spent = |number| processor_time(std::process::id(), &channel_name(number));
         while spent(77) < Duration::from_millis(200) {
