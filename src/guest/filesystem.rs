@@ -138,8 +138,8 @@ pub enum RunKind {
     Hole,
     /// In the source, unchanged, from this offset on.
     Stored(u64),
-    /// In the source from this offset on, with a checksum or with copies: [`FileSystem::read_at`] returns what
-    /// is right. The offset says only which files share bytes.
+    /// In the source from this offset on, with a checksum or with copies: [`FileSystem::read_at`] returns
+    /// what is right. The offset says only which files share bytes.
     Verified(u64),
     /// Only [`FileSystem::read_at`] can read them: they are in an inode, in a journal, or compressed.
     /// `SEEK_DATA` counts them as data.

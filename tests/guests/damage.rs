@@ -12,6 +12,10 @@ use crate::scramble::{scramble, telling_blocks};
 use support::foreign::amount;
 use support::*;
 
+/// The kind of disk that is made by [`encrypt`].
+const ENCRYPTED: &str = "cryptsetup";
+/// What its headers take before and behind the data.
+const HEADERS: u64 = 32 * MIB;
 /// Disks in one mount.
 const BATCH: u64 = 10;
 /// An ordinary user and the group of that user: nobody and nogroup.
@@ -31,6 +35,9 @@ fn plant(store: &Store, kind: &str, size: u64) -> Vec<u8> {
     let mut words = kind.split(' ');
     let mut mkfs = tool(words.next().expect("a program"));
     mkfs.args(words);
+    if kind == ENCRYPTED {
+        return encrypt(store, &tree, size);
+    }
     if kind.starts_with("mkfs.vfat") {
         mkfs.arg(&path).succeeds();
         tool("mcopy")
@@ -50,6 +57,31 @@ fn plant(store: &Store, kind: &str, size: u64) -> Vec<u8> {
         mkfs.arg(option).arg(&tree).arg(&path).succeeds();
     }
     fs::read(&path).expect("the disk")
+}
+
+/// A container of version 2 around a disk with ext4.
+fn encrypt(store: &Store, tree: &Path, size: u64) -> Vec<u8> {
+    let (path, key) = (store.beside("disk"), store.beside("key"));
+    fs::write(&key, "key").expect("a key");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).expect("a mode");
+    tool("mkfs.ext4").args(["-q", "-F", "-d"]).arg(tree).arg(&path).succeeds();
+    File::options().write(true).open(&path).and_then(|file| file.set_len(size + HEADERS)).expect("room");
+    let words = ["reencrypt", "-q", "--encrypt", "--type=luks2", "--iter-time=1", "--pbkdf=pbkdf2"];
+    let mut cryptsetup = tool("cryptsetup");
+    cryptsetup.args(words).args(["--reduce-device-size=32M", "--key-file"]);
+    cryptsetup.arg(&key).arg(&path).succeeds();
+    fs::read(&path).expect("the disk")
+}
+
+/// The table with its key, for a mount of this user.
+fn keys(store: &Store, is_user: bool) -> String {
+    let table = store.beside("keys.toml");
+    fs::write(&table, "[[key]]\nuuid = \"*\"\npassphrase = \"key\"\n").expect("a table");
+    fs::set_permissions(&table, fs::Permissions::from_mode(0o600)).expect("a mode");
+    if is_user {
+        tool("chown").arg("nobody").arg(&table).succeeds();
+    }
+    format!("keys={}", table.display())
 }
 
 /// The lines by which mkfs.xfs copies a directory's content.
@@ -132,7 +164,7 @@ impl Walk {
 }
 
 /// Mounts as an ordinary user, who owns the store.
-fn mount_as_user(store: &Store) -> Mount {
+fn mount_as_user(store: &Store, options: &str) -> Mount {
     let dir = store.beside("mnt");
     for path in [&store.root(), &dir] {
         tool("chown").args(["-R", "nobody"]).arg(path).succeeds();
@@ -143,7 +175,7 @@ fn mount_as_user(store: &Store) -> Mount {
     command.args(["--kill-after=2", &hang().as_secs().to_string(), "setpriv"]);
     command.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups", "--inh-caps=-all"]);
     command.arg(chainfs_binary());
-    Mount::by(store, command, &store.root(), &dir, "").unwrap_or_else(|refusal| panic!("{refusal:?}"))
+    Mount::by(store, command, &store.root(), &dir, options).unwrap_or_else(|refusal| panic!("{refusal:?}"))
 }
 
 /// Works as the ordinary user.
@@ -178,10 +210,15 @@ fn damaged_guests_cause_no_crash_or_hang() {
         // Without checksums, damage is found by those who read it.
         ("mkfs.xfs -q -m crc=0,finobt=0 -b size=1024", 300 * MIB),
         ("mkfs.btrfs -q -f --mixed -n 4096", 24 * MIB),
+        (ENCRYPTED, 24 * MIB),
     ];
     for (kind, size) in kinds {
         let good = plant(&seeds, kind, size);
-        let blocks = telling_blocks(&good);
+        let mut blocks = telling_blocks(&good);
+        if kind == ENCRYPTED {
+            // Both copies of the header; what is encrypted says nothing.
+            blocks.retain(|block| block * 1024 < 32 << 10);
+        }
         let (mut errors, mut slowest, mut most) = (0, Duration::ZERO, 0);
         for batch in 0..u64::div_ceil(rounds, BATCH) {
             let store = Store::new();
@@ -194,7 +231,8 @@ fn damaged_guests_cause_no_crash_or_hang() {
                 sparse(&store.path(format!("{name}.raw")), &bytes);
             }
             let is_user = batch % 2 == 1;
-            let mount = if is_user { mount_as_user(&store) } else { Mount::new(&store) };
+            let options = if kind == ENCRYPTED { keys(&store, is_user) } else { String::new() };
+            let mount = if is_user { mount_as_user(&store, &options) } else { Mount::with(&store, &options) };
             let daemon = mount.daemon();
             let walk_all = || {
                 for name in &disks {

@@ -145,8 +145,8 @@ fn mounted(
     }
 }
 
-/// The tree with this name: a volume's; its top level (`VOLUME.subvolumes`), which may be the same; or `root`,
-/// that of the operating system.
+/// The tree with this name: a volume's; its top level (`VOLUME.subvolumes`), which may be the same; or
+/// `root`, that of the operating system.
 pub(super) fn tree(inside: &DiskContents, name: &[u8]) -> Result<TreeId> {
     if let Some(volume) = inside.volume(name) {
         return Ok(TreeId::main(volume));

@@ -110,8 +110,8 @@ impl Volume {
         Ok(Piece { chunk, located, len })
     }
 
-    /// The offset of a piece in the only source, and whether that is its only copy. `None` if there are several
-    /// sources.
+    /// The offset of a piece in the only source, and whether that is its only copy. `None` if there are
+    /// several sources.
     pub(super) fn place(&self, piece: &Piece<'_>) -> Option<(u64, bool)> {
         let [place, rest @ ..] = &piece.located.copies[..] else { return None };
         let device = self.devices.of(piece.chunk, *place).ok()?;

@@ -1,5 +1,5 @@
-//! The volumes that the device names of a system mean: in its fstab, in its crypttab, and on the command line of
-//! its kernel.
+//! The volumes that the device names of a system mean: in its fstab, in its crypttab, and on the command line
+//! of its kernel.
 
 use crate::guest::FileSystem;
 use crate::guest::content::VolumeContent;

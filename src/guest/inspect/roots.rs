@@ -1,8 +1,8 @@
 //! Which of the trees are roots of systems, and which of these is the one that boots.
 //!
-//! A snapshot of a root is a root as well, as is a container's. In front is, in this order: what its own fstab
-//! mounts as `/`; what is named by a boot loader; a default subvolume; what comes first. Last are those whose
-//! fstab mounts another one.
+//! A snapshot of a root is a root as well, as is a container's. In front is, in this order: what its own
+//! fstab mounts as `/`; what is named by a boot loader; a default subvolume; what comes first. Last are those
+//! whose fstab mounts another one.
 
 use crate::guest::TreeId;
 

@@ -63,8 +63,8 @@ pub(crate) struct RowParts<'a> {
 }
 
 impl RowParts<'_> {
-    /// Fills `buf` with the data with number `index`, which is missing. One other data can be missing as well.
-    /// `Corrupt` if the others are too few.
+    /// Fills `buf` with the data with number `index`, which is missing. One other data can be missing as
+    /// well. `Corrupt` if the others are too few.
     pub(crate) fn reconstruct(&self, index: usize, buf: &mut [u8]) -> Result<()> {
         let missing = self.data.iter().enumerate().filter(|(other, part)| part.is_none() && *other != index);
         let missing: Vec<usize> = missing.map(|(other, _)| other).collect();

@@ -119,8 +119,8 @@ pub(super) fn assemble(disks: &[Arc<dyn Source>], unlock: Option<&dyn Unlock>) -
     Assembly { layout, devices, others }
 }
 
-/// The members of volume groups, arrays and file systems of a disk: on the disk itself, in its partitions, and in what is
-/// assembled of it alone. They identify the other disks of a set.
+/// The members of volume groups, arrays and file systems of a disk: on the disk itself, in its partitions,
+/// and in what is assembled of it alone. They identify the other disks of a set.
 pub fn set_members(disk: &Arc<dyn Source>) -> Vec<SetMember> {
     /// A disk's metadata can name any number.
     const MEMBER_LIMIT: usize = 1024;
@@ -265,8 +265,8 @@ impl<'a> Stack<'a> {
         }
     }
 
-    /// Reports the devices that file systems on volumes lack. Returns those that they have on other disks, with
-    /// the file system's UUID.
+    /// Reports the devices that file systems on volumes lack. Returns those that they have on other disks,
+    /// with the file system's UUID.
     fn file_systems(&mut self) -> Vec<(String, Device)> {
         let own: BTreeSet<String> = self
             .file_system_devices

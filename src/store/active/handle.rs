@@ -159,8 +159,8 @@ impl ActiveHandle {
         self.writing(|_| Ok(()))
     }
 
-    /// The first byte at or after `at` whose status is `wanted`; `None` if there is none before the end of the
-    /// disk. While a client may hold changed pages that are not written yet, everything is data.
+    /// The first byte at or after `at` whose status is `wanted`; `None` if there is none before the end of
+    /// the disk. While a client may hold changed pages that are not written yet, everything is data.
     pub fn seek(&self, at: u64, wanted: BlockStatus) -> Result<Option<u64>> {
         let may_be_mapped = self.disk.mappable.load(Ordering::Acquire) > 0;
         self.with(|source| match source {

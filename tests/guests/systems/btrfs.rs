@@ -1,5 +1,5 @@
-//! Systems in subvolumes: as Ubuntu, Debian and Fedora have them below the top level, and as SUSE has them below
-//! a default subvolume that is a snapshot.
+//! Systems in subvolumes: as Ubuntu, Debian and Fedora have them below the top level, and as SUSE has them
+//! below a default subvolume that is a snapshot.
 
 use std::fs::{self, File};
 use std::path::Path;

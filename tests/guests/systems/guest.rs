@@ -60,8 +60,8 @@ impl Drop for KernelMount {
     }
 }
 
-/// Takes three snapshots of a chain while its guest writes. `layer` does what is special to a layer, and returns
-/// the root within the file system.
+/// Takes three snapshots of a chain while its guest writes. `layer` does what is special to a layer, and
+/// returns the root within the file system.
 pub(super) fn four_layers(
     store: &Store,
     mount: &Mount,
@@ -94,8 +94,8 @@ pub(super) fn four_layers(
     guest.end();
 }
 
-/// Compares all of the file system in every view with the kernel's mount of the same view. `place`: where a view
-/// shows all of it.
+/// Compares all of the file system in every view with the kernel's mount of the same view. `place`: where a
+/// view shows all of it.
 pub(super) fn compare_views(store: &Store, chain: &str, placed: &Placed, place: &dyn Fn(&str) -> String) {
     let mount = Mount::with(store, VERBATIM);
     for view in VIEWS {

@@ -10,8 +10,8 @@ use super::btrfs::Fill;
 use super::guest::{KernelMount, Placed, compare_views, four_layers};
 use super::{VIEWS, assert_roots};
 
-/// The physical volume is the only partition, and the root is the first logical volume. LVM itself says where that
-/// is.
+/// The physical volume is the only partition, and the root is the first logical volume. LVM itself says where
+/// that is.
 fn disk(store: &Store, size: u64, fill: Fill) -> Placed {
     let path = store.beside("disk");
     File::create(&path).and_then(|file| file.set_len(size)).expect("a disk");
@@ -21,7 +21,8 @@ fn disk(store: &Store, size: u64, fill: Fill) -> Placed {
     let etc = store.beside("lvm");
     fs::create_dir(&etc).expect("a directory");
     let config = format!(
-        "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0 external_device_info_source = \"none\" }}\n\
+        "devices {{ use_devicesfile = 0 obtain_device_list_from_udev = 0\n\
+         external_device_info_source = \"none\" }}\n\
          activation {{ udev_sync = 0 udev_rules = 0 monitoring = 0 }}\nbackup {{ backup = 0 archive = 0 }}\n\
          global {{ etc = \"{0}\" event_activation = 0 use_lvmpolld = 0 locking_dir = \"{0}/lock\" }}\n",
         etc.display()

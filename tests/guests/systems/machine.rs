@@ -1,6 +1,6 @@
-//! A Debian in a virtual machine: XFS on a thin volume, on an array of two disks, each a chain of the store; and
-//! ext4 on a logical volume in an encrypted one. The machine runs on the mount's active disks while snapshots are
-//! taken. Only in long runs.
+//! A Debian in a virtual machine: XFS on a thin volume, on an array of two disks, each a chain of the store;
+//! and ext4 on a logical volume in an encrypted one. The machine runs on the mount's active disks while
+//! snapshots are taken. Only in long runs.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};

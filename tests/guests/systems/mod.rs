@@ -1,8 +1,9 @@
 //! Systems as distributions lay them out, in chains of four layers that are taken while the guest writes: the
 //! root is found in every view, and every file is what the kernel shows of the same view.
 //!
-//! The guest is this machine's kernel, with its file system on a loop device over the mount's active disk. Long
-//! runs have the files of a whole Debian, and a guest in a virtual machine with what this kernel may lack.
+//! The guest is this machine's kernel, with its file system on a loop device over the mount's active disk.
+//! Long runs have the files of a whole Debian, and a guest in a virtual machine with what this kernel may
+//! lack.
 
 mod btrfs;
 mod debian;

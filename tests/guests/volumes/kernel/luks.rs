@@ -53,7 +53,8 @@ const KINDS: [(&str, &str); 19] = [
 ];
 
 /// Shell functions beside those of volume groups: a new container `$1` on a device `$2`, opened.
-const FUNCTIONS: &str = "export DM_DISABLE_UDEV=1; mkdir -p /run/cryptsetup; mknod /dev/urandom c 1 9 2>/dev/null\n\
+const FUNCTIONS: &str = "export DM_DISABLE_UDEV=1; mkdir -p /run/cryptsetup\n\
+    mknod /dev/urandom c 1 9 2>/dev/null\n\
     crypt() { name=$1 device=$2; shift 2\n\
     try cryptsetup luksFormat -q --use-urandom --disable-locks --key-file /key $* $device\n\
     try cryptsetup open --disable-keyring --disable-locks --key-file /key $device $name; }\n\
