@@ -3,7 +3,8 @@
 #
 #   tests/run.sh [--long] [OPTIONS OF cargo test] [-- NAMES OF TESTS]
 #
-# --long sets CHAINFS_LONG=1, by which tests with seeds and budgets take more of them. At the end it says which tests took
+# --long sets CHAINFS_LONG=1, by which tests with seeds and budgets take more of them, and runs those that are ignored
+# otherwise. At the end it says which tests took
 # longest. A test that hangs is named: when no test of a binary has ended for QUIET minutes, those at work are told, and
 # the binary is stopped. How long all of them take together is no failure.
 set -euo pipefail
@@ -11,9 +12,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 QUIET=10
 SLOWEST=25
+included=()
 if [ "${1:-}" = --long ]; then
     shift
     export CHAINFS_LONG=1
+    included=(--include-ignored)
     QUIET=60
 fi
 options=()
@@ -24,7 +27,7 @@ done
 [ $# -eq 0 ] || shift
 
 # Tests wait for tools, the kernel and disks in a good part of their time.
-export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 1))}
+export RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) + 2))}
 
 . tests/setup.sh
 need "${ALL_PROGRAMS[@]}"
@@ -126,7 +129,7 @@ binaries=$(jq -r 'select(.reason == "compiler-artifact" and .profile.test and .e
     | @tsv' "$logs/built")
 began=$SECONDS
 while IFS=$'\t' read -r name binary directory; do
-    run_tests "$name" "$directory" "$binary" "$@" || failed=1
+    run_tests "$name" "$directory" "$binary" "${included[@]}" "$@" || failed=1
 done <<<"$binaries"
 
 echo "== $((SECONDS - began)) seconds; the slowest tests:" >&2

@@ -133,9 +133,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         passthrough: !options.no_passthrough,
         parallel_writes: !options.no_parallel_writes,
         shared_mapping: !options.no_shared_mapping,
-        // The kernel caches lists that it enforces. Root passes them all. With uid=, gid= or umask=, the
-        // user's choice replaces the guest's access lists.
-        access_lists: (options.allow_other || rustix::process::geteuid().is_root())
+        // With uid=, gid= or umask=, the user's choice replaces the guest's access lists.
+        access_lists: options.allow_other
             && !options.no_acl
             && !options.no_xattr
             && ownership.is_the_images(),

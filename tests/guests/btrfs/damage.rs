@@ -114,7 +114,7 @@ fn damaged_data_without_a_copy_is_an_error() {
 /// A damaged node costs the names in it. The others are listed, then comes the error.
 #[test]
 fn a_listing_continues_behind_damage() {
-    let disk = Disk::format("-m single -n 4096", &[260 * MIB]);
+    let disk = Disk::format("--mixed -m single -n 4096", &[20 * MIB]);
     disk.mounted("rw", |dir| many_names(&dir.join("many"), 500));
     let size = disk.images[0].metadata().expect("a size").len() as usize;
     let good = disk.read(0, 0, size);

@@ -8,11 +8,6 @@ use super::{btrfs, lvm};
 
 const SIZE: u64 = 3000 * MIB;
 
-/// Whether tests of whole systems are run.
-pub(super) fn is_long() -> bool {
-    std::env::var_os("CHAINFS_LONG").is_some()
-}
-
 /// The files of a Debian, as an archive that `tests/setup.sh` makes once.
 pub(super) fn archive() -> std::path::PathBuf {
     let path = project().join("target/tools/debian.tar");
@@ -34,22 +29,19 @@ fn debian(root: &Path) {
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn debian_below_the_top_level_of_btrfs() {
-    if is_long() {
-        btrfs::below_the_top_level(SIZE, debian);
-    }
+    btrfs::below_the_top_level(SIZE, debian);
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn debian_in_a_default_subvolume_of_btrfs() {
-    if is_long() {
-        btrfs::below_a_default_subvolume(SIZE, debian);
-    }
+    btrfs::below_a_default_subvolume(SIZE, debian);
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn debian_on_xfs_on_a_logical_volume() {
-    if is_long() {
-        lvm::xfs_on_a_logical_volume(SIZE, debian);
-    }
+    lvm::xfs_on_a_logical_volume(SIZE, debian);
 }

@@ -12,7 +12,7 @@ use support::command::{Control, give};
 use support::{MIB, Mount, Outcome as _, Store, tool};
 use tempfile::TempDir;
 
-use super::debian::{archive, is_long};
+use super::debian::archive;
 use super::guest::{KernelMount, Placed};
 use super::{VERBATIM, VIEWS, assert_roots, assert_same_files};
 use crate::volumes::kernel::machine::converse;
@@ -218,15 +218,13 @@ fn compare(stack: &Stack, store: &Store, scratch: &TempDir, options: &str) {
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn debian_on_xfs_on_a_thin_volume_on_an_array() {
-    if is_long() {
-        four_layers(&ARRAY, "");
-    }
+    four_layers(&ARRAY, "");
 }
 
 #[test]
+#[ignore = "takes minutes"]
 fn debian_on_ext4_on_a_logical_volume_on_luks() {
-    if is_long() {
-        four_layers(&ENCRYPTED, "keys=KEYS");
-    }
+    four_layers(&ENCRYPTED, "keys=KEYS");
 }

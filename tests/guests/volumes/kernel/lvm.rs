@@ -41,7 +41,7 @@ const KINDS: [Kind; 17] = [
     ("raid0", "--type raid0 -i 3 -I 16k", 3, 0),
 ];
 
-const USUAL: [&str; 6] = ["raid10", "raid6_zr", "snapshots", "thin", "cachevol", "stack"];
+const USUAL: [&str; 4] = ["raid6_zr", "snapshots", "thin", "stack"];
 
 /// Shell functions: LVM restricted to the devices in `$PVS`, a new group of them, and a write of `$4` blocks
 /// of 4 KiB at block `$3` with the pattern's from block `$2`.
