@@ -89,5 +89,5 @@ fn without_inotify_changes_are_noticed_by_polling() {
     mount.umount();
 }
 
-const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noxattr,noreadahead,noseccomp,noinotify,\
-                       rescan=1,threads=1,cache=1M";
+const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noxattr,noreadahead,noseccomp,\
+                       noinotify,rescan=1,threads=1,cache=1M";

@@ -161,7 +161,7 @@ impl Shared {
                     return runs.push(len, RunKind::Opaque);
                 }
                 while left > 0 {
-                    // What cannot be located is an error of whoever reads it.
+                    // What cannot be located is an error when it is read.
                     let piece = self.nodes.volume.piece(at, left).ok();
                     let now = piece.as_ref().map_or(left, |piece| piece.len);
                     let kind = match piece.and_then(|piece| self.nodes.volume.place(&piece)) {

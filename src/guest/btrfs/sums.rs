@@ -81,7 +81,7 @@ impl Sums {
         }
         match self.item(nodes, last) {
             Ok(found) => found.is_some_and(|item| reaches(item.key.offset, item.data())),
-            // Whoever reads them gets the error.
+            // Reading them gives the error.
             Err(_) => true,
         }
     }
