@@ -63,6 +63,22 @@ pub enum FileKind {
     Socket,
 }
 
+impl FileKind {
+    /// The kind in the `st_mode` of stat(2), which Linux' file systems have on disk as well.
+    pub(super) fn of_mode(mode: u32) -> Option<Self> {
+        Some(match mode >> 12 {
+            0o01 => Self::Fifo,
+            0o02 => Self::CharDevice,
+            0o04 => Self::Directory,
+            0o06 => Self::BlockDevice,
+            0o10 => Self::File,
+            0o12 => Self::Symlink,
+            0o14 => Self::Socket,
+            _ => return None,
+        })
+    }
+}
+
 /// The stat(2) attributes of an inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileAttributes {

@@ -17,6 +17,7 @@ mod md;
 pub mod partition;
 mod raid;
 mod readers;
+mod runs;
 pub mod source;
 pub mod volumes;
 pub mod xfs;

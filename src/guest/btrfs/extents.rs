@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::guest::bytes::{array, le16, le64, slice};
 use crate::guest::filesystem::{FileKind, FileRun, RunKind};
+use crate::guest::runs::Runs;
 
 use super::compression::Compression;
 use super::format::{Key, corrupt, kind, limit};
@@ -135,7 +136,7 @@ impl Shared {
     ) -> Result<Vec<FileRun>> {
         let inode = self.inode_of(subvolume, object, FileKind::File)?;
         let end = inode.attributes.size.min(at.saturating_add(len));
-        let mut runs = Runs { runs: Vec::new(), most };
+        let mut runs = Runs::new(most);
         if at >= end || most == 0 {
             return Ok(runs.runs);
         }
@@ -242,35 +243,6 @@ impl Iterator for FileSegments<'_> {
             self.at = self.end;
         }
         Some(found)
-    }
-}
-
-/// Collects runs and joins adjacent ones.
-struct Runs {
-    runs: Vec<FileRun>,
-    most: usize,
-}
-
-impl Runs {
-    /// Returns false if there is no room for another run.
-    fn push(&mut self, len: u64, kind: RunKind) -> bool {
-        if let Some(last) = self.runs.last_mut() {
-            let is_adjacent = match (last.kind, kind) {
-                (RunKind::Hole, RunKind::Hole) | (RunKind::Opaque, RunKind::Opaque) => true,
-                (RunKind::Stored(start), RunKind::Stored(next))
-                | (RunKind::Verified(start), RunKind::Verified(next)) => start + last.len == next,
-                _ => false,
-            };
-            if is_adjacent {
-                last.len += len;
-                return true;
-            }
-        }
-        if self.runs.len() == self.most {
-            return false;
-        }
-        self.runs.push(FileRun { len, kind });
-        true
     }
 }
 

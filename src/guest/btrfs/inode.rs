@@ -38,7 +38,7 @@ impl Inode {
             return Err(wrong("has an item that is too short".into()));
         }
         let mode = le32(item, field::MODE);
-        let Some(kind) = kind_of_mode(mode) else {
+        let Some(kind) = FileKind::of_mode(mode) else {
             return Err(wrong(format!("is of no known kind (mode {mode:#o})")));
         };
         let size = le64(item, field::SIZE);
@@ -75,23 +75,9 @@ fn time(item: &[u8], at: usize) -> Time {
     Time { seconds: le64(item, at).cast_signed(), nanoseconds: le32(item, at + 8).min(999_999_999) }
 }
 
-/// The kind of an inode by its mode.
-pub(super) fn kind_of_mode(mode: u32) -> Option<FileKind> {
-    Some(match mode >> 12 {
-        0o01 => FileKind::Fifo,
-        0o02 => FileKind::CharDevice,
-        0o04 => FileKind::Directory,
-        0o06 => FileKind::BlockDevice,
-        0o10 => FileKind::File,
-        0o12 => FileKind::Symlink,
-        0o14 => FileKind::Socket,
-        _ => return None,
-    })
-}
-
 /// The kind of an inode by its item.
 pub(super) fn kind_of_item(item: &[u8]) -> Option<FileKind> {
-    kind_of_mode(le32(item, field::MODE))
+    FileKind::of_mode(le32(item, field::MODE))
 }
 
 /// The type byte of a directory entry for an inode of this kind.

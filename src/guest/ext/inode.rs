@@ -68,7 +68,7 @@ impl Inode {
         if le16(&raw, 0x1a) == 0 || mode == 0 {
             return Err(wrong("is referenced, but deleted".into()));
         }
-        let Some(kind) = kind_of_mode(mode) else {
+        let Some(kind) = FileKind::of_mode(mode.into()) else {
             return Err(wrong(format!("is of no known kind (mode {mode:#o})")));
         };
         let flags = le32(&raw, 0x20);
@@ -163,19 +163,6 @@ fn sum_is_right(seed: u32, raw: &[u8]) -> bool {
     state == low | u32::from(le16(raw, 0x82)) << 16
 }
 
-fn kind_of_mode(mode: u16) -> Option<FileKind> {
-    Some(match mode >> 12 {
-        0o01 => FileKind::Fifo,
-        0o02 => FileKind::CharDevice,
-        0o04 => FileKind::Directory,
-        0o06 => FileKind::BlockDevice,
-        0o10 => FileKind::File,
-        0o12 => FileKind::Symlink,
-        0o14 => FileKind::Socket,
-        _ => return None,
-    })
-}
-
 /// The kind of an inode by the type byte of a directory entry.
 pub(super) fn kind_of_entry(kind: u8) -> Option<FileKind> {
     Some(match kind & 0xf {
@@ -217,9 +204,9 @@ mod tests {
 
     #[test]
     fn kinds_of_modes() {
-        assert_eq!(kind_of_mode(0o100_644), Some(FileKind::File));
-        assert_eq!(kind_of_mode(0o040_755), Some(FileKind::Directory));
-        assert_eq!(kind_of_mode(0o120_777), Some(FileKind::Symlink));
-        assert_eq!(kind_of_mode(0o150_000), None);
+        assert_eq!(FileKind::of_mode(0o100_644), Some(FileKind::File));
+        assert_eq!(FileKind::of_mode(0o040_755), Some(FileKind::Directory));
+        assert_eq!(FileKind::of_mode(0o120_777), Some(FileKind::Symlink));
+        assert_eq!(FileKind::of_mode(0o150_000), None);
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::guest::filesystem::{FileKind, FileRun, RunKind};
+use crate::guest::runs::Runs;
 
 use super::Ext;
 use super::blocks::{Block, Journaled};
@@ -94,7 +95,7 @@ impl Ext {
     pub(super) fn runs_of(&self, number: u32, at: u64, len: u64, most: usize) -> Result<Vec<FileRun>> {
         let inode = self.file(number)?;
         let end = inode.size.min(at.saturating_add(len));
-        let mut runs = Runs { runs: Vec::new(), most };
+        let mut runs = Runs::new(most);
         if at >= end || most == 0 {
             return Ok(runs.runs);
         }
@@ -178,33 +179,5 @@ impl Ext {
             done += now;
         }
         Ok(len)
-    }
-}
-
-/// Collects runs and joins adjacent ones.
-struct Runs {
-    runs: Vec<FileRun>,
-    most: usize,
-}
-
-impl Runs {
-    /// Returns false if `runs` is full.
-    fn push(&mut self, len: u64, kind: RunKind) -> bool {
-        if let Some(last) = self.runs.last_mut() {
-            let is_adjacent = match (last.kind, kind) {
-                (RunKind::Hole, RunKind::Hole) | (RunKind::Opaque, RunKind::Opaque) => true,
-                (RunKind::Stored(start), RunKind::Stored(next)) => start + last.len == next,
-                _ => false,
-            };
-            if is_adjacent {
-                last.len += len;
-                return true;
-            }
-        }
-        if self.runs.len() == self.most {
-            return false;
-        }
-        self.runs.push(FileRun { len, kind });
-        true
     }
 }

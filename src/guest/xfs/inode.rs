@@ -107,16 +107,10 @@ impl Inode {
                 return invalid("belongs elsewhere");
             }
         }
-        let kind = match be16(&raw, 2) & 0o170_000 {
-            0o100_000 => FileKind::File,
-            0o040_000 => FileKind::Directory,
-            0o120_000 => FileKind::Symlink,
-            0o020_000 => FileKind::CharDevice,
-            0o060_000 => FileKind::BlockDevice,
-            0o010_000 => FileKind::Fifo,
-            0o140_000 => FileKind::Socket,
-            0 => return invalid("is free"),
-            _ => return invalid("has an unknown kind"),
+        let kind = match FileKind::of_mode(be16(&raw, 2).into()) {
+            Some(kind) => kind,
+            None if be16(&raw, 2) & 0o170_000 == 0 => return invalid("is free"),
+            None => return invalid("has an unknown kind"),
         };
         let size = be64(&raw, 56);
         if size >= 1 << 63 {
