@@ -1,26 +1,33 @@
 //! The transport over fuser: translates its requests into calls of the [`Service`], and replies into its
 //! replies (`replies`). It decides nothing. Only this module uses fuser.
+//!
+//! If the kernel has FUSE over `io_uring`, that transport (`ring`) takes all requests but the first one,
+//! forgotten inodes and interrupts. This one takes all of them without it, or if the kernel refuses a queue.
 
 mod replies;
 
 use std::convert::Infallible;
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
+use fuse_ring::{Limits, Rings};
 use fuser::{
     AccessFlags, BackingId, BsdFileFlags, Config, FileHandle, Filesystem, INodeNo, InitFlags, KernelConfig,
     LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session,
     SessionACL, TimeOrNow, WriteFlags,
 };
+use rustix::process::{Resource, getrlimit};
 
 use super::access::Caller;
+use super::ring::RingTransport;
 use super::service::{
-    AttributeChange, Call, Capability, Features, MAX_BACKGROUND, MAX_REQUEST, MAX_STACK_DEPTH, OpenFile,
+    AttributeChange, Call, Capability, Features, MAX_BACKGROUND, MAX_REQUEST, OpenFile, RING_THREADS,
     Service, Write,
 };
 use super::tree::MountTree;
@@ -30,33 +37,92 @@ use replies::{BufferedData, OpenDirectoryReply};
 /// A connected mount.
 pub struct Server {
     session: Session<Adapter>,
-    service: Arc<Service<BackingId>>,
+    service: Arc<Service<Backing>>,
+    /// The transport over `io_uring`.
+    ring: Option<fuse_ring::Running>,
+}
+
+/// A file that the kernel reads itself, registered by one of the transports.
+pub(super) enum Backing {
+    Fuser(BackingId),
+    Ring(fuse_ring::Backing),
 }
 
 impl Server {
     /// Replies to the kernel's first request on `device`, a mounted /dev/fuse. After that, the mount is
     /// usable.
     pub fn connect(tree: &Arc<MountTree>, device: OwnedFd, features: Features) -> io::Result<Self> {
-        let service = Service::new(tree, features);
-        let adapter = Adapter { service: Arc::clone(&service) };
+        // Before the reply to INIT: the kernel waits for the queues that are promised in it.
+        let rings = if features.ring { prepared_rings() } else { None };
         let mut config = Config::default();
         config.n_threads = Some(features.threads);
         config.clone_fd = features.threads > 1;
+        let has_ring = rings.is_some();
+        // A request over io_uring finds only the threads of its queue.
+        let threads = if has_ring { RING_THREADS } else { features.threads };
+        let service = Service::new(tree, Features { ring: has_ring, threads, ..features });
+        let has_ring = Arc::new(AtomicBool::new(has_ring));
+        let adapter = Adapter { service: Arc::clone(&service), has_ring: Arc::clone(&has_ring) };
         // The mount options tell the kernel which users have access.
         let session = Session::from_fd(adapter, device, SessionACL::All, config)?;
-        Ok(Self { session, service })
+        let rings = rings.filter(|_| has_ring.load(Ordering::Relaxed));
+        let ring = rings.map(|rings| start(rings, &session, &service)).transpose()?;
+        Ok(Self { session, service, ring })
+    }
+
+    /// Whether the kernel reads registered files itself.
+    pub fn has_passthrough(&self) -> bool {
+        self.service.has_passthrough()
     }
 
     /// Serves until the file system is unmounted, then closes all files and releases all locks.
     pub fn run(self) -> io::Result<()> {
         let result = self.session.run();
+        if let Some(ring) = self.ring {
+            ring.stop();
+        }
         self.service.close();
         result
     }
 }
 
+/// The rings, if this machine has them.
+fn prepared_rings() -> Option<Rings> {
+    if !fuse_ring::is_enabled() {
+        return None;
+    }
+    let limits = Limits { threads_per_queue: RING_THREADS, payload_len: MAX_REQUEST as usize };
+    let rings = Rings::prepare(limits);
+    let rings = rings.inspect_err(|error| tracing::debug!("no FUSE over io_uring: {error}")).ok()?;
+    // Most descriptors are for images.
+    let most = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 4;
+    let wanted = rings.descriptor_count() as u64;
+    if wanted > most {
+        tracing::debug!("no FUSE over io_uring: {wanted} descriptors are too many");
+        return None;
+    }
+    Some(rings)
+}
+
+fn start(
+    rings: Rings,
+    session: &Session<Adapter>,
+    service: &Arc<Service<Backing>>,
+) -> io::Result<fuse_ring::Running> {
+    let device = Arc::new(session.as_fd().try_clone_to_owned()?);
+    let transport: Arc<dyn fuse_ring::Handler> = Arc::new(RingTransport::new(service, &device));
+    let (running, result) = rings.start(&device, &transport);
+    match result {
+        Ok(()) => tracing::debug!("requests come over io_uring"),
+        Err(error) => tracing::debug!("requests come through /dev/fuse: {error}"),
+    }
+    Ok(running)
+}
+
 struct Adapter {
-    service: Arc<Service<BackingId>>,
+    service: Arc<Service<Backing>>,
+    /// Whether the reply to INIT promises queues.
+    has_ring: Arc<AtomicBool>,
 }
 
 /// The call of a request.
@@ -79,9 +145,11 @@ fn add(config: &mut KernelConfig, capability: Capability) -> bool {
         Capability::AbortError => InitFlags::FUSE_ABORT_ERROR,
         Capability::SharedMapping => InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
         Capability::AccessLists => InitFlags::FUSE_POSIX_ACL,
-        Capability::Passthrough => {
+        Capability::FileHandles => InitFlags::FUSE_EXPORT_SUPPORT,
+        Capability::Ring => InitFlags::FUSE_OVER_IO_URING,
+        Capability::Passthrough { stack_depth } => {
             return config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
-                && config.set_max_stack_depth(MAX_STACK_DEPTH).is_ok();
+                && config.set_max_stack_depth(stack_depth).is_ok();
         }
     };
     config.add_capabilities(flag).is_ok()
@@ -95,6 +163,9 @@ impl Filesystem for Adapter {
         for capability in self.service.capabilities() {
             if !add(config, capability) {
                 self.service.lacks(capability);
+                if capability == Capability::Ring {
+                    self.has_ring.store(false, Ordering::Relaxed);
+                }
             }
         }
         Ok(())
@@ -199,7 +270,9 @@ impl Filesystem for Adapter {
         reply: ReplyAttr,
     ) {
         let change = AttributeChange {
-            changes_owner_or_mode: mode.is_some() || uid.is_some() || gid.is_some(),
+            changes_mode: mode.is_some(),
+            uid,
+            gid,
             size,
             handle: handle.map(|handle| handle.0),
         };
@@ -344,6 +417,23 @@ impl Filesystem for Adapter {
 
     fn getxattr(&self, req: &Request, inode: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         self.service.extended_attribute(call(req, inode), name, size, reply);
+    }
+
+    fn setxattr(
+        &self,
+        req: &Request,
+        inode: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        self.service.set_extended_attribute(call(req, inode), (name, value), flags, reply);
+    }
+
+    fn removexattr(&self, req: &Request, inode: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.service.remove_extended_attribute(call(req, inode), name, reply);
     }
 
     fn listxattr(&self, req: &Request, inode: INodeNo, size: u32, reply: ReplyXattr) {

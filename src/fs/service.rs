@@ -31,13 +31,14 @@ use crate::units::BlockStatus;
 
 use super::attributes::Attributes;
 use super::change::Fallocate;
+use super::disk_labels::SetMode;
 use super::handles::Handle;
 use super::tree::MountTree;
 
 pub use super::attributes::Statistics;
 pub use calls::{AttributeChange, Call, OpenFile, Write};
 pub use errno::{Errno, errno};
-pub use features::{Capability, Features, MAX_BACKGROUND, MAX_REQUEST, MAX_STACK_DEPTH};
+pub use features::{Capability, Features, MAX_BACKGROUND, MAX_REQUEST, RING_THREADS};
 pub use opening::{CacheMode, Opened, OpenedDirectory, ServedBy};
 pub use replies::{
     BytesResponder, DirectoryEntry, EntryResponder, NameResponder, OpenResponder, Responder, STAT_BLOCK_SIZE,
@@ -68,7 +69,7 @@ impl<B: Send + Sync + 'static> Service<B> {
         Arc::new(Self {
             tree: Arc::clone(tree),
             features,
-            opens: Opens::new(features),
+            opens: Opens::new(features, tree.store(), tree.kernel_maps().cloned()),
             busy_retries: BusyRetries::default(),
             waiting: AtomicUsize::new(0),
         })
@@ -81,9 +82,14 @@ impl<B: Send + Sync + 'static> Service<B> {
 
     /// The kernel does not have a capability that was asked for.
     pub fn lacks(&self, capability: Capability) {
-        if capability == Capability::Passthrough {
+        if matches!(capability, Capability::Passthrough { .. }) {
             self.opens.without_passthrough();
         }
+    }
+
+    /// Whether the kernel reads registered files itself, as far as is known.
+    pub fn has_passthrough(&self) -> bool {
+        self.opens.has_passthrough()
     }
 
     /// The mount has ended: answers all waiting calls, flushes and closes all files, and releases all locks.
@@ -114,7 +120,7 @@ impl<B: Send + Sync + 'static> Service<B> {
         });
     }
 
-    /// Changes the attributes that can be changed: the size of an active disk.
+    /// Changes the attributes that can be changed: the size of an active disk, and the owner of a disk.
     pub fn set_attributes(
         self: &Arc<Self>,
         call: Call,
@@ -123,16 +129,21 @@ impl<B: Send + Sync + 'static> Service<B> {
     ) {
         self.serve(Operation::SetAttributes, call.inode, reply, move |service, _| {
             let tree = &service.tree;
-            if change.changes_owner_or_mode {
-                let fact = "owner and mode are those of the image file; change them in the store";
+            if change.changes_mode {
+                let fact = "the mode is that of the image file; change it in the store";
                 return Err(Error::new(ErrorKind::Forbidden, fact).into());
+            }
+            let owner = (change.uid, change.gid);
+            if owner != (None, None) {
+                tree.set_owner(&call.caller, call.inode, owner)?;
             }
             match change.size {
                 Some(size) => {
                     let handle = change.handle.map(|handle| tree.handle(handle)).transpose()?;
                     tree.set_size(&call.caller, call.inode, handle.as_ref(), size)?;
                 }
-                None => tree.set_times(call.inode)?,
+                None if owner == (None, None) => tree.set_times(call.inode)?,
+                None => {}
             }
             Ok(service.timed(call.inode, tree.attributes(&call.caller, call.inode)?))
         });
@@ -165,14 +176,20 @@ impl<B: Send + Sync + 'static> Service<B> {
                 Ok(opened) => opened,
                 Err(error) => return Err(service.open_refused(call, error)),
             };
-            let served_by = service.opens.served_by(call.inode, &open, |file| reply.register(file));
-            Ok(Opened { handle, served_by })
+            match service.opens.served_by(call.inode, &open, flags, |file| reply.register(file)) {
+                Ok(served_by) => Ok(Opened { handle, served_by }),
+                Err(refusal) => {
+                    service.tree.release(handle);
+                    Err(refusal.into())
+                }
+            }
         });
     }
 
     /// `found` with its TTL, in a reply about `by`, the parent directory or the node itself.
     fn timed(&self, by: u64, found: Attributes) -> TimedAttributes {
-        TimedAttributes { attributes: found, ttl: ttl(&self.tree, by, &found) }
+        let generation = self.tree.generation(found.inode);
+        TimedAttributes { attributes: found, ttl: ttl(&self.tree, by, &found), generation }
     }
 
     fn open_refused(&self, call: Call, error: Error) -> Failure {
@@ -319,7 +336,9 @@ impl<B: Send + Sync + 'static> Service<B> {
         let name = name.to_owned();
         self.serve(Operation::ExtendedAttributes, call.inode, reply, move |service, _| {
             service.need_attributes()?;
-            let found = service.tree.extended_attribute(&call.caller, call.inode, &name)?;
+            let found = service
+                .tree
+                .extended_attribute(&call.caller, call.inode, &name, || service.opens.server(call.inode))?;
             XattrReply::new(found.ok_or(Refusal::NoAttribute)?, room)
         });
     }
@@ -329,6 +348,38 @@ impl<B: Send + Sync + 'static> Service<B> {
         self.serve(Operation::ExtendedAttributes, call.inode, reply, move |service, _| {
             service.need_attributes()?;
             XattrReply::new(service.tree.listed_attributes(call.inode, call.caller.uid == 0)?, room)
+        });
+    }
+
+    /// setxattr(2).
+    pub fn set_extended_attribute(
+        self: &Arc<Self>,
+        call: Call,
+        (name, value): (&OsStr, &[u8]),
+        flags: i32,
+        reply: impl Responder<()>,
+    ) {
+        let (name, value) = (name.to_owned(), value.to_vec());
+        self.serve(Operation::ExtendedAttributes, call.inode, reply, move |service, _| {
+            service.need_attributes()?;
+            let mode = match flags {
+                libc::XATTR_CREATE => SetMode::Create,
+                libc::XATTR_REPLACE => SetMode::Replace,
+                _ => SetMode::Any,
+            };
+            let pair = (name.as_os_str(), value.as_slice());
+            let is_set = service.tree.set_extended_attribute(&call.caller, call.inode, pair, mode)?;
+            if is_set { Ok(()) } else { Err(Refusal::NoAttribute.into()) }
+        });
+    }
+
+    /// removexattr(2).
+    pub fn remove_extended_attribute(self: &Arc<Self>, call: Call, name: &OsStr, reply: impl Responder<()>) {
+        let name = name.to_owned();
+        self.serve(Operation::ExtendedAttributes, call.inode, reply, move |service, _| {
+            service.need_attributes()?;
+            let was_there = service.tree.remove_extended_attribute(&call.caller, call.inode, &name)?;
+            if was_there { Ok(()) } else { Err(Refusal::NoAttribute.into()) }
         });
     }
 
@@ -366,7 +417,7 @@ impl<B: Send + Sync + 'static> Service<B> {
                 let (shown, tree) = (entry.shown(), &service.tree);
                 let found = match service.answer(|| Ok(entry.attributes(tree, &call.caller)?)) {
                     Ok(Some(found)) => service.timed(call.inode, found),
-                    Ok(None) => TimedAttributes::unknown(shown.inode, shown.kind),
+                    Ok(None) => TimedAttributes::unknown(tree, shown.inode, shown.kind),
                     // Entries that were removed after the listing are left out.
                     Err(_) => return false,
                 };

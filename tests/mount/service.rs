@@ -2,15 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use chainfs::fs::NodeKind;
 use chainfs::fs::service::{
     AttributeChange, CacheMode, Errno, Features, OpenFile, ServedBy, Statistics, TimedAttributes, Write,
     XattrReply,
 };
+use chainfs::fs::{Attributes, NodeKind};
+use chainfs::units::are_zero;
 use support::damage::header;
 use support::transport::libc_flags::{READ, READ_WRITE, WRITE};
 use support::transport::{FEATURES, Listed, Open, PendingBytes, ROOT, Transport};
@@ -43,11 +44,7 @@ fn store() -> Store {
     }
     std::os::unix::fs::symlink("etc/hostname", tree.join("link")).expect("a link");
     store.dir("vms");
-    let disk = store.path("vms/disk.raw");
-    File::create(&disk).and_then(|file| file.set_len(8 * MIB)).expect("a disk");
-    tool("sgdisk").args(["-n1:2048:+6M", "-t1:8300"]).arg(&disk).succeeds();
-    let offset = format!("offset={MIB}");
-    tool("mkfs.ext4").args(["-q", "-F", "-E", &offset, "-d"]).arg(&tree).arg(&disk).arg("6m").succeeds();
+    store.guest("vms/disk.raw", &tree, 6);
     store
 }
 
@@ -147,6 +144,52 @@ fn each_directory_finds_what_it_lists_at_every_offset() {
 }
 
 #[test]
+// X1
+fn nodes_are_found_without_their_names() {
+    let store = store();
+    let transport = transport(&store);
+    let found = directories(&transport);
+    let of = |inode: u64, name: &str| transport.lookup(inode, name).expect("a node");
+    let generation = of(ROOT, "web").generation;
+    assert_eq!((of(ROOT, ".").generation, of(ROOT, "..").attributes.inode), (0, ROOT));
+    assert!(generation > 0 && i32::try_from(generation).is_ok());
+    for (path, (inode, entries)) in &found {
+        for entry in entries {
+            let place = Path::new(path).join(&entry.name);
+            let (named, bare) =
+                (transport.lookup(*inode, &entry.name).expect("a node"), of(entry.inode, "."));
+            let changed = named.attributes.changed;
+            assert_eq!(Attributes { changed, ..bare.attributes }, named.attributes, "{}", place.display());
+            assert_eq!((bare.generation, named.generation), (generation, generation), "{}", place.display());
+            let above = transport.lookup(entry.inode, "..").map(|found| found.attributes.inode);
+            let is_directory = entry.kind == NodeKind::Directory;
+            assert_eq!(
+                above,
+                if is_directory { Ok(*inode) } else { Err(Errno::STALE) },
+                "{}",
+                place.display()
+            );
+        }
+    }
+    assert_ne!(self::transport(&store).lookup(ROOT, "web").expect("a node").generation, generation);
+}
+
+#[test]
+fn a_text_has_another_ctime_when_it_says_something_else() {
+    let store = store();
+    let transport = transport(&store);
+    let changed = |path: &str| {
+        let inode = transport.inode(path);
+        transport.lookup(inode, ".").expect("a node").attributes.changed
+    };
+    let paths = ["web/control/status", "web/info/chain.json", ".chainfs/chains.json", ".chainfs/tree.txt"];
+    let before = paths.map(changed);
+    assert_eq!(paths.map(changed), before, "tar(1) would complain");
+    assert_eq!(command(&transport, "web/control/snapshot", "no=word"), Err(Errno::INVAL));
+    assert_ne!(changed(paths[0]), before[0]);
+}
+
+#[test]
 fn a_store_of_one_image_has_its_chain_as_root() {
     let store = store();
     let transport = Transport::new(&store.path("web.qcow2"), FEATURES);
@@ -206,7 +249,7 @@ fn what_is_written_is_read_and_is_in_the_image() {
     assert_eq!(punched, Ok(()));
     let mut expected = transport.read_all(&open).expect("the disk");
     assert!(expected[1000..1000 + bytes.len()] == bytes, "what was written");
-    assert!(expected[MIB as usize..][..64 << 10].iter().all(|byte| *byte == 0), "what was punched");
+    assert!(are_zero(&expected[MIB as usize..][..64 << 10]), "what was punched");
     let grown = AttributeChange { size: Some(3 * MIB), handle: Some(open.file.handle), ..Default::default() };
     let size = transport
         .ask(|service, reply| service.set_attributes(Transport::call(open.file.inode), grown, reply))
@@ -286,7 +329,7 @@ fn each_kind_of_failure_has_its_errno() {
     assert_eq!(transport.write(gone, 0, b"x").err(), Some(Errno::STALE));
     let nobody = Open { file: gone, served_by: ServedBy::Daemon(CacheMode::Direct) };
     assert_eq!(transport.read(&nobody, 0, 9).err(), Some(Errno::STALE));
-    let modes = AttributeChange { changes_owner_or_mode: true, ..AttributeChange::default() };
+    let modes = AttributeChange { changes_mode: true, ..AttributeChange::default() };
     assert_eq!(change(active, modes), Some(Errno::PERM));
     let shorter = AttributeChange { size: Some(4096), ..AttributeChange::default() };
     assert_eq!(change(active, shorter), Some(Errno::PERM));
@@ -354,7 +397,7 @@ fn mode(transport: &Transport, path: &str, flags: i32) -> (Open, Option<CacheMod
     let open = transport.open(transport.inode(path), flags).unwrap_or_else(|errno| panic!("{path}: {errno}"));
     let mode = match &open.served_by {
         ServedBy::Daemon(mode) => Some(*mode),
-        ServedBy::Passthrough(_) => None,
+        ServedBy::Passthrough(_) | ServedBy::BesidePassthrough(_) => None,
     };
     (open, mode)
 }

@@ -6,9 +6,9 @@ use std::io;
 use std::time::SystemTime;
 
 use fuser::{
-    BackingId, FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr,
+    FileAttr, FileHandle, FileType, FopenFlags, Generation, INodeNo, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr,
 };
 
 use crate::io::LocalFile;
@@ -18,6 +18,7 @@ use super::super::service::{
     BytesResponder, CacheMode, DirectoryEntry, EntryResponder, Errno, NameResponder, OpenResponder, Opened,
     OpenedDirectory, Responder, STAT_BLOCK_SIZE, ServedBy, Statistics, TimedAttributes, XattrReply,
 };
+use super::Backing;
 
 thread_local! {
     /// The read buffer of a serving thread; it grows to the largest request.
@@ -80,23 +81,34 @@ impl Responder<OpenedDirectory> for OpenDirectoryReply {
     }
 }
 
-impl OpenResponder<BackingId> for ReplyOpen {
-    fn register(&mut self, file: LocalFile) -> io::Result<BackingId> {
-        self.open_backing(file)
+impl OpenResponder<Backing> for ReplyOpen {
+    fn register(&mut self, file: LocalFile) -> io::Result<Backing> {
+        self.open_backing(file).map(Backing::Fuser)
     }
 }
 
-impl Responder<Opened<BackingId>> for ReplyOpen {
-    fn finish(self, reply: Result<Opened<BackingId>, Errno>) {
+impl Responder<Opened<Backing>> for ReplyOpen {
+    fn finish(self, reply: Result<Opened<Backing>, Errno>) {
         match reply {
             Ok(Opened { handle, served_by: ServedBy::Passthrough(backing) }) => {
-                self.opened_passthrough(FileHandle(handle), FopenFlags::empty(), &backing);
+                passthrough(self, handle, FopenFlags::empty(), &backing);
+            }
+            Ok(Opened { handle, served_by: ServedBy::BesidePassthrough(backing) }) => {
+                passthrough(self, handle, FopenFlags::FOPEN_DIRECT_IO, &backing);
             }
             Ok(Opened { handle, served_by: ServedBy::Daemon(mode) }) => {
                 self.opened(FileHandle(handle), flags(mode));
             }
             Err(errno) => self.error(number(errno)),
         }
+    }
+}
+
+fn passthrough(reply: ReplyOpen, handle: u64, flags: FopenFlags, backing: &Backing) {
+    match backing {
+        Backing::Fuser(backing) => reply.opened_passthrough(FileHandle(handle), flags, backing),
+        // All opens come over io_uring, or none.
+        Backing::Ring(_) => reply.error(fuser::Errno::EIO),
     }
 }
 
@@ -129,7 +141,7 @@ macro_rules! responder {
 }
 
 responder!(ReplyEntry, TimedAttributes, |reply, found| {
-    reply.entry(&found.ttl, &attributes(&found), Generation(0));
+    reply.entry(&found.ttl, &attributes(&found), Generation(found.generation.into()));
 });
 responder!(ReplyAttr, TimedAttributes, |reply, found| reply.attr(&found.ttl, &attributes(&found)));
 responder!(ReplyData, Vec<u8>, |reply, bytes| reply.data(&bytes));
@@ -166,8 +178,8 @@ impl NameResponder for ReplyDirectory {
 impl EntryResponder for ReplyDirectoryPlus {
     fn add(&mut self, entry: &DirectoryEntry<'_>, found: &TimedAttributes) -> bool {
         let DirectoryEntry { name, inode, next, .. } = *entry;
-        let (inode, found, ttl) = (INodeNo(inode), attributes(found), found.ttl);
-        ReplyDirectoryPlus::add(self, inode, next, name, &ttl, &found, Generation(0))
+        let (ttl, generation) = (found.ttl, Generation(found.generation.into()));
+        ReplyDirectoryPlus::add(self, INodeNo(inode), next, name, &ttl, &attributes(found), generation)
     }
 }
 

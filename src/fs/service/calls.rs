@@ -36,8 +36,12 @@ pub struct Write<'a> {
 /// A change of attributes: chmod(2), chown(2), truncate(2), utimes(2).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct AttributeChange {
-    /// Whether mode, owner or group change.
-    pub changes_owner_or_mode: bool,
+    /// Whether the mode changes.
+    pub changes_mode: bool,
+    /// The new owner.
+    pub uid: Option<u32>,
+    /// The new group.
+    pub gid: Option<u32>,
     /// The new size.
     pub size: Option<u64>,
     /// The open file, for ftruncate(2).

@@ -49,6 +49,8 @@ pub(super) enum Refusal {
     UnknownFallocate,
     /// A page of a mapped control file was written back.
     CommandFromMapping,
+    /// Direct reads of a disk that the kernel reads through its page cache for others.
+    NoDirectReads,
     /// A client retries the open of a busy disk without end.
     BusyRetried,
 }
@@ -61,7 +63,7 @@ impl Refusal {
             Refusal::WithoutAttributes => Errno::NOSYS,
             Refusal::ShortBuffer => Errno::RANGE,
             Refusal::NothingThere => Errno::NXIO,
-            Refusal::UnknownSeek | Refusal::CommandFromMapping => Errno::INVAL,
+            Refusal::UnknownSeek | Refusal::CommandFromMapping | Refusal::NoDirectReads => Errno::INVAL,
             Refusal::UnknownFallocate => Errno::OPNOTSUPP,
             Refusal::BusyRetried => Errno::TXTBSY,
         }

@@ -4,8 +4,8 @@
 pub const MAX_REQUEST: u32 = 1 << 20;
 /// Maximum number of read-ahead requests in flight.
 pub const MAX_BACKGROUND: u16 = 64;
-/// File systems below the mount that a passthrough file may be stacked on.
-pub const MAX_STACK_DEPTH: u32 = 1;
+/// Threads of each processor's queue, where requests come over `io_uring`.
+pub const RING_THREADS: usize = 2;
 
 /// What the user permits, and the number of threads.
 #[derive(Clone, Copy, Debug)]
@@ -13,6 +13,8 @@ pub const MAX_STACK_DEPTH: u32 = 1;
 pub struct Features {
     /// Passthrough: the kernel reads frozen raw layers itself (Linux 6.9, root).
     pub passthrough: bool,
+    /// Kernel maps: the kernel reads frozen disks of any layers itself (Linux 6.12, root).
+    pub kernel_maps: bool,
     /// Parallel writes to one disk (Linux 6.2).
     pub parallel_writes: bool,
     /// Shared writable mappings of active disks (Linux 6.6).
@@ -22,6 +24,8 @@ pub struct Features {
     /// Extended attributes. The kernel does not cache that a file has none: programs that ask for them, like
     /// ls(1), cost a request for each file.
     pub extended_attributes: bool,
+    /// Requests over `io_uring` (Linux 6.14).
+    pub ring: bool,
     /// Worker threads.
     pub threads: usize,
 }
@@ -43,8 +47,16 @@ pub enum Capability {
     SharedMapping,
     /// Access control lists. They imply that the kernel enforces modes.
     AccessLists,
+    /// File handles that stay valid when the kernel has forgotten their nodes, as NFS servers use them.
+    FileHandles,
     /// Passthrough of reads to a registered file.
-    Passthrough,
+    Passthrough {
+        /// File systems that the file may be stacked on, itself included. The kernel counts two at most, so
+        /// that nothing can be stacked on the mount if it uses both.
+        stack_depth: u32,
+    },
+    /// Requests over `io_uring`.
+    Ring,
 }
 
 impl Features {
@@ -56,9 +68,11 @@ impl Features {
             (true, Capability::AdaptiveListings),
             (true, Capability::AsyncDirect),
             (true, Capability::AbortError),
+            (true, Capability::FileHandles),
             (self.shared_mapping, Capability::SharedMapping),
             (self.access_lists, Capability::AccessLists),
-            (self.passthrough, Capability::Passthrough),
+            (self.passthrough, Capability::Passthrough { stack_depth: 1 + u32::from(self.kernel_maps) }),
+            (self.ring, Capability::Ring),
         ];
         wanted.into_iter().filter_map(|(is_wanted, capability)| is_wanted.then_some(capability))
     }

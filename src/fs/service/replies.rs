@@ -25,6 +25,11 @@ pub const STAT_BLOCK_SIZE: u32 = 65_536;
 pub trait Responder<T>: Send + Sized + 'static {
     /// Sends the reply.
     fn finish(self, reply: std::result::Result<T, Errno>);
+
+    /// Whether the transport's thread may wait for a worker: no other request waits for this very thread.
+    fn may_wait(&self) -> bool {
+        true
+    }
 }
 
 /// Takes bytes. They are read straight into the transport's buffer; the reply is their number.
@@ -71,12 +76,16 @@ pub struct TimedAttributes {
     pub attributes: Attributes,
     /// Zero: they are asked for each time.
     pub ttl: Duration,
+    /// Of the inode number: handles of another mount, which may have given the number to another file, are
+    /// stale.
+    pub generation: u32,
 }
 
 impl TimedAttributes {
     /// Those of a listed node of which only number and type are known: a later lookup returns the error.
-    pub(super) fn unknown(inode: u64, kind: NodeKind) -> Self {
-        Self { attributes: Attributes::unknown(inode, kind), ttl: Duration::ZERO }
+    pub(super) fn unknown(tree: &MountTree, inode: u64, kind: NodeKind) -> Self {
+        let attributes = Attributes::unknown(inode, kind);
+        Self { attributes, ttl: Duration::ZERO, generation: tree.generation(inode) }
     }
 }
 

@@ -52,7 +52,9 @@ impl Operation {
     fn thread(self, may_block: impl FnOnce() -> bool) -> Thread {
         match self {
             // X2: a call that may wait gets a thread of its own.
-            Operation::Command | Operation::Sync => Thread::Own,
+            Operation::Command => Thread::Own,
+            // A thread would take as long to make as a fast disk takes to sync.
+            Operation::Sync => Thread::CallingOrOwn,
             Operation::Lookup
             | Operation::Attributes
             | Operation::ReadLink
@@ -96,6 +98,7 @@ impl<B: Send + Sync + 'static> Service<B> {
         mut reply: R,
         work: impl FnOnce(&Self, &mut R) -> Result<T, Failure> + Send + 'static,
     ) {
+        let may_wait = reply.may_wait();
         let task = move |service: &Self| {
             let outcome = service.answer(|| work(service, &mut reply));
             reply.finish(outcome);
@@ -103,9 +106,9 @@ impl<B: Send + Sync + 'static> Service<B> {
         match operation.thread(|| self.tree.may_block(inode)) {
             Thread::Calling => return task(self),
             Thread::CallingOrOwn => {
-                // A guest's data cannot block access to disks.
+                // Neither a guest's data nor a slow disk can block access to others.
                 let waiting = Waiter::new(&self.waiting);
-                if waiting.others < self.features.threads / 2 {
+                if may_wait && waiting.others < self.features.threads / 2 {
                     return task(self);
                 }
             }
@@ -127,7 +130,7 @@ impl<B: Send + Sync + 'static> Service<B> {
                 && error.kind() != ErrorKind::NotFound
             {
                 self.tree.count_error();
-                tracing::warn!("refused: {error}");
+                tracing::warn!(error = ?error.kind(), errno = errno.raw_os_error(), "refused: {error}");
             }
             errno
         })

@@ -37,10 +37,12 @@ pub type Answer<T> = Result<T, Errno>;
 /// All features, and four threads.
 pub const FEATURES: Features = Features {
     passthrough: true,
+    kernel_maps: false,
     parallel_writes: true,
     shared_mapping: true,
     access_lists: false,
     extended_attributes: true,
+    ring: false,
     threads: 4,
 };
 
