@@ -15,7 +15,7 @@ use crate::format::feature::{self, FEATURE_NAME_LEN};
 use crate::format::frozen::{FROZEN_MAGIC, Frozen};
 use crate::format::header::{MAGIC, MAX_BACKING_NAME_LEN, MAX_L1_LEN};
 use crate::format::refcount::{block_entries, set_refcount};
-use crate::units::{ClusterBits, SECTOR_SIZE};
+use crate::units::{ClusterBits, SECTOR_SIZE, are_zero};
 
 const HEADER_LEN: usize = 112;
 const REFCOUNT_ORDER: u32 = 4;
@@ -120,7 +120,7 @@ fn write_image(file: &File, image: &[u8]) -> io::Result<()> {
     file.set_len(image.len() as u64)?;
     for (at, block) in (0..).step_by(BLOCK).zip(image.chunks(BLOCK)).skip(1) {
         // Zeros stay holes.
-        if block.iter().any(|&byte| byte != 0) {
+        if !are_zero(block) {
             file.write_all_at(block, at)?;
         }
     }

@@ -8,7 +8,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::format::{EntryFormat, L1Table, L2Entry, Malformed, Mapping, RawL2Entry};
-use crate::units::{HostOffset, Run};
+use crate::units::{HostOffset, Run, are_zero};
 
 /// Bytes of a slice, the unit in which tables are read and cached. A shorter table is one slice.
 pub(super) const SLICE_LEN: u64 = 4096;
@@ -16,6 +16,31 @@ pub(super) const SLICE_LEN: u64 = 4096;
 /// The big-endian words of a slice, decoded.
 pub(super) fn words_of(bytes: &[u8]) -> Arc<[u64]> {
     bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).collect()
+}
+
+/// Words that are looked at together: most parts of most tables are empty.
+const PART: usize = 16;
+
+/// The same into memory that is as long.
+pub(super) fn decode(bytes: &[u8], words: &mut [u64]) {
+    for (words, bytes) in words.chunks_mut(PART).zip(bytes.chunks(PART * 8)) {
+        if are_zero(bytes) {
+            words.fill(0);
+        } else {
+            for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
+                *word = u64::from_be_bytes(*bytes);
+            }
+        }
+    }
+}
+
+/// How many words at the beginning are zero.
+fn empty_count(words: &[u64]) -> usize {
+    // Without an end at the first other word, so that several are looked at by one instruction.
+    let is_empty = |part: &&[u64]| part.iter().fold(0, |any, word| any | word) == 0;
+    let parts = words.chunks_exact(PART).take_while(is_empty).count();
+    let rest = &words[parts * PART..];
+    parts * PART + rest.iter().take_while(|word| **word == 0).count()
 }
 
 /// The tables of a lookup.
@@ -49,17 +74,18 @@ pub(super) trait TableSource {
 
 /// The entry for `at`, for at most `max` bytes.
 pub(super) fn lookup<S: TableSource>(source: &S, at: u64, max: u64) -> Result<Run<L2Entry>, S::Miss> {
-    let (format, span) = (source.format(), source.format().l1_span());
+    let span = source.format().l1_span();
     let (index, entries) = (at / span, u64::from(source.l1().entries));
     let hole = L2Entry { mapping: Mapping::Hole, copied: false };
     if index >= entries {
         return Ok(Run::new(hole, max));
     }
     let (words, first) = source.l1_slice(index)?;
+    let format = source.format();
     let l2 = format.l1(words[first]).map_err(|reason| source.bad_l1(at, reason))?.l2;
     let rest = span - at % span;
     if let Some(table) = l2 {
-        return lookup_in(source, format, table, at, max.min(rest));
+        return lookup_in(source, table, at, max);
     }
     // L1 entries without a table that follow in the slice make one long hole.
     let following = &words[first + 1..];
@@ -69,16 +95,24 @@ pub(super) fn lookup<S: TableSource>(source: &S, at: u64, max: u64) -> Result<Ru
     Ok(Run::new(hole, max.min(rest.saturating_add(span.saturating_mul(more as u64)))))
 }
 
-fn lookup_in<S: TableSource>(
+/// The same within the L2 table of `at`.
+pub(super) fn lookup_in<S: TableSource>(
     source: &S,
-    format: EntryFormat,
     table: HostOffset,
     at: u64,
     max: u64,
 ) -> Result<Run<L2Entry>, S::Miss> {
+    let format = source.format();
+    let max = max.min(format.l1_span() - at % format.l1_span());
     let (cluster, entry_words) = (format.cluster, format.l2_entry_words());
     let index = cluster.index(at) % format.l2_entries();
     let (words, first) = source.l2_slice(table, index * entry_words)?;
+    // Most entries of most tables are empty, and need no decoding. Entries of two words end with whole ones.
+    let empty = empty_count(&words[first..]) as u64 / entry_words;
+    if empty > 0 {
+        let len = (empty * cluster.size()).saturating_sub(cluster.within(at));
+        return Ok(Run::new(L2Entry { mapping: Mapping::Hole, copied: false }, len.min(max)));
+    }
     let mut entries = words[first..].chunks_exact(entry_words as usize);
     let mut next = |at: u64| {
         let found = format.l2_run(RawL2Entry::new(format, entries.next()?), at);

@@ -4,6 +4,8 @@
 //! [`Layer::map`] promises a run of at least one byte, never more than was asked for, and treats every table
 //! entry as hostile. `Hole` means "unallocated", never "zero".
 
+use std::cell::{Ref, RefCell};
+use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -70,9 +72,33 @@ impl Layer {
         self.image.header().map(|header| header.cluster.size())
     }
 
+    /// The unit in which it allocates, where there is one: a cluster, or a subcluster.
+    pub fn allocation_unit(&self) -> Option<u64> {
+        let header = self.image.header()?;
+        let subclusters = if header.extended_l2() { u64::from(SUBCLUSTERS) } else { 1 };
+        Some(header.cluster.size() / subclusters)
+    }
+
     /// The mapping of `at`, and for how many of the `max` bytes from there the same holds. `Corrupt` applies
     /// to the rest of the cluster (see [`Layer::rest_of_cluster`]).
     pub fn map(&self, at: GuestOffset, max: u64) -> Result<Run<Mapping>> {
+        self.map_by(at, max, |header, at, max| {
+            let tables = LayerTables { layer: self, format: header.entry_format() };
+            cursor::lookup(&tables, at, max)
+        })
+    }
+
+    /// For going over the whole layer once.
+    pub fn walk(&self) -> LayerWalk<'_> {
+        LayerWalk { layer: self, held: RefCell::default() }
+    }
+
+    fn map_by(
+        &self,
+        at: GuestOffset,
+        max: u64,
+        lookup: impl FnOnce(&Header, u64, u64) -> Result<Run<L2Entry>>,
+    ) -> Result<Run<Mapping>> {
         assert!(max > 0);
         // C4: a longer lower layer is not visible here.
         // Beyond its end a layer reads as zeroes even if one below it is longer.
@@ -86,7 +112,10 @@ impl Layer {
                 let fact = "this part of the disk is in none of the layers that are left";
                 Err(Error::new(ErrorKind::Corrupt, format!("{sentence}; {fact}")))
             }
-            ImageBody::Qcow2(header) => self.map_qcow2(header, at.0.saturating_add(self.shift), max),
+            ImageBody::Qcow2(header) => {
+                let run = lookup(header, at.0.saturating_add(self.shift), max)?.map(|entry| entry.mapping);
+                self.within_file(run)
+            }
         }
     }
 
@@ -95,20 +124,12 @@ impl Layer {
     pub fn rest_of_cluster(&self, at: GuestOffset, max: u64) -> u64 {
         let Some(header) = self.image.header() else { return max };
         let remaining = header.cluster.remaining(GuestOffset(at.0.saturating_add(self.shift)));
-        let unit =
-            if header.extended_l2() { header.cluster.size() / u64::from(SUBCLUSTERS) } else { remaining };
-        ((remaining - 1) % unit + 1).min(max)
+        ((remaining - 1) % self.allocation_unit().unwrap_or(remaining) + 1).min(max)
     }
 
     /// Position of `at` within its cluster.
     pub fn within_cluster(&self, at: GuestOffset) -> u64 {
         self.image.header().map_or(0, |header| header.cluster.within(at.0 + self.shift))
-    }
-
-    fn map_qcow2(&self, header: &Header, at: u64, max: u64) -> Result<Run<Mapping>> {
-        let tables = LayerTables { layer: self, format: header.entry_format() };
-        let run = cursor::lookup(&tables, at, max)?.map(|entry| entry.mapping);
-        self.within_file(run)
     }
 
     /// Data must be within the file: missing bytes are corrupt, not zero.
@@ -126,6 +147,115 @@ impl Layer {
             "a data cluster at {host} lies past the end of the file ({end:#x}); the file was cut short, \
                 restore it from a copy"
         )))
+    }
+}
+
+/// [`Layer::map`] for one pass over the whole layer: each L2 table is read in one piece, and
+/// none is kept in the cache of the store.
+#[derive(Debug)]
+pub struct LayerWalk<'a> {
+    layer: &'a Layer,
+    held: RefCell<Held>,
+}
+
+/// What was read last.
+#[derive(Debug, Default)]
+struct Held {
+    /// The index of an L2 table in the L1 table, and its place.
+    table: Option<(u64, HostOffset)>,
+    /// Its words, as far as the file has them.
+    words: Vec<u64>,
+    /// Memory to read into.
+    bytes: Vec<u8>,
+}
+
+impl LayerWalk<'_> {
+    /// As [`Layer::map`].
+    pub fn map(&self, at: GuestOffset, max: u64) -> Result<Run<Mapping>> {
+        self.layer.map_by(at, max, |header, at, max| {
+            let format = header.entry_format();
+            let index = at / format.l1_span();
+            let tables =
+                WalkedTables { cached: LayerTables { layer: self.layer, format }, held: &self.held, index };
+            let held = self.held.borrow().table;
+            match held {
+                Some((same, table)) if same == index => cursor::lookup_in(&tables, table, at, max),
+                _ => cursor::lookup(&tables, at, max),
+            }
+        })
+    }
+}
+
+/// The tables of a layer, L2 tables past the cache.
+struct WalkedTables<'a> {
+    cached: LayerTables<'a>,
+    held: &'a RefCell<Held>,
+    /// Of the L2 table in the L1 table.
+    index: u64,
+}
+
+/// Words of a table. Those of the held one are not counted: there are millions of lookups.
+enum WalkedWords<'a> {
+    Held(Ref<'a, [u64]>),
+    Cached(Arc<[u64]>),
+}
+
+impl Deref for WalkedWords<'_> {
+    type Target = [u64];
+
+    fn deref(&self) -> &[u64] {
+        match self {
+            Self::Held(words) => words,
+            Self::Cached(words) => words,
+        }
+    }
+}
+
+impl<'a> TableSource for WalkedTables<'a> {
+    type Words = WalkedWords<'a>;
+    type Miss = Error;
+
+    fn format(&self) -> EntryFormat {
+        self.cached.format()
+    }
+
+    fn l1(&self) -> L1Table {
+        self.cached.l1()
+    }
+
+    fn l1_slice(&self, index: u64) -> Result<(WalkedWords<'a>, usize)> {
+        let (words, at) = self.cached.l1_slice(index)?;
+        Ok((WalkedWords::Cached(words), at))
+    }
+
+    fn l2_slice(&self, table: HostOffset, index: u64) -> Result<(WalkedWords<'a>, usize)> {
+        let wanted = Some((self.index, table));
+        if self.held.borrow().table != wanted {
+            let Held { table: known, words, bytes } = &mut *self.held.borrow_mut();
+            *known = None;
+            let cluster = self.format().cluster.size();
+            self.cached.layer.image.read_whole_table(table, cluster, bytes, words)?;
+            *known = wanted;
+        }
+        let words = Ref::map(self.held.borrow(), |held| held.words.as_slice());
+        // What the file does not have is missed as always.
+        if index + self.format().l2_entry_words() <= words.len() as u64 {
+            return Ok((WalkedWords::Held(words), index as usize));
+        }
+        let (words, at) = self.cached.l2_slice(table, index)?;
+        Ok((WalkedWords::Cached(words), at))
+    }
+
+    fn bad_l1(&self, at: u64, reason: Malformed) -> Error {
+        self.cached.bad_l1(at, reason)
+    }
+
+    fn bad_l2(&self, at: u64, reason: Malformed) -> Error {
+        self.cached.bad_l2(at, reason)
+    }
+
+    fn relevant(&self, entry: L2Entry) -> L2Entry {
+        self.cached.relevant(entry)
     }
 }
 

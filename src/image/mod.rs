@@ -27,7 +27,7 @@ use crate::units::{BlockStatus, HostOffset, Run, round_up_to_sector};
 
 pub(crate) use bitmaps::read_bitmaps;
 pub use header::{HeaderChange, change_header, check_header_change};
-pub use layer::Layer;
+pub use layer::{Layer, LayerWalk};
 pub(crate) use snapshots::{read_readable_snapshots, read_snapshots, read_snapshots_with};
 
 /// Caches shared by all images of a store, keyed by image.

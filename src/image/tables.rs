@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::units::HostOffset;
 
 use super::Image;
-use super::cursor::{SLICE_LEN, words_of};
+use super::cursor::{SLICE_LEN, decode, words_of};
 
 impl Image {
     /// The slice of a table that holds the word `index`, and the index of that word in it. `table_len` is the
@@ -39,5 +39,20 @@ impl Image {
         let words = words_of(bytes);
         self.caches.tables.put(key, Arc::clone(&words), bytes.len() + 64);
         Ok((words, (index - from / 8) as usize))
+    }
+
+    /// Reads as much of a table as the file has, past the cache, into memory that is used again and again.
+    pub(super) fn read_whole_table(
+        &self,
+        table: HostOffset,
+        table_len: u64,
+        bytes: &mut Vec<u8>,
+        words: &mut Vec<u64>,
+    ) -> Result<()> {
+        bytes.resize(table_len as usize, 0);
+        let len = self.file.read_table_at(table.0, bytes)?;
+        words.resize(len / 8, 0);
+        decode(&bytes[..len], words);
+        Ok(())
     }
 }

@@ -47,7 +47,7 @@ pub struct OpenView {
 }
 
 /// What an open view shows bytes of.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct OpenState {
     /// Its images, top first, and the serial number of each one's opening.
     pub(super) layers: Vec<(ObjectId, u64)>,
@@ -120,6 +120,17 @@ pub(super) struct NewView<'a> {
 }
 
 impl OpenView {
+    /// Whether its bytes may be read from its layers' files by others than this process: none of them changes
+    /// while it is open, as far as is known.
+    pub fn can_be_mapped(&self) -> bool {
+        self.forced.is_none() && !self.view.is_live()
+    }
+
+    /// What jobs see of it.
+    pub(super) fn state(&self) -> &OpenState {
+        &self.state
+    }
+
     /// Its images, top first.
     pub(super) fn images(&self) -> impl Iterator<Item = ObjectId> {
         self.state.layers.iter().map(|(id, _)| *id)

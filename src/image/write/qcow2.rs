@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::compressed::decompress;
 use crate::format::entry::SUBCLUSTERS;
 use crate::format::{Compressed, Compression, EntryFormat, L2Entry, Mapping, RawL2Entry, SubclusterEntry};
-use crate::units::{BlockStatus, GuestOffset, HostOffset, Run};
+use crate::units::{BlockStatus, GuestOffset, HostOffset, Run, are_zero};
 
 use super::BackingDisk;
 use super::allocate::{AllocError, ClusterCount};
@@ -497,7 +497,7 @@ impl Qcow2Writer {
             return Ok(true);
         }
         self.read_inner(at, &mut buf[..inside])?;
-        Ok(buf.iter().all(|byte| *byte == 0))
+        Ok(are_zero(buf))
     }
 
     /// The entry of a cluster that now has data of `[from, to)` at `host`.
