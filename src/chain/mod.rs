@@ -6,11 +6,13 @@
 mod backing;
 mod extent;
 mod flat;
+mod layout;
 mod origin;
 mod view;
 
 pub use extent::Extent;
 pub use flat::{FlatCache, FlatMap};
+pub use layout::{Piece, Place, is_at};
 pub use origin::Origin;
 pub use view::{MapRun, View};
 

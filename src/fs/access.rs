@@ -90,6 +90,11 @@ impl Rights {
         }
     }
 
+    /// Whether other users than the mounting one have access.
+    pub(super) fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
     /// Whether access follows the permissions of the images.
     pub(super) fn is_judged(&self) -> bool {
         self.is_shared && self.ownership.umask.is_none()

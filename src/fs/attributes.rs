@@ -1,5 +1,6 @@
 //! Owner, mode, size and times of nodes.
 
+use std::hash::{DefaultHasher, Hash, Hasher as _};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::format::{Frozen, Snapshot};
@@ -63,6 +64,21 @@ impl Attributes {
             uid,
             gid,
         }
+    }
+
+    /// The attributes of a text that is made when it is read.
+    pub(super) fn of_text(inode: u64, text: &[u8], modified: SystemTime, owner: (u32, u32, u16)) -> Self {
+        let len = text.len() as u64;
+        Self::plain(inode, NodeKind::File, (len, len.div_ceil(512)), modified, owner).changed_with(&text)
+    }
+
+    /// The same with a ctime that is another one for other content, within the second after its mtime. NFS
+    /// clients keep a text until its ctime changes, and tar(1) complains if it changes without need.
+    pub(super) fn changed_with(self, content: &impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        content.hash(&mut hasher);
+        let later = Duration::from_nanos(hasher.finish() % 1_000_000_000);
+        Self { changed: self.modified.checked_add(later).unwrap_or(self.modified), ..self }
     }
 
     /// The attributes of a node of which only number and type are known.

@@ -109,7 +109,7 @@ impl MountTree {
             // open(2) with O_TRUNC does not change a disk, as for a block device.
             None if size == 0 => Ok(()),
             None => {
-                self.check_write(caller, &node)?;
+                self.check_write(caller, &Node::View(node.clone()), &node)?;
                 self.open_active(&node, Access::Write)?.set_size(size)
             }
         }

@@ -4,8 +4,10 @@
 //! or layer was removed since is stale.
 
 mod directories;
+mod file_handles;
 mod files;
 mod guests;
+mod labels;
 mod volumes;
 
 use std::ffi::{OsStr, OsString};
@@ -18,8 +20,8 @@ use std::time::SystemTime;
 use crate::browse::Browser;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Expect, ObjectStat, Storage, directory_of};
-use crate::ops::{Engine, JobState};
-use crate::report::status::per_mille;
+use crate::ops::Engine;
+use crate::report::store::Live;
 use crate::store::{
     ActiveAttributes, Catalog, ImageEntry, ImageIndex, Store, TrashItem, ViewId, ViewIdentity, stale,
 };
@@ -28,8 +30,10 @@ use crate::units::{BlockStatus, Run};
 use super::access::{Caller, Rights, Viewer};
 use super::attributes::{Attributes, Ownership, Statistics, frozen, modified, taken};
 use super::control::{ControlScope, Controls};
+use super::disk_labels::DiskLabels;
 use super::handles::Handles;
 use super::info_files::{Counters, InfoFiles, metrics};
+use super::kernel_map::KernelMaps;
 use super::mounted_volumes::MountedVolumes;
 use super::node::{ChainDocument, Inodes, Node, NodeKind, PartitionNode, StoreDocument};
 use super::progress::PendingReads;
@@ -54,6 +58,7 @@ pub struct MountTree {
     store: Arc<Store>,
     ownership: Ownership,
     rights: Arc<Rights>,
+    labels: DiskLabels,
     inodes: Inodes,
     handles: Handles,
     documents: InfoFiles,
@@ -61,9 +66,14 @@ pub struct MountTree {
     browser: Arc<Browser>,
     guest_options: GuestOptions,
     slots: MountedVolumes,
+    maps: Option<Arc<KernelMaps>>,
     progress: PendingReads,
     counters: Counters,
     started: SystemTime,
+    /// Of the inode numbers of this mount.
+    generation: u32,
+    /// The options of the mount, as they were given.
+    options: Vec<u8>,
 }
 
 /// The maximum length of a name in bytes, as statfs(2) says.
@@ -85,12 +95,14 @@ impl MountTree {
             store: Arc::clone(store),
             ownership,
             rights: Arc::new(Rights::new(store, ownership, false)),
+            labels: DiskLabels::default(),
             inodes: Inodes::new(),
             handles: Handles::default(),
             documents: InfoFiles::new(),
             browser: Arc::clone(browser),
             guest_options,
             slots: MountedVolumes::default(),
+            maps: None,
             progress: PendingReads::new({
                 let engine = Arc::clone(&engine);
                 move |chain| engine.status(chain)
@@ -98,7 +110,28 @@ impl MountTree {
             controls: Controls::new(engine),
             counters: Counters::default(),
             started: SystemTime::now(),
+            generation: file_handles::generation_of_mount(),
+            options: Vec::new(),
         }
+    }
+
+    /// The same tree, which tells the options of its mount.
+    #[must_use]
+    pub fn described(mut self, options: Vec<u8>) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// The same tree, whose frozen disks the kernel may read through these maps.
+    #[must_use]
+    pub fn with_kernel_maps(mut self, maps: Arc<KernelMaps>) -> Self {
+        self.maps = Some(maps);
+        self
+    }
+
+    /// The maps through which the kernel may read its frozen disks.
+    pub(super) fn kernel_maps(&self) -> Option<&Arc<KernelMaps>> {
+        self.maps.as_ref()
     }
 
     /// The same tree for a mount with `allow_other`.
@@ -166,8 +199,11 @@ impl MountTree {
         self.inodes.node(inode).ok_or_else(|| stale("the inode number is unknown"))
     }
 
-    /// The entry `name` of the directory `parent`.
+    /// The entry `name` of the directory `parent`. `.` is found in any node, and `..` in any directory.
     pub fn lookup(&self, caller: &Caller, parent: u64, name: &OsStr) -> Result<Attributes> {
+        if let Some(found) = self.without_name(caller, parent, name) {
+            return found;
+        }
         let nothing = || Error::new(ErrorKind::NotFound, "no such name");
         let node = match self.directory(&self.node(parent)?)? {
             Directory::Nodes(entries) => entries.find(name)?.ok_or_else(nothing)?,
@@ -185,7 +221,8 @@ impl MountTree {
 
     /// Checks that a user may read a node; `now`: reads the permissions again instead of using cached ones.
     fn check_read(&self, viewer: &Viewer, node: &Node, now: bool) -> Result<()> {
-        if viewer.subject().is_none() {
+        let Some(subject) = viewer.subject() else { return Ok(()) };
+        if self.labels.is_given_to(node, subject.uid) || self.labels.leads_to_given(node, Some(subject.uid)) {
             return Ok(());
         }
         match node {
@@ -213,6 +250,7 @@ impl MountTree {
             }
             Node::Root
             | Node::Directory(_)
+            | Node::FormerName(_)
             | Node::Store
             | Node::StoreDocument(_)
             | Node::Control(ControlScope::Store)
@@ -229,11 +267,18 @@ impl MountTree {
         // All other nodes have a kind of their own.
         let kind = node.kind().unwrap_or(NodeKind::File);
         let catalog = self.store.catalog();
-        let (stat, size, blocks, mtime, writable) = match node {
+        let (stat, size, blocks, writable) = match node {
             Node::Root | Node::Store | Node::Control(ControlScope::Store) => {
-                (self.store_stat()?, 0, 0, None, false)
+                (self.store_stat()?, 0, 0, false)
             }
-            Node::Directory(path) => (self.directory_stat(path)?, 0, 0, None, false),
+            Node::Directory(path) => (self.directory_stat(path)?, 0, 0, false),
+            Node::FormerName(path) => {
+                let stat = self.directory_stat(directory_of(path).as_path())?;
+                let size = former_target(&catalog, path)?.len() as u64;
+                let (uid, gid, _) = self.ownership.apply(&stat, kind, false);
+                let owner = (uid, gid, 0o777);
+                return Ok(Attributes::plain(inode, kind, (size, 0), modified(&stat), owner));
+            }
             Node::Control(ControlScope::Chain(chain))
             | Node::Chain(chain)
             | Node::Snapshots(chain)
@@ -245,6 +290,7 @@ impl MountTree {
                 if self.rights.is_judged() {
                     // The directory reveals data of the image: names of its layers and internal snapshots.
                     let owner = self.rights.restrict(self.ownership.of_contents(leaf), &catalog, &[index]);
+                    let owner = self.with_way_to_given(node, owner);
                     return Ok(Attributes::plain(inode, kind, (0, 0), modified(leaf), owner));
                 }
                 (
@@ -254,26 +300,26 @@ impl MountTree {
                     },
                     0,
                     0,
-                    None,
                     false,
                 )
             }
             Node::StoreDocument(document) => {
                 let viewer = self.rights.viewer(caller);
                 let catalog = self.rights.shown(&viewer, &catalog);
-                let len = match document {
-                    StoreDocument::Chains => self.documents.chains(&self.store, &catalog).len(),
-                    _ => self.store_document(&viewer, &catalog, *document).len() as u64,
-                };
-                (self.store_stat()?, len, len.div_ceil(512), Some(self.started), false)
+                let owner = self.ownership.apply(&self.store_stat()?, kind, false);
+                if *document == StoreDocument::Chains {
+                    let len = self.documents.chains(&self.store, &catalog).len();
+                    let found = Attributes::plain(inode, kind, (len, len.div_ceil(512)), self.started, owner);
+                    return Ok(found.changed_with(&catalog.serial));
+                }
+                let text = self.store_document(&viewer, &catalog, *document);
+                let found = Attributes::of_text(inode, &text, self.started, owner);
+                // Counters change with each call, as they do in /proc, where no time does.
+                let is_counting = *document == StoreDocument::Metrics;
+                return Ok(if is_counting { Attributes { changed: self.started, ..found } } else { found });
             }
             Node::ChainDocument(chain, document) => {
                 let index = leaf(&catalog, chain)?;
-                let len = match document {
-                    ChainDocument::OperatingSystem => self.os_text_len(chain),
-                    _ => self.chain_document(&self.rights.viewer(caller), &catalog, chain, *document)?.len()
-                        as u64,
-                };
                 let stat = &catalog.images[index].stat;
                 let layers = match document {
                     // This file reveals the content of the disk.
@@ -281,18 +327,27 @@ impl MountTree {
                     _ => vec![index],
                 };
                 let owner = self.rights.restrict(self.ownership.apply(stat, kind, false), &catalog, &layers);
-                return Ok(Attributes::plain(inode, kind, (len, len.div_ceil(512)), modified(stat), owner));
+                if *document == ChainDocument::OperatingSystem {
+                    let len = self.os_text_len(chain);
+                    let size = (len, len.div_ceil(512));
+                    return Ok(Attributes::plain(inode, kind, size, modified(stat), owner));
+                }
+                let text = self.chain_document(&self.rights.viewer(caller), &catalog, chain, *document)?;
+                return Ok(Attributes::of_text(inode, &text, modified(stat), owner));
             }
             Node::ControlFile(scope, file) => {
                 let owner = self.ownership.control(&self.control_owner(&catalog, scope)?);
-                let size = self.control_text(&self.rights.viewer(caller), scope, *file).len() as u64;
-                return Ok(Attributes::plain(inode, kind, (size, size.div_ceil(512)), self.started, owner));
+                let text = self.control_text(&self.rights.viewer(caller), scope, *file);
+                return Ok(Attributes::of_text(inode, &text, self.started, owner));
             }
-            Node::View(view) => return self.view_attributes(view, inode),
+            Node::View(view) => return Ok(self.labelled(node, self.view_attributes(view, inode)?)),
+            Node::Partition(_) => {
+                return Ok(self.labelled(node, self.guest_document_attributes(node, inode)?));
+            }
             _ => return self.guest_document_attributes(node, inode),
         };
-        let mtime = mtime.unwrap_or_else(|| modified(&stat));
-        Ok(Attributes::plain(inode, kind, (size, blocks), mtime, self.ownership.apply(&stat, kind, writable)))
+        let owner = self.ownership.apply(&stat, kind, writable);
+        Ok(Attributes::plain(inode, kind, (size, blocks), modified(&stat), owner))
     }
 
     /// The file or directory whose owner owns the control files of a scope.
@@ -390,12 +445,25 @@ impl MountTree {
     }
 
     /// An extended attribute; `None` if the node has none of that name.
-    pub fn extended_attribute(&self, caller: &Caller, inode: u64, name: &OsStr) -> Result<Option<Vec<u8>>> {
+    pub fn extended_attribute(
+        &self,
+        caller: &Caller,
+        inode: u64,
+        name: &OsStr,
+        server: impl FnOnce() -> Option<&'static str>,
+    ) -> Result<Option<Vec<u8>>> {
         if let Node::Guest(node) = self.node(inode)? {
             return self.guest_attribute(node, name.as_bytes());
         }
+        if DiskLabels::is_kept(name) {
+            return Ok(self.labels.attribute(&self.node(inode)?, name).filter(|_| caller.uid == 0));
+        }
         let Some(name) = name.as_bytes().strip_prefix(ATTRIBUTE_PREFIX) else { return Ok(None) };
-        let Node::View(node) = self.node(inode)? else { return Ok(None) };
+        let node = match self.node(inode)? {
+            Node::View(node) => node,
+            Node::Root => return Ok(self.mount_attribute(name)),
+            _ => return Ok(None),
+        };
         let found = self.store.find_view(&node)?;
         self.rights.check_read(&self.rights.viewer(caller), &found.catalog, found.layers(), true)?;
         let image = found.image();
@@ -405,6 +473,8 @@ impl MountTree {
             b"backing" => {
                 header.and_then(|header| header.backing.as_ref()).map(|backing| backing.name.clone())
             }
+            b"served-by" if node.is_active() => Some(b"daemon".to_vec()),
+            b"served-by" => Some(server().unwrap_or("nobody, it is not open").into()),
             b"depth" => Some(found.layers().len().to_string().into_bytes()),
             b"cluster-size" => header.map(|header| header.cluster.size().to_string().into_bytes()),
             b"allocated" => {
@@ -416,22 +486,41 @@ impl MountTree {
         })
     }
 
-    /// The progress of a chain's running command in percent.
-    fn share(&self, chain: &Path) -> Option<u64> {
-        let status = self.engine().status(chain);
-        (status.state == JobState::Running).then(|| per_mille(&status) / 10)
+    /// An attribute of the mount's root.
+    fn mount_attribute(&self, name: &[u8]) -> Option<Vec<u8>> {
+        match name {
+            b"options" => Some(self.options.clone()),
+            b"store" => Some(self.store.given().as_os_str().as_bytes().to_vec()),
+            _ => None,
+        }
+    }
+
+    /// Calls `make` with what reports say that the catalog does not know.
+    fn with_live<T>(&self, viewer: &Viewer, make: impl FnOnce(&Live<'_>) -> T) -> T {
+        let mount = self.engine().mount();
+        make(&Live {
+            mount: mount.as_deref(),
+            has_files: self.guest_options.shown,
+            status: &|chain| self.engine().status(chain),
+            system: &|chain| self.known_system(viewer, chain),
+        })
     }
 
     fn store_document(&self, viewer: &Viewer, catalog: &Catalog, document: StoreDocument) -> Arc<[u8]> {
-        let live =
-            || metrics(&self.store, catalog, &self.counters, self.handles.count(), self.inodes.count());
+        let metrics = || {
+            let maps = self.maps.as_ref().map(|maps| maps.statistics()).unwrap_or_default();
+            let (open, inodes) = (self.handles.count(), self.inodes.count());
+            metrics(&self.store, catalog, &self.counters, open, inodes, maps)
+        };
         let may_see = |item: &TrashItem| {
             let Some(subject) = viewer.subject() else { return true };
             // The trash of a single image may belong to an enclosing store, whose content is not shown here.
             self.store.guard().prefix.as_os_str().is_empty()
                 && self.rights.judge().may_see_item(subject, item)
         };
-        self.documents.of_store(&self.store, catalog, document, &|chain| self.share(chain), live, &may_see)
+        self.with_live(viewer, |live| {
+            self.documents.of_store(&self.store, catalog, document, live, metrics, &may_see)
+        })
     }
 
     fn chain_document(
@@ -443,10 +532,16 @@ impl MountTree {
     ) -> Result<Arc<[u8]>> {
         let catalog = &*self.rights.shown(viewer, catalog);
         let leaf = leaf(catalog, chain)?;
-        self.documents
-            .of_chain(&self.store, catalog, leaf, document, &|chain| self.share(chain))
+        self.with_live(viewer, |live| self.documents.of_chain(&self.store, catalog, leaf, document, live))
             .ok_or_else(|| Error::new(ErrorKind::NotFound, "the chain has no problem"))
     }
+}
+
+/// Where the link leads that a chain's former name has become.
+fn former_target(catalog: &Catalog, path: &Path) -> Result<Vec<u8>> {
+    let directory = path.parent().and_then(|parent| catalog.directories.get(parent));
+    let target = directory.zip(path.file_name()).and_then(|(found, name)| found.former.get(name));
+    target.map(|target| target.as_bytes().to_vec()).ok_or_else(|| stale("the name was given up"))
 }
 
 fn leaf(catalog: &Catalog, chain: &Path) -> Result<ImageIndex> {

@@ -10,6 +10,7 @@ use super::job_table::ChainLocks;
 use super::locked::TouchedImages;
 use super::plan::Plan;
 use super::scanned_store::ScannedStore;
+use super::virsh::DomainDisk;
 use super::words::{Discards, LineBuilder, ParsedWords};
 
 /// The request of one verb.
@@ -35,6 +36,12 @@ pub(super) trait Command {
 
     /// The effect on the chain, with every refusal, and the images that the command would open.
     fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)>;
+
+    /// virsh's command that does the same while a domain of libvirt runs on the disk; `None` if there is
+    /// none.
+    fn virsh(&self, _disk: &DomainDisk<'_>) -> Option<String> {
+        None
+    }
 
     /// Carries the command out, or begins its job. `command`: all its words; `locks`: those of the chain, to
     /// which more are added.

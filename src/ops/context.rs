@@ -38,6 +38,11 @@ impl Context {
         *self.mount.lock() = Some(directory.to_path_buf());
     }
 
+    /// The mount point.
+    pub(super) fn mount(&self) -> Option<PathBuf> {
+        self.mount.lock().clone()
+    }
+
     /// Whether the store is mounted.
     pub(super) fn is_mounted(&self) -> bool {
         self.mount.lock().is_some()
@@ -46,7 +51,7 @@ impl Context {
     /// The processes that have disks of a chain open in the mount, as a part of a sentence; empty if there
     /// are none.
     pub(super) fn openers(&self, chain: &Path) -> String {
-        let Some(mount) = self.mount.lock().clone() else { return String::new() };
+        let Some(mount) = self.mount() else { return String::new() };
         // Not the chain's directory itself: the process that gives a command has a control file open there.
         let places = [Path::new("snapshots"), Path::new("active.raw")];
         let users = places.iter().flat_map(|place| users_of(&mount.join(chain).join(place)));

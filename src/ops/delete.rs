@@ -27,6 +27,7 @@ use super::pull::PullRequest;
 use super::removal;
 use super::scanned_store::{ScannedChain, ScannedStore};
 use super::tokenize::quote;
+use super::virsh::DomainDisk;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec, show, usage};
 use super::{commit, pull};
 
@@ -103,6 +104,11 @@ impl Command for DeleteRequest {
 
     fn discards(&self) -> Discards {
         Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
+    }
+
+    fn virsh(&self, disk: &DomainDisk<'_>) -> Option<String> {
+        let layer = disk.layer(Some(&self.name))?;
+        disk.commit(layer.checked_sub(1)?, layer)
     }
 
     fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {

@@ -6,7 +6,7 @@
 
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -20,13 +20,14 @@ use super::asker::without_user;
 use super::branch;
 use super::commit;
 use super::context::Context;
+use super::domain_notes::domain_notes;
 use super::job::Job;
 use super::job_table::{ChainLocks, JobProgress, JobTable};
 use super::pull;
 use super::scanned_store::{ScannedStore, of_chain};
 use super::words::Discards;
 use super::{Plan, Request, Status};
-use super::{resize, snapshot};
+use super::{resize, snapshot, virsh};
 
 /// The jobs of one store.
 pub struct Engine {
@@ -106,7 +107,9 @@ impl Engine {
             if let Err(error) = self.resume_intent(&found)
                 && error.kind() != ErrorKind::Busy
             {
-                tracing::error!("{}{}: {error}", found.intent.command, of_chain(&found.intent.chain));
+                let Intent { chain, command, .. } = &found.intent;
+                let _span = in_log(chain, command).entered();
+                tracing::error!(error = ?error.kind(), "{command}{}: {error}", of_chain(chain));
             }
         }
     }
@@ -136,6 +139,7 @@ impl Engine {
             return Err(Error::new(ErrorKind::Denied, format!("{} {fact}", found.intent.command)));
         }
         let (chain, command) = (found.intent.chain.clone(), found.intent.command.clone());
+        let _span = in_log(&chain, &command).entered();
         let mut locks = self.jobs.take(std::slice::from_ref(&chain))?;
         let names = self.store().guard_names();
         // The user may have removed all interrupted commands.
@@ -174,9 +178,9 @@ impl Engine {
         }
         match begun {
             Ok(Some(job)) => {
-                self.start(&chain, number, progress, locks, job)?;
+                self.start((&chain, &command), number, progress, locks, job)?;
             }
-            Ok(None) => self.jobs.end(&chain, number, &Ok(())),
+            Ok(None) => numbered(number).in_scope(|| end(&self.jobs, (&chain, &command), number, &Ok(()))),
             Err(error) => {
                 let error = self.note_not_resumed(found, error);
                 self.jobs.end(&chain, number, &Err(error.clone()));
@@ -224,6 +228,23 @@ impl Engine {
 
     /// The plan of `request` on the chain at `chain`; only malformed words are an error.
     pub fn plan(self: &Arc<Self>, chain: &Path, request: &Request) -> Result<Plan> {
+        self.planned(chain, request, || ScannedStore::scan(self.store()).map(Arc::new))
+    }
+
+    /// The plans of several commands, each by itself, as of one scan of the store.
+    pub fn plans(self: &Arc<Self>, requests: &[(PathBuf, Request)]) -> Result<Vec<Result<Plan>>> {
+        let scan = Arc::new(ScannedStore::scan(self.store())?);
+        let plan =
+            |(chain, request): &(PathBuf, Request)| self.planned(chain, request, || Ok(Arc::clone(&scan)));
+        Ok(requests.iter().map(plan).collect())
+    }
+
+    fn planned(
+        self: &Arc<Self>,
+        chain: &Path,
+        request: &Request,
+        scan: impl FnOnce() -> Result<Arc<ScannedStore>>,
+    ) -> Result<Plan> {
         // A plan opens the same files as its command would; it must not run beside a command.
         let _tokens = match self.jobs.take(&[chain.to_path_buf()]) {
             Ok(locks) => locks,
@@ -235,15 +256,17 @@ impl Engine {
             return Ok(Plan { command: request.to_string(), ..Plan::default() });
         };
         asked.introduce(&self.context, chain);
-        let scan = ScannedStore::scan(self.store())?;
+        let scan = scan()?;
         let (mut plan, touched) = asked.plan(&self.context, &scan, chain)?;
         if self.reports_locks {
             touched.refuse(&scan, &mut plan);
         }
         plan.refusals.extend(scan.not_permitted(&plan));
+        plan.notes.extend(domain_notes(&scan, &plan));
         if !self.store().options().read_only {
             plan.refusals.extend(self.store().guard().check_place().err());
         }
+        virsh::help(&scan, chain, asked, &mut plan);
         plan.command = request.to_string();
         Ok(plan)
     }
@@ -251,8 +274,18 @@ impl Engine {
     /// Begins a command. Returns the command's number: when it is done if no data has to be moved, else when
     /// its job runs. A refusal is in the status, too.
     pub fn run(self: &Arc<Self>, chain: &Path, request: &Request, command: &str) -> Result<u64> {
-        let begun = self.begin(chain, request, command);
+        let _span = in_log(chain, command).entered();
+        let begun = self.begin(chain, request, command).map_err(|error| match error.domain() {
+            // The plan names virsh's command.
+            Some(domain) => {
+                let plan = self.plan(chain, request).unwrap_or_default();
+                let is_it = |refusal: &Error| refusal.domain() == Some(domain);
+                plan.refusals.into_iter().find(is_it).unwrap_or(error)
+            }
+            None => error,
+        });
         if let Err(error) = &begun {
+            tracing::info!(error = ?error.kind(), "{command}{}: refused: {error}", of_chain(chain));
             self.jobs.refused(chain, command, error);
         }
         begun
@@ -288,8 +321,8 @@ impl Engine {
         }
         self.jobs.note(chain, std::mem::take(&mut locks.notes));
         match job {
-            Some(job) => self.start(chain, number, progress, locks, job)?,
-            None => self.jobs.end(chain, number, &Ok(())),
+            Some(job) => self.start((chain, command), number, progress, locks, job)?,
+            None => numbered(number).in_scope(|| end(&self.jobs, (chain, command), number, &Ok(()))),
         }
         Ok(number)
     }
@@ -297,24 +330,24 @@ impl Engine {
     /// Runs a job in a thread of its own.
     fn start(
         self: &Arc<Self>,
-        chain: &Path,
+        (chain, command): (&Path, &str),
         number: u64,
         progress: Arc<JobProgress>,
         locks: ChainLocks,
         job: Box<dyn Job>,
     ) -> Result<()> {
-        let (context, jobs, of) = (Arc::clone(&self.context), Arc::clone(&self.jobs), chain.to_path_buf());
+        let (context, jobs) = (Arc::clone(&self.context), Arc::clone(&self.jobs));
+        let (of, asked) = (chain.to_path_buf(), command.to_owned());
         let work = move || {
+            let _command = in_log(&of, &asked).entered();
+            let _job = numbered(number).entered();
             let done = catch_unwind(AssertUnwindSafe(|| job.run(&context, &progress)));
             let done = done.unwrap_or_else(|_| {
                 let fact = "a bug in chainfs aborted it; mount the store again, and report the log's message";
                 Err(Error::new(ErrorKind::Io, fact))
             });
-            if let Err(error) = &done {
-                tracing::warn!("chain {}: {error}", shown(&of));
-            }
             drop(locks);
-            jobs.end(&of, number, &done);
+            end(&jobs, (&of, &asked), number, &done);
         };
         let thread = thread::Builder::new().name("job".into()).spawn(work);
         let thread = thread.map_err(|error| {
@@ -333,9 +366,19 @@ impl Engine {
         self.jobs.refused(chain, command, error);
     }
 
+    /// The mount point, if the store is mounted.
+    pub fn mount(&self) -> Option<PathBuf> {
+        self.context.mount()
+    }
+
     /// The state of the chain's last command.
     pub fn status(&self, chain: &Path) -> Status {
         self.jobs.status(chain)
+    }
+
+    /// The commands that are running, by chain.
+    pub fn running(&self) -> Vec<(PathBuf, Status)> {
+        self.jobs.running()
     }
 
     /// Waits until the status differs from `version`, for at most `patience`.
@@ -360,6 +403,26 @@ impl Engine {
             let _ = thread.join();
         }
     }
+}
+
+/// What the log says of a command, for all that happens meanwhile in this thread.
+fn in_log(chain: &Path, command: &str) -> tracing::Span {
+    // An error's level: the span is there whatever the level of the log.
+    tracing::error_span!("command", chain = %shown(chain), command)
+}
+
+/// The same of its number, which it has once it has begun.
+fn numbered(number: u64) -> tracing::Span {
+    tracing::error_span!("job", job = number)
+}
+
+/// Ends a command that has begun.
+fn end(jobs: &JobTable, (chain, command): (&Path, &str), number: u64, done: &Result<()>) {
+    match done {
+        Ok(()) => tracing::info!("{command}{}: done", of_chain(chain)),
+        Err(error) => tracing::warn!(error = ?error.kind(), "{command}{}: {error}", of_chain(chain)),
+    }
+    jobs.end(chain, number, done);
 }
 
 /// The discards that the command of an intent allowed; words that cannot be parsed allowed none.

@@ -15,12 +15,13 @@ use super::refusals;
 use super::scanned_store::ScannedStore;
 
 /// Whether a layer that becomes a leaf is marked as frozen: not a read-only one, nor one with hard links,
-/// whose header would change under another name as well.
+/// whose header would change under another name as well, nor the disk of a domain.
 pub(super) fn may_be_marked(scan: &ScannedStore, index: ImageIndex) -> bool {
     let image = scan.image(index);
     let is_its_own = image.format == Some(Format::Raw) || image.stat.link_count == 1;
     // Without a store around it the owner of the layer is unknown.
-    image.place.root == 0 && !image.readonly && is_its_own && scan.store.guard().is_whole
+    let is_disk = image.domains().next().is_some();
+    image.place.root == 0 && !image.readonly && !is_disk && is_its_own && scan.store.guard().is_whole
 }
 
 /// Refuses a header without room for the mark, unless the mark is set.

@@ -204,6 +204,15 @@ impl JobTable {
         self.state.lock().chains.get(chain).map(LastCommand::seen).unwrap_or_default()
     }
 
+    /// The commands that are running, by chain.
+    pub(super) fn running(&self) -> Vec<(PathBuf, Status)> {
+        let state = self.state.lock();
+        let running = state.chains.iter().filter(|(_, last)| last.progress.is_some());
+        let mut running: Vec<_> = running.map(|(chain, last)| (chain.clone(), last.seen())).collect();
+        running.sort_by(|one, other| one.0.cmp(&other.0));
+        running
+    }
+
     /// Waits until the status of a chain differs from `version`, for at most `patience`.
     pub(super) fn wait(&self, chain: &Path, version: u64, patience: Duration) -> Status {
         let end = Instant::now() + patience;
@@ -258,5 +267,32 @@ impl LastCommand {
             status.version |= (status.done >> 16) & 0xFFFF_FFFF;
         }
         status
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_running_from_their_begin_to_their_end() {
+        let table = JobTable::default();
+        let (web, db) = (Path::new("web01"), Path::new("db01"));
+        let (number, progress) = table.begin(web, "commit");
+        table.begin(db, "pull");
+        progress.set_total(8);
+        progress.advance(2);
+        let running: Vec<_> = table
+            .running()
+            .into_iter()
+            .map(|(chain, status)| (chain, status.command, status.done, status.total))
+            .collect();
+        let expected =
+            [("db01".into(), "pull".to_owned(), 0, 0), ("web01".into(), "commit".to_owned(), 2, 8)];
+        assert_eq!(running, expected);
+        table.end(web, number, &Ok(()));
+        assert_eq!(table.running().len(), 1);
+        table.refused(web, "commit", &Error::new(ErrorKind::Usage, "no"));
+        assert_eq!(table.running().len(), 1);
     }
 }

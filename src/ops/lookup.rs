@@ -2,7 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Snapshot;
-use crate::store::{ChainView, ImageIndex};
+use crate::store::{ChainView, ImageIndex, layer_name};
 
 use super::plan::PlanLayer;
 use super::scanned_store::{ScannedChain, ScannedStore};
@@ -50,8 +50,7 @@ pub(super) fn line(scan: &ScannedStore, chain: &ScannedChain, index: ImageIndex)
     let depth = views.layers.iter().position(|layer| *layer == index);
     let view = views.views.iter().find(|view| Some(view.layer) == depth && view.snapshot.is_none());
     let path = scan.image(index).place.path.clone();
-    let name = view
-        .map_or_else(|| path.file_stem().unwrap_or_default().as_encoded_bytes().to_vec(), |v| v.name.clone());
+    let name = view.map_or_else(|| layer_name(&path).to_vec(), |v| v.name.clone());
     PlanLayer { name, path, active: view.is_some_and(|view| view.active), note: String::new() }
 }
 

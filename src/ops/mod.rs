@@ -14,6 +14,7 @@ mod commit;
 mod context;
 mod copy;
 mod delete;
+mod domain_notes;
 mod dropped;
 mod ending;
 mod engine;
@@ -39,6 +40,7 @@ mod scanned_store;
 mod snapshot;
 mod status;
 mod tokenize;
+mod virsh;
 mod words;
 
 pub use asker::{AsUser, as_user};

@@ -100,6 +100,11 @@ impl Verb {
         self.spec().usage
     }
 
+    /// The words that it takes with a value, and those that it takes without one.
+    pub fn words(self) -> (&'static [&'static str], &'static [&'static str]) {
+        (self.spec().keys, self.spec().flags)
+    }
+
     /// Whether it has a control file for the store as a whole.
     pub fn is_for_store(self) -> bool {
         self.spec().is_for_store

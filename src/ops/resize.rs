@@ -22,6 +22,7 @@ use super::lookup;
 use super::plan::Plan;
 use super::refusals;
 use super::scanned_store::ScannedStore;
+use super::virsh::DomainDisk;
 use super::words::{LineBuilder, ParsedWords, VerbSpec, show, usage};
 
 /// The words of `resize`.
@@ -78,6 +79,11 @@ impl Command for ResizeRequest {
         }
     }
 
+    fn virsh(&self, disk: &DomainDisk<'_>) -> Option<String> {
+        let old = disk.size()?;
+        self.size.of(old).filter(|new| *new > old).and_then(|new| disk.resize(new))
+    }
+
     fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
         let (plan, _) = plan(context, scan, chain, self)?;
         Ok((plan, TouchedImages::top_of(&scan.chain(chain)?.views.layers)))
@@ -97,6 +103,18 @@ impl NewSize {
             Some(b'-') => Ok(Self::Less(parse_size(&text[1..])?)),
             _ => Ok(Self::To(parse_size(text)?)),
         }
+    }
+}
+
+impl NewSize {
+    /// The size that it means for a disk of `old` bytes: whole sectors. `None` if no disk is that large.
+    fn of(self, old: u64) -> Option<u64> {
+        let wanted = match self {
+            NewSize::To(size) => size,
+            NewSize::More(more) => old.checked_add(more)?,
+            NewSize::Less(less) => old.saturating_sub(less),
+        };
+        wanted.checked_next_multiple_of(SECTOR_SIZE).filter(|size| i64::try_from(*size).is_ok())
     }
 }
 
@@ -143,15 +161,7 @@ pub(super) fn plan(
         .virtual_size()
         .ok_or_else(|| Error::new(ErrorKind::Broken, format!("{} cannot be read", image.shown())))?;
     let too_large = || Error::new(ErrorKind::TooLarge, "no disk is that large (8 EiB)");
-    let wanted = match request.size {
-        NewSize::To(size) => Some(size),
-        NewSize::More(more) => old.checked_add(more),
-        NewSize::Less(less) => Some(old.saturating_sub(less)),
-    };
-    let new = wanted.and_then(|size| size.checked_next_multiple_of(SECTOR_SIZE)).ok_or_else(too_large)?;
-    if new > i64::MAX as u64 {
-        return Err(too_large());
-    }
+    let new = request.size.of(old).ok_or_else(too_large)?;
     let mut plan = Plan { before: lookup::tree(scan, &chain), ..Plan::default() };
     plan.after.clone_from(&plan.before);
     if let Some(line) = plan.after.first_mut() {

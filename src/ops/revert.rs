@@ -29,6 +29,7 @@ use super::replace::{self, ClosedDisk};
 use super::scanned_store::{ScannedChain, ScannedStore, with_stem};
 use super::snapshot;
 use super::snapshot::SnapshotRequest;
+use super::virsh::DomainDisk;
 use super::words::{LineBuilder, ParsedWords, VerbSpec};
 
 /// The words of `revert`.
@@ -82,6 +83,11 @@ impl Command for RevertRequest {
     fn check(&self) -> Result<()> {
         check_view("to=", Some(&self.to))?;
         self.save.as_deref().map_or(Ok(()), |name| check_new_name(&SPEC, name))
+    }
+
+    fn virsh(&self, disk: &DomainDisk<'_>) -> Option<String> {
+        let snapshot = disk.snapshot(&self.to).filter(|_| self.save.is_none())?;
+        disk.command("snapshot-revert", [snapshot.as_bytes()])
     }
 
     fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
@@ -160,7 +166,7 @@ pub(super) fn plan(
         (RevertMethod::Apply(snapshot), None)
     } else {
         let source = CopySource::of(scan, chain.views.layers[view.layer], view.snapshot)?;
-        let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, name));
+        let saved = request.save.as_ref().map(|name| with_stem(&image.place.path, image.format, name));
         plan_overlay(context, scan, &chain, (&source, saved.as_deref()), request, &mut plan);
         (RevertMethod::Overlay(source), saved)
     };

@@ -10,7 +10,7 @@ use crate::image::create::NewBacking;
 use crate::io::{FileLock, Identity, ObjectId};
 use crate::store::{
     Catalog, ChainViews, DataFileRef, FileRef, Format, FoundIntent, ImageEntry, ImageIndex, Store, StorePath,
-    shown,
+    layer_name, shown,
 };
 
 use super::asker::{Asker, asker};
@@ -451,11 +451,16 @@ pub(super) fn beside(path: &Path, name: &[u8]) -> PathBuf {
     path.with_file_name(OsString::from_vec(name.to_vec()))
 }
 
-/// The file's path with another stem; the extension stays.
-pub(super) fn with_stem(path: &Path, stem: &[u8]) -> PathBuf {
-    let extension =
-        path.extension().map(|extension| [b".", extension.as_bytes()].concat()).unwrap_or_default();
-    beside(path, &[stem, &extension].concat())
+/// The path of the image with another stem. The extension stays if it says what the file is, so that the layer
+/// is called like the stem; that of an image that virsh named (`vm.snap1`) is a part of its name.
+pub(super) fn with_stem(path: &Path, format: Option<Format>, stem: &[u8]) -> PathBuf {
+    let own = path.extension().map(OsStrExt::as_bytes);
+    let is_named_by_virsh = layer_name(path) != path.file_stem().map_or(&b""[..], OsStrExt::as_bytes);
+    let extension = match format {
+        Some(Format::Qcow2) if is_named_by_virsh => Some(Format::Qcow2.name().as_bytes()),
+        _ => own,
+    };
+    beside(path, &extension.map_or_else(|| stem.to_vec(), |extension| [stem, b".", extension].concat()))
 }
 
 #[cfg(test)]
@@ -469,7 +474,11 @@ mod tests {
         assert_eq!(way("x/a.qcow2", "b.raw"), "../b.raw");
         assert_eq!(way("x/y/a.qcow2", "x/z/b.raw"), "../z/b.raw");
         assert_eq!(way("a.qcow2", "x/b.raw"), "x/b.raw");
-        assert_eq!(with_stem(Path::new("x/web01.qcow2"), b"sn.1"), Path::new("x/sn.1.qcow2"));
-        assert_eq!(with_stem(Path::new("web01"), b"sn1"), Path::new("sn1"));
+        let named =
+            |path: &str, format, stem: &str| with_stem(Path::new(path), Some(format), stem.as_bytes());
+        assert_eq!(named("x/web01.qcow2", Format::Qcow2, "sn.1"), Path::new("x/sn.1.qcow2"));
+        assert_eq!(named("web01", Format::Qcow2, "sn1"), Path::new("sn1"));
+        assert_eq!(named("vm.snap3", Format::Qcow2, "monday"), Path::new("monday.qcow2"));
+        assert_eq!(named("disk.odd", Format::Raw, "monday"), Path::new("monday.odd"));
     }
 }

@@ -36,6 +36,7 @@ use super::plan::{Plan, PlanLayer};
 use super::refusals;
 use super::scanned_store::{ScannedChain, ScannedStore, beside, relative, with_stem};
 use super::tokenize::quote;
+use super::virsh::DomainDisk;
 use super::words::{LineBuilder, ParsedWords, VerbSpec, parse_chains, print_chains, show, usage};
 
 /// The words of `snapshot`.
@@ -135,6 +136,11 @@ impl Command for SnapshotRequest {
         Ok(())
     }
 
+    fn virsh(&self, disk: &DomainDisk<'_>) -> Option<String> {
+        let kind = if self.internal { None } else { Some(&b"--disk-only"[..]) };
+        disk.command("snapshot-create-as", [&self.name[..]].into_iter().chain(kind))
+    }
+
     fn plan(&self, _: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
         plan(scan, chain, self)
     }
@@ -193,7 +199,7 @@ fn disks(scan: &ScannedStore, path: &Path, request: &SnapshotRequest) -> Result<
         refuse_address(scan, &chain, &frozen_name, request, &mut plan.refusals);
         let (frozen, name) = match &request.file {
             Some(file) => (old.clone(), inside(old, file)?),
-            None => (with_stem(old, &frozen_name), overlay_name(image)),
+            None => (with_stem(old, image.format, &frozen_name), overlay_name(image)),
         };
         if request.internal {
             refuse_inner(scan, leaf, request, &mut plan.refusals);

@@ -16,6 +16,7 @@ use super::catalog::{
 };
 use super::control_dir::ControlDir;
 use super::describe::DetectedContent;
+use super::domains::ManagedFiles;
 use super::evidence::FileRef;
 use super::file_names::{has_extension, shown};
 use super::find_uses::{claims_of, foreign_kind, names_of};
@@ -56,7 +57,7 @@ pub(super) struct CatalogBuilder<'a> {
 pub(super) fn build(
     roots: &[Arc<dyn Backend>],
     guard: &ControlDir,
-    options: &StoreOptions,
+    (options, managed): (&StoreOptions, &ManagedFiles),
     mut scan: Scan,
     ways: &ScanContext<'_>,
     previous: &Catalog,
@@ -69,7 +70,7 @@ pub(super) fn build(
     scan.problems.append(&mut unfinished);
     let is_it = |place: &StorePath, id: ObjectId, named: &FileRef| is_file(roots, place, id, named);
     drop_new_names(&mut scan, &intents, &guard.prefix, &is_it);
-    let superseded = superseded(&scan, &intents, &guard.prefix, &is_it);
+    let (superseded, passing) = removed_files(&scan, &intents, &guard.prefix, &is_it);
     let mut builder = CatalogBuilder {
         roots,
         options,
@@ -159,6 +160,7 @@ pub(super) fn build(
                 frozen,
                 readonly,
                 found_by: builder.found_by.get(&index).cloned(),
+                managed: None,
                 is_merged: false,
                 chain_count: 0,
             },
@@ -167,6 +169,7 @@ pub(super) fn build(
             is_stated: stated.is_some(),
             is_scanned: index < scanned_count && !file.is_hidden && !superseded.contains(&file.stat.id),
             is_unreadable,
+            is_passing: passing.contains(&file.stat.id),
         });
     }
     for (index, reach, is_drawn) in more {
@@ -178,7 +181,7 @@ pub(super) fn build(
     builder.name_foreign(&drafts);
     let CatalogBuilder { problems, mut claims, directories, owners, uncounted, .. } = builder;
     let targets: Vec<Option<ImageIndex>> = drafts.iter().map(UnlinkedImage::target).collect();
-    let mut catalog = catalog::link(drafts, problems, is_single, options.probe, next(&SERIAL));
+    let mut catalog = catalog::link(drafts, problems, is_single, (options, managed), next(&SERIAL));
     claims.extend(catalog.cut_links(&targets));
     catalog.note_claims(claims, &owners);
     catalog.note_uncounted(&uncounted);
@@ -272,11 +275,20 @@ fn drop_new_names(scan: &mut Scan, intents: &[FoundIntent], prefix: &Path, is_it
     }
 }
 
-/// Files that commands have left for removal.
-fn superseded(scan: &Scan, intents: &[FoundIntent], prefix: &Path, is_it: &IsFile<'_>) -> HashSet<ObjectId> {
+/// Files that commands have left for removal, and those that they remove at their ends.
+fn removed_files(
+    scan: &Scan,
+    intents: &[FoundIntent],
+    prefix: &Path,
+    is_it: &IsFile<'_>,
+) -> (HashSet<ObjectId>, HashSet<ObjectId>) {
     let now = ScannedFiles { files: &scan.files, prefix, is_it };
-    let affected = intents.iter().flat_map(|found| found.intent.operation.affected(&now).superseded);
-    affected.map(|file| file.file.id()).collect()
+    let (mut superseded, mut passing) = (HashSet::new(), HashSet::new());
+    for affected in intents.iter().map(|found| found.intent.operation.affected(&now)) {
+        superseded.extend(affected.superseded.into_iter().map(|file| file.file.id()));
+        passing.extend(affected.passing.into_iter().map(|file| file.file.id()));
+    }
+    (superseded, passing)
 }
 
 const DOUBTFUL: &str = "cannot be read: its header and that of the file it names name each other, and a \

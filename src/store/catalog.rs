@@ -11,19 +11,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::chain::MAX_DEPTH;
+use crate::error::{printable, shell_word};
 use crate::format::Frozen;
 use crate::image::unreadable;
 use crate::io::{ObjectId, ObjectStat};
 use crate::units::round_up_to_sector;
 
 use super::describe::{DetectedContent, Qcow2Description};
+use super::domains::{DomainSnapshot, ManagedFile, ManagedFiles};
 use super::evidence::FileRef;
-use super::file_names::{shell_word, shown};
+use super::file_names::{has_kind, shown};
 use super::intent::Intent;
 use super::intents::{FoundIntent, UNTRUSTED};
-use super::names::{self, STORE_DIRECTORY};
+use super::names::{self, README, STORE_DIRECTORY};
 use super::operation::{AffectedFile, Effects, FileLookup, Operation};
-use super::options::Format;
+use super::options::{Format, StoreOptions};
 use super::owners::Owners;
 use super::possible_uses::{PossibleUse, PossibleUses, UseReach};
 use super::resolve::{BrokenLink, StorePath, UnresolvedName};
@@ -59,6 +61,8 @@ pub struct ImageEntry {
     pub readonly: bool,
     /// Its other name, from which alone its backing file is found: a new overlay has to name it like that.
     pub found_by: Option<StorePath>,
+    /// What libvirt's definitions say of it.
+    pub managed: Option<Arc<ManagedFile>>,
     /// Whether an unfinished command merges it into another image: meanwhile nothing may be backed by it.
     pub(super) is_merged: bool,
     /// The number of chains that contain it.
@@ -108,6 +112,8 @@ pub struct CatalogDirectory {
     pub directories: BTreeSet<OsString>,
     /// Chains, by name.
     pub chains: BTreeMap<OsString, ImageIndex>,
+    /// Names that chains had before, and the present ones.
+    pub former: BTreeMap<OsString, OsString>,
 }
 
 /// The whole store, as of one scan.
@@ -217,13 +223,44 @@ impl ImageEntry {
 
     /// Whether it stays read-only even without an overlay.
     pub fn is_frozen(&self) -> bool {
-        self.frozen.is_some() || self.readonly || self.is_merged
+        self.frozen.is_some() || self.readonly || self.is_merged || self.is_kept_by_domain()
+    }
+
+    /// Whether a domain needs it as it is, or left it behind: then nobody writes it.
+    fn is_kept_by_domain(&self) -> bool {
+        self.managed.as_ref().is_some_and(|file| {
+            file.left_behind_by.is_some() || file.domains.is_empty() && !file.states.is_empty()
+        })
+    }
+
+    /// The snapshots of domains whose state it holds.
+    pub fn domain_snapshots(&self) -> impl Iterator<Item = &DomainSnapshot> {
+        self.managed.iter().flat_map(|managed| &managed.states)
+    }
+
+    /// The domain that left it behind: it uses another file as this disk. Stays read-only, and can be deleted.
+    pub fn left_behind_by(&self) -> Option<&str> {
+        self.managed.as_ref().and_then(|managed| managed.left_behind_by.as_deref())
+    }
+
+    /// The domains whose disk it is.
+    pub fn domains(&self) -> impl Iterator<Item = &str> {
+        self.managed.iter().flat_map(|managed| &managed.domains).map(String::as_str)
     }
 
     /// The path beneath its root, safe to print.
     pub fn shown(&self) -> String {
         shown(&self.place.path)
     }
+}
+
+/// That a domain left a leaf behind, to follow its name.
+fn left_behind(domain: &str) -> String {
+    let domain = printable(domain);
+    let fact = "has another file as this disk, and no definition of libvirt mentions this one";
+    let remedy =
+        "it stays read-only; remove it with chainfs delete, or give it a name of its own with -o name=";
+    format!("was left behind: the domain {domain} {fact}; {remedy}")
 }
 
 const MARKED_CORRUPT: &str = "is marked as corrupt, so it is read-only; run chainfs check --repair all";
@@ -257,10 +294,11 @@ impl Catalog {
             .iter()
             .chain(image.below.sentence())
             .map(|sentence| format!("{} {sentence}", image.shown()));
+        let left = image.left_behind_by().map(|domain| format!("{} {}", image.shown(), left_behind(domain)));
         let is_corrupt = image.qcow2().is_some_and(|qcow2| qcow2.header.corrupt());
         let corrupt = is_corrupt.then_some(MARKED_CORRUPT);
         let within = within.map(String::as_str).chain(corrupt);
-        own.chain(within.map(|sentence| format!("{} {sentence}", image.shown()))).collect()
+        own.chain(within.map(|sentence| format!("{} {sentence}", image.shown()))).chain(left).collect()
     }
 
     /// Why a view cannot be read; unlike [`Catalog::sentences`] without problems that concern only others.
@@ -438,10 +476,11 @@ impl Catalog {
         }
         let place = &self.images[leaf].place.path;
         let chains = &self.directories.get(place.parent()?)?.chains;
-        names::chain_forms(place).into_iter().find_map(|name| {
-            let name = OsString::from_vec(name);
-            (chains.get(&name) == Some(&leaf)).then(|| place.with_file_name(name))
-        })
+        let usual = names::chain_forms(place, None).into_iter().map(OsString::from_vec);
+        let usual = usual.into_iter().find(|name| chains.get(name) == Some(&leaf));
+        // The user may have named it.
+        let stated = || chains.iter().find(|(_, of)| **of == leaf).map(|(name, _)| name.clone());
+        usual.or_else(stated).map(|name| place.with_file_name(name))
     }
 
     /// The chain at that path of the mount.
@@ -467,6 +506,8 @@ pub(super) struct UnlinkedImage {
     pub(super) is_scanned: bool,
     /// Whether it cannot be read, but its backing file is known.
     pub(super) is_unreadable: bool,
+    /// Whether an unfinished command removes it at its end.
+    pub(super) is_passing: bool,
 }
 
 /// A file that a header names.
@@ -497,7 +538,7 @@ pub(super) fn link(
     drafts: Vec<UnlinkedImage>,
     problems: Vec<Problem>,
     single: bool,
-    probe: bool,
+    (options, managed): (&StoreOptions, &ManagedFiles),
     serial: u64,
 ) -> Catalog {
     let is_image: Vec<bool> = drafts
@@ -505,7 +546,8 @@ pub(super) fn link(
         .map(|d| !d.is_data_file && (d.entry.format.is_some() || d.entry.problem.is_some()))
         .collect();
     let is_scanned: Vec<bool> = drafts.iter().map(|d| d.is_scanned).collect();
-    let belows: Vec<BackingLink> = drafts.iter().map(|draft| below(draft, &drafts, probe)).collect();
+    let is_passing: Vec<bool> = drafts.iter().map(|d| d.is_passing).collect();
+    let belows: Vec<BackingLink> = drafts.iter().map(|draft| below(draft, &drafts, options.probe)).collect();
     let mut images: Vec<ImageEntry> = drafts.into_iter().map(|draft| draft.entry).collect();
     for (image, below) in images.iter_mut().zip(belows) {
         image.below = below;
@@ -524,9 +566,10 @@ pub(super) fn link(
     for leaf in &leaves {
         images[*leaf].chain_count = 1;
     }
+    note_managed(&mut images, &leaves, options, managed, single);
     let mut catalog = Catalog { serial, images, single: single.then_some(0), problems, ..Catalog::default() };
     count_chains(&mut catalog);
-    catalog.directories = name_chains(&catalog.images, if single { &[] } else { &leaves });
+    catalog.directories = name_chains(&catalog, if single { &[] } else { &leaves }, &is_passing, options);
     for (index, is_image) in is_image.iter().enumerate() {
         if *is_image && (is_scanned[index] || !catalog.images[index].users.is_empty()) {
             let path = catalog.images[index].place.path.clone();
@@ -700,8 +743,87 @@ pub(super) fn count_chains(catalog: &mut Catalog) {
     }
 }
 
+/// Notes what libvirt's definitions say of the images. A leaf was left behind if virsh named it after a disk
+/// that a domain has in another file now, no definition mentions it, and the domain's was written later.
+fn note_managed(
+    images: &mut [ImageEntry],
+    leaves: &[ImageIndex],
+    options: &StoreOptions,
+    managed: &ManagedFiles,
+    single: bool,
+) {
+    if managed.is_empty() {
+        return;
+    }
+    for image in images.iter_mut() {
+        image.managed = managed.get(&image.place).cloned().map(Arc::new);
+    }
+    let stem = |path: &Path| path.with_extension("");
+    let mut disks: HashMap<PathBuf, (String, (i64, i64))> = HashMap::new();
+    for image in images.iter().filter(|image| image.place.root == 0) {
+        if let (Some(domain), Some(file)) = (image.domains().next(), &image.managed) {
+            disks.insert(stem(&image.place.path), (domain.to_owned(), file.defined));
+        }
+    }
+    for leaf in leaves.iter().filter(|_| !single) {
+        let image = &mut images[*leaf];
+        let path = &image.place.path;
+        let is_mentioned =
+            image.managed.as_ref().is_some_and(|file| !file.domains.is_empty() || !file.states.is_empty());
+        if is_mentioned || has_kind(path) || options.stated_name(path).is_some() {
+            continue;
+        }
+        // A file that is newer than the definition may be what the domain uses in a moment.
+        let written = (image.stat.modified.seconds, i64::from(image.stat.modified.nanoseconds));
+        if let Some((domain, _)) = disks.get(&stem(path)).filter(|(_, defined)| *defined >= written) {
+            let mut file = image.managed.as_deref().cloned().unwrap_or_default();
+            file.left_behind_by = Some(domain.clone());
+            image.managed = Some(Arc::new(file));
+        }
+    }
+}
+
+/// Of the leaves that share a stem in a directory, those that are not the main one of their disk: they have
+/// their full names. The main one is a domain's disk, or backed by it, or is alone but for those that a command
+/// is about to remove.
+fn side_leaves(
+    catalog: &Catalog,
+    leaves: &[ImageIndex],
+    is_passing: &[bool],
+    options: &StoreOptions,
+) -> BTreeSet<ImageIndex> {
+    let mut by_stem: HashMap<PathBuf, Vec<ImageIndex>> = HashMap::new();
+    for leaf in leaves {
+        let path = &catalog.images[*leaf].place.path;
+        if options.stated_name(path).is_none() {
+            by_stem.entry(path.with_extension("")).or_default().push(*leaf);
+        }
+    }
+    let mut side = BTreeSet::new();
+    for leaves in by_stem.into_values().filter(|leaves| leaves.len() > 1) {
+        let is_disk = |index: &ImageIndex| catalog.images[*index].domains().next().is_some();
+        let is_backed_by_disk = |leaf: &ImageIndex| catalog.layers(*leaf).iter().any(is_disk);
+        let disks: Vec<ImageIndex> = leaves.iter().copied().filter(is_disk).collect();
+        let backed: Vec<ImageIndex> = leaves.iter().copied().filter(is_backed_by_disk).collect();
+        let staying: Vec<ImageIndex> = leaves.iter().copied().filter(|leaf| !is_passing[*leaf]).collect();
+        let main = match (disks.as_slice(), backed.as_slice(), staying.as_slice()) {
+            ([main], _, _) | ([], [main], _) | ([], [], [main]) => *main,
+            _ => continue,
+        };
+        side.extend(leaves.into_iter().filter(|leaf| *leaf != main));
+    }
+    side
+}
+
 /// Gives each leaf a name in the directory of its file.
-fn name_chains(images: &[ImageEntry], leaves: &[ImageIndex]) -> BTreeMap<PathBuf, CatalogDirectory> {
+fn name_chains(
+    catalog: &Catalog,
+    leaves: &[ImageIndex],
+    is_passing: &[bool],
+    options: &StoreOptions,
+) -> BTreeMap<PathBuf, CatalogDirectory> {
+    let images = &catalog.images;
+    let side = side_leaves(catalog, leaves, is_passing, options);
     let mut by_directory: HashMap<&Path, Vec<ImageIndex>> = HashMap::new();
     let mut directories: BTreeMap<PathBuf, CatalogDirectory> = BTreeMap::new();
     directories.insert(PathBuf::new(), CatalogDirectory::default());
@@ -719,10 +841,19 @@ fn name_chains(images: &[ImageEntry], leaves: &[ImageIndex]) -> BTreeMap<PathBuf
         let mut taken: BTreeSet<Vec<u8>> =
             content.directories.iter().map(|name| name.as_bytes().to_vec()).collect();
         if directory.as_os_str().is_empty() {
-            taken.insert(STORE_DIRECTORY.to_vec());
+            taken.extend([STORE_DIRECTORY, README].map(<[u8]>::to_vec));
         }
-        let paths: Vec<&Path> = leaves.iter().map(|leaf| images[*leaf].place.path.as_path()).collect();
-        for (name, leaf) in names::chain_names(&paths, &taken).into_iter().zip(&leaves) {
+        let form = |leaf: &ImageIndex| {
+            let path = images[*leaf].place.path.as_path();
+            let mut forms = names::chain_forms(path, options.stated_name(path));
+            if side.contains(leaf) {
+                let stem = forms.len() - 2;
+                forms.remove(stem);
+            }
+            forms
+        };
+        let forms: Vec<Vec<Vec<u8>>> = leaves.iter().map(form).collect();
+        for (name, leaf) in names::chain_names(&forms, &taken).into_iter().zip(&leaves) {
             content.chains.insert(OsString::from_vec(name), *leaf);
         }
     }

@@ -35,6 +35,8 @@ pub(super) fn is_own_name(name: &[u8]) -> bool {
 
 /// How long to wait for the store's lock: it is held for moments.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Maximum number of attempts at a write whose directory others remove.
+const MOST_ATTEMPTS: usize = 100;
 /// The same for a job that has done hours of work.
 const JOB_PATIENCE: Duration = Duration::from_hours(1);
 
@@ -163,6 +165,23 @@ impl ControlDir {
         Ok(())
     }
 
+    /// Carries out a write beneath the directory, and again if others have removed the directory meanwhile: a
+    /// running command must not fail because of that.
+    pub(super) fn in_place<T>(&self, names: &dyn Directory, write: impl Fn() -> Result<T>) -> Result<T> {
+        let is_removed = |error: &Error| error.kind() == ErrorKind::NotFound;
+        for _ in 1..MOST_ATTEMPTS {
+            match write() {
+                Err(error) if is_removed(&error) => {}
+                done => return done,
+            }
+            match self.prepare(names) {
+                Err(error) if !is_removed(&error) => return Err(error),
+                _ => {}
+            }
+        }
+        write()
+    }
+
     /// The directory created in the user's store, to be reported once.
     pub fn new_place_note(&self) -> Option<String> {
         self.is_new_place.swap(false, Ordering::AcqRel).then(|| self.place_note())
@@ -188,7 +207,7 @@ impl ControlDir {
     pub fn lock(&self, names: &dyn Directory) -> Result<FileLock> {
         let lock = self.lock_within(names, PATIENCE, &|| Ok(()))?;
         if self.is_marked {
-            freeze_list::prepare(self, names)?;
+            self.in_place(names, || freeze_list::prepare(self, names))?;
         }
         Ok(lock)
     }
@@ -214,16 +233,16 @@ impl ControlDir {
             go_on()
         };
         loop {
-            let file = match self.root.open_file_for_writing(path) {
+            let file = self.in_place(names, || match self.root.open_file_for_writing(path) {
                 Err(error) if error.kind() == ErrorKind::NotFound => {
                     match names.create(path, None) {
                         Err(error) if error.kind() != ErrorKind::Exists => return Err(error),
                         _ => {}
                     }
-                    self.root.open_file_for_writing(path)?
+                    self.root.open_file_for_writing(path)
                 }
-                found => found?,
-            };
+                found => found,
+            })?;
             let opened = file.identity()?;
             let claim = FileLock::take_while(file, path, patience, &go_on)?;
             // A lock file that was removed during the wait excludes no later process.

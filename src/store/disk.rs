@@ -74,6 +74,7 @@ impl Store {
                 Err(error) => tracing::info!("an open snapshot keeps its old images: {error}"),
             }
         }
+        self.renew_mapped(changed);
         self.refresh_active(&catalog, changed);
     }
 

@@ -13,12 +13,20 @@ pub fn shown(path: &Path) -> String {
     printable(&String::from_utf8_lossy(path.as_os_str().as_bytes()))
 }
 
-/// A word of a remedy, quoted if a shell would interpret it: remedies are copied, and names are any bytes of
-/// an image.
-pub(super) fn shell_word(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-/+@%,:=".contains(c);
-    let plain = !word.is_empty() && word.chars().all(is_plain);
-    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+/// Extensions that say what a file is. Any other is a part of its name: virsh calls the overlay of `vm.qcow2`
+/// that it makes for the snapshot `snap1` `vm.snap1`.
+const KINDS: [&str; 12] =
+    ["bin", "dd", "img", "iso", "qcow", "qcow2", "qed", "raw", "vdi", "vhd", "vhdx", "vmdk"];
+
+/// Whether the extension of `path` says what the file is.
+pub(super) fn has_kind(path: &Path) -> bool {
+    path.extension().is_none() || KINDS.iter().any(|kind| has_extension(path, kind))
+}
+
+/// The name of the layer of a file: without an extension that says what it is.
+pub fn layer_name(path: &Path) -> &[u8] {
+    let name = if has_kind(path) { path.file_stem() } else { path.file_name() };
+    name.map_or(b"", OsStrExt::as_bytes)
 }
 
 /// Whether `path` ends in `.extension`, in any case.

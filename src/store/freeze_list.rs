@@ -144,7 +144,7 @@ impl FreezeList {
             let fact = format!("{} cannot be recorded as frozen: {error}; rename it", path.display());
             Error::new(ErrorKind::Unsupported, fact)
         })?;
-        write(names, Path::new(DRAFT), Path::new(FROZEN_NOTES), &text)
+        guard.in_place(names, || write(names, Path::new(DRAFT), Path::new(FROZEN_NOTES), &text))
     }
 }
 
@@ -192,8 +192,10 @@ pub(super) fn forget(guard: &ControlDir, names: &dyn Directory) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    write(names, Path::new(DRAFT), Path::new(FROZEN_NOTES), NOTHING)?;
-    prepare(guard, names)
+    guard.in_place(names, || {
+        write(names, Path::new(DRAFT), Path::new(FROZEN_NOTES), NOTHING)?;
+        prepare(guard, names)
+    })
 }
 
 #[cfg(test)]

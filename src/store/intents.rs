@@ -12,14 +12,19 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Directory, EntryKind, Existing, FileLock, MountPoints, OpenObject, directory_of, read_text};
+use crate::io::{
+    Directory, EntryKind, Existing, FileLock, MountPoints, ObjectId, OpenObject, directory_of, read_text,
+};
 
+use super::Store;
 use super::bind::{FileBinding, bind};
+use super::catalog::Catalog;
 use super::control_dir::{ControlDir, MARKER};
 use super::evidence::FileRef;
 use super::file_names::shown;
 use super::freeze_list;
 use super::intent::Intent;
+use super::kept_states::ChangingFiles;
 use super::known_intents::{BEGUN, LiveIntent, LiveIntents, ResumeRefusal, SeenIntent};
 use super::leftovers::{DRAFT, is_intents_draft};
 use super::operation::{Effects, Operation};
@@ -109,7 +114,7 @@ impl ControlDir {
     fn write(&self, names: &dyn Directory, name: &OsStr, intent: &Intent) -> Result<(Intent, FileLock)> {
         let path = self.intents().join(name);
         let draft = path.with_extension(DRAFT);
-        let written = (|| {
+        let written = self.in_place(names, || {
             // The process that had it before may have been interrupted while writing it.
             match names.unlink(&draft) {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
@@ -124,7 +129,7 @@ impl ControlDir {
             names.rename(&draft, &path, Existing::Replace)?;
             names.sync(self.intents())?;
             Ok((intent, claim))
-        })();
+        });
         written.inspect_err(|_| {
             let _ = names.unlink(&draft);
         })
@@ -134,7 +139,7 @@ impl ControlDir {
         let entry = LiveIntent { intent: intent.clone(), claim, former, is_ending: false };
         self.known.live.lock().insert(name.to_owned(), entry);
         let ownership = Ownership { name: name.to_owned(), live: Arc::clone(&self.known.live) };
-        OwnedIntent { path: self.intents().join(name), intent, ownership }
+        OwnedIntent { path: self.intents().join(name), intent, ownership, changing: None }
     }
 
     /// Writes those intents of this process again whose files another process has removed.
@@ -415,6 +420,8 @@ pub struct OwnedIntent<O = Operation> {
     /// Its content.
     pub intent: Intent<O>,
     ownership: Ownership,
+    /// The files that the command is changing.
+    changing: Option<Arc<ChangingFiles>>,
 }
 
 /// Records in this process that an intent is being carried out, until dropped.
@@ -436,10 +443,22 @@ impl<O> OwnedIntent<O> {
         &self.ownership.name
     }
 
+    /// The command begins to change its files, of which `before` has the versions. What the layers above show
+    /// does not change, except for `changed`.
+    pub(crate) fn change_files(&mut self, store: &Store, before: &Arc<Catalog>, changed: Option<ObjectId>)
+    where
+        O: Effects,
+    {
+        let named: Vec<ObjectId> = self.intent.files().iter().map(|named| named.file.id()).collect();
+        let all = before.images.iter().map(|image| image.stat.id);
+        let files = all.filter(|id| named.contains(id)).collect();
+        self.changing = Some(store.change_files(before, files, changed));
+    }
+
     /// The same with its operation by another type.
     pub fn with<P>(self, operation: P) -> OwnedIntent<P> {
-        let Self { path, intent, ownership } = self;
-        OwnedIntent { path, intent: intent.with(operation), ownership }
+        let Self { path, intent, ownership, changing } = self;
+        OwnedIntent { path, intent: intent.with(operation), ownership, changing }
     }
 
     /// The command is done, or undone: removes the intent, durably.
@@ -463,6 +482,7 @@ impl<O> OwnedIntent<O> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::ffi::OsStringExt;
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
 
     use super::*;
     use crate::io::Identity;
@@ -606,6 +626,44 @@ mod tests {
             owned.end(&*names).unwrap();
             assert!(third.read().0.is_empty(), "taken up, and ended");
         }
+    }
+
+    /// Others remove the directory again and again, at any moment of a write.
+    #[test]
+    fn no_write_fails_because_its_directory_is_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let root = LocalDirectory::open(place.path()).unwrap();
+        let names = root.names().unwrap();
+        let guard = ControlDir::of_directory(&root, &LocalDirectory::open).unwrap();
+        std::fs::write(place.path().join("a"), "a").unwrap();
+        let image = FileRef::witness(&*root, Path::new("a"), Format::Raw, true).unwrap();
+        let intent = Intent::new("x", Path::new(""), Operation::Shrink(ShrinkOperation { image, size: 1 }));
+        let (is_over, removals) = (AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Acquire) {
+                    let removed = std::fs::remove_dir_all(place.path().join(MARKER));
+                    let count = removals.fetch_add(usize::from(removed.is_ok()), Ordering::Relaxed);
+                    // A write of a slow disk fits into the longest pause.
+                    std::thread::sleep(Duration::from_millis(1 << (count % 9)));
+                }
+            });
+            let work = || {
+                let mut owned = guard.begin(&*names, "1", &intent)?;
+                for _ in 0..2 {
+                    drop(guard.lock(&*names)?);
+                    drop(guard.lock_for_job(&*names, &|| Ok(()))?);
+                    guard.rewrite(&*names, &mut owned)?;
+                }
+                owned.end(&*names)
+            };
+            let mut failed = None;
+            while failed.is_none() && removals.load(Ordering::Relaxed) < 18 {
+                failed = work().err();
+            }
+            is_over.store(true, Ordering::Release);
+            assert_eq!(failed.map(|error| error.to_string()), None);
+        });
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::time::Duration;
 use crate::error::Result;
 use crate::format::header::MAGIC;
 use crate::io::{Backend, Timestamp, directory_of};
+use crate::units::are_zero;
 
 use super::Store;
 use super::file_names::shown;
@@ -87,7 +88,7 @@ fn doubt(root: &dyn Backend, path: &Path) -> Result<Option<&'static str>> {
     let mut head = [0; 512];
     let len = file.read_at(0, &mut head)?;
     // Bytes written right before a power failure may be zeroes.
-    let is_image = head[..len].starts_with(&MAGIC.to_be_bytes()) || head[..len].iter().all(|byte| *byte == 0);
+    let is_image = head[..len].starts_with(&MAGIC.to_be_bytes()) || are_zero(&head[..len]);
     Ok((!is_image).then_some("holds other data than a new image"))
 }
 

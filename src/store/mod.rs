@@ -9,21 +9,26 @@ mod bind;
 mod build;
 mod catalog;
 mod control_dir;
+mod definitions;
 mod describe;
 mod disk;
+mod domains;
 mod encoded;
 mod evidence;
 mod file_names;
 mod find_uses;
 mod flusher;
+mod former_names;
 mod freeze_list;
 mod identity;
 mod intent;
 mod intents;
 mod job_image;
 mod judge;
+mod kept_states;
 mod known_intents;
 mod leftovers;
+mod mapped_view;
 mod names;
 mod open;
 mod open_view;
@@ -47,7 +52,7 @@ mod watch;
 use std::collections::HashMap;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
@@ -73,9 +78,10 @@ pub use catalog::{BackingLink, Catalog, CatalogDirectory, ImageEntry, ImageIndex
 pub use control_dir::{ControlDir, MARKER, OpenBackend};
 pub use describe::{BadHeader, DetectedContent, ForeignImage, Qcow2Description};
 pub use disk::OpenDisk;
+pub use domains::{DomainSnapshot, ManagedFile};
 pub(crate) use evidence::DataFileRef;
 pub use evidence::{Digest, Evidence, FileRef, SAMPLES, SectorSample};
-pub use file_names::{INVALIDATED_EXTENSION, shown};
+pub use file_names::{INVALIDATED_EXTENSION, layer_name, shown};
 pub use flusher::Flusher;
 pub use freeze_list::FROZEN_NOTES;
 pub use identity::{FoundView, ViewId, ViewIdentity, stale};
@@ -84,7 +90,8 @@ pub use intents::{FoundIntent, OwnedIntent};
 pub use job_image::JobImage;
 pub use judge::AccessJudge;
 pub(crate) use leftovers::{command_name, draft_name, is_draft};
-pub use names::{ACTIVE, STORE_DIRECTORY, encode};
+pub use mapped_view::{MappedView, StillThere};
+pub use names::{ACTIVE, README, STORE_DIRECTORY, encode};
 pub use open::DeletionGuard;
 pub use open_view::{OpenView, ViewPart};
 pub(crate) use operation::Effects;
@@ -104,11 +111,13 @@ pub use watch::Watcher;
 use active::ActiveDisks;
 
 use disk::OpenDisks;
+use domains::Domains;
+use former_names::FormerNames;
 use freeze_list::FreezeList;
 use open::OpenImages;
 use owners::Owners;
 use plain::PlainList;
-use scan::{KnownFiles, Scan, ScanContext};
+use scan::{KnownFiles, Scan, ScanBasis, ScanContext};
 
 /// Bytes of cached names of views.
 const CHAINS_KEPT_LEN: usize = 16 << 20;
@@ -117,6 +126,9 @@ const VIEWS_KEPT: usize = 256;
 
 /// How many files that commands have named are remembered.
 const INTRODUCED: usize = 16;
+/// Scans in a row while names change: the result of the last one counts however they change, and the next
+/// event makes another scan.
+const SCANS: usize = 4;
 
 /// An open store.
 pub struct Store {
@@ -144,6 +156,10 @@ pub struct Store {
     opened: OpenImages,
     active: ActiveDisks,
     disks: OpenDisks,
+    /// Commands that are changing files. A leaf.
+    changing: Mutex<Vec<Weak<kept_states::ChangingFiles>>>,
+    /// Views that the kernel reads by itself. A leaf.
+    mapped: Mutex<Vec<Weak<MappedView>>>,
     /// Files that a command has named, and that no scan or header may reach. A leaf.
     introduced: Mutex<LruCache<StorePath, ()>>,
     /// States of layers that jobs of this process have given another digest without changing their bytes. A
@@ -152,6 +168,9 @@ pub struct Store {
     chain_views: Mutex<Weighted<(u64, ImageIndex), Arc<ChainViews>>>,
     /// Held while notes of the trash are rewritten: jobs end without the store's lock. A leaf.
     trash_notes: Mutex<()>,
+    domains: Domains,
+    /// Locked while `catalog` is replaced.
+    former_names: Mutex<FormerNames>,
 }
 
 impl std::fmt::Debug for Store {
@@ -236,10 +255,14 @@ impl Store {
             opened: OpenImages::new(NonZero::new(VIEWS_KEPT).expect("not zero")),
             active: ActiveDisks::default(),
             disks: OpenDisks::default(),
+            changing: Mutex::default(),
+            mapped: Mutex::default(),
             introduced: Mutex::new(LruCache::new(NonZero::new(INTRODUCED).expect("not zero"))),
             same_states: Mutex::default(),
             chain_views: Mutex::new(Weighted::new(CHAINS_KEPT_LEN)),
             trash_notes: Mutex::default(),
+            domains: Domains::default(),
+            former_names: Mutex::default(),
         });
         store.rescan()?;
         Ok(store)
@@ -297,6 +320,23 @@ impl Store {
     pub fn rescan(&self) -> Result<Duration> {
         let start = Instant::now();
         let mut known = self.known.lock();
+        for turn in 1.. {
+            let (mut catalog, now_known, basis) = self.scan_once(&known)?;
+            *known = now_known;
+            if basis.holds(&*self.roots[0]) || turn == SCANS {
+                self.former_names.lock().follow(&self.catalog(), &mut catalog);
+                let catalog = Arc::new(catalog);
+                self.opened.retire(&catalog);
+                self.active.tell_of_gone(&catalog);
+                self.keep_states_of_commands(&catalog);
+                *self.catalog.write() = catalog;
+                break;
+            }
+        }
+        Ok(start.elapsed())
+    }
+
+    fn scan_once(&self, known: &KnownFiles) -> Result<(Catalog, Arc<KnownFiles>, ScanBasis)> {
         let single = self.single.read().clone();
         self.plain.lock().refresh(&self.guard);
         let visit = |path: &Path, fd: &dyn OpenDirectory| {
@@ -304,8 +344,7 @@ impl Store {
                 watches.add(StorePath { root: 0, path: path.to_path_buf() }, fd);
             }
         };
-        let ways =
-            ScanContext { known: &known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
+        let ways = ScanContext { known, plain: &self.plain, prefix: &self.guard.prefix, visit: &visit };
         let mut scan = match &single {
             None => scan::scan(&*self.roots[0], &ways)?,
             Some(place) => {
@@ -321,17 +360,20 @@ impl Store {
         self.restore_intents();
         if let Some(watches) = &self.watches {
             self.guard.own_directories().iter().for_each(|directory| watches.add_own(&**directory));
+            self.options.domains.iter().for_each(|directory| watches.add_definitions(directory));
         }
         let previous = self.catalog();
+        let basis = std::mem::take(&mut scan.basis);
         scan.introduced = self.introduced.lock().iter().map(|(place, ())| place.clone()).collect();
         if let Some(damage) = self.plain.lock().damage() {
             scan.problems.push(Problem { path: plain::PLAIN.into(), sentence: damage.to_owned() });
         }
         let which = (single.is_some(), self.by_link.clone());
+        let managed = self.domains.files(&self.options, &self.roots);
+        let settings = (&self.options, &managed);
         let (catalog, now_known, directories) =
-            build::build(&self.roots, &self.guard, &self.options, scan, &ways, &previous, which);
+            build::build(&self.roots, &self.guard, settings, scan, &ways, &previous, which);
         self.remember_plain();
-        *known = now_known;
         for place in directories {
             // A missing directory cannot be watched.
             if let (Some(watches), Ok(Some(fd))) =
@@ -340,11 +382,7 @@ impl Store {
                 watches.add(place, &*fd);
             }
         }
-        let catalog = Arc::new(catalog);
-        self.opened.retire(&catalog);
-        self.active.tell_of_gone(&catalog);
-        *self.catalog.write() = catalog;
-        Ok(start.elapsed())
+        Ok((catalog, now_known, basis))
     }
 
     /// Writes those intents of this process again whose files another process has removed.
@@ -374,42 +412,6 @@ impl Store {
         let views = Arc::new(views);
         self.chain_views.lock().put(key, Arc::clone(&views), views.weight());
         views
-    }
-
-    /// Records that a job of this process has changed `files` and kept the bytes of every layer of `before`
-    /// that still exists, except `changed`: their disks keep their identities for open handles. Not where any
-    /// other file of theirs has changed as well.
-    pub(crate) fn keep_states(&self, before: &Catalog, files: &[ObjectId], changed: Option<ObjectId>) {
-        let after = self.catalog();
-        let states = |catalog: &Catalog| -> HashMap<ObjectId, (u64, Vec<u64>)> {
-            let mut states = HashMap::new();
-            for (_, leaf) in catalog.chains() {
-                let views = self.chain_views(catalog, leaf);
-                for (layer, index) in views.layers.iter().enumerate() {
-                    let image = |index: &ImageIndex| &catalog.images[*index];
-                    let is_ours = |index: &&ImageIndex| files.contains(&image(index).stat.id);
-                    if !views.layers[layer..].iter().any(|index| is_ours(&index)) {
-                        break;
-                    }
-                    let others = views.layers[layer..].iter().filter(|index| !is_ours(index));
-                    let versions = others.map(|index| image(index).version).collect();
-                    states.insert(image(index).stat.id, (views.state(layer), versions));
-                }
-            }
-            states
-        };
-        let old = states(before);
-        let is_kept = |id: &ObjectId| changed.is_none_or(|changed| *id != changed || !files.contains(id));
-        let same = |(id, (now, others)): (ObjectId, (u64, Vec<u64>))| {
-            let (state, others_then) = old.get(&id)?;
-            (*state != now && *others_then == others).then_some((now, *state))
-        };
-        let moved: Vec<(u64, u64)> =
-            states(&after).into_iter().filter(|(id, _)| is_kept(id)).filter_map(same).collect();
-        if !moved.is_empty() {
-            self.same_states.lock().extend(moved);
-            *self.chain_views.lock() = Weighted::new(CHAINS_KEPT_LEN);
-        }
     }
 
     /// Records that the disk of a store that is one image is at `path` from now on.

@@ -7,10 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::file_names::layer_name;
+
 /// The active disk's view name.
 pub const ACTIVE: &[u8] = b"active";
 /// The directory of the store as a whole, in the mount's root.
 pub const STORE_DIRECTORY: &[u8] = b".chainfs";
+/// The text that explains the mount, in its root. A directory of that name in the store has precedence.
+pub const README: &[u8] = b"README.txt";
 /// The prefix of chainfs' own files in a store; a scan skips them.
 pub(super) const OWN_PREFIX: &[u8] = b".chainfs";
 
@@ -59,15 +63,16 @@ fn file_name(path: &Path) -> &[u8] {
     path.file_name().map_or(b"", OsStrExt::as_bytes)
 }
 
-/// Names of the chains of one directory, in the order of `leaves` (paths of that directory).
+/// Names of the chains of one directory, in the order of `forms`: the possible names of each, best first.
 /// `taken`: sub-directories that are shown, and reserved words.
-pub(super) fn chain_names(leaves: &[&Path], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
-    settle(leaves.len(), &|index, level| chain_forms(leaves[index]).into_iter().nth(level), taken)
+pub(super) fn chain_names(forms: &[Vec<Vec<u8>>], taken: &BTreeSet<Vec<u8>>) -> Vec<Vec<u8>> {
+    settle(forms.len(), &|index, level| forms[index].get(level).cloned(), taken)
 }
 
-/// The possible names of the chain of the leaf at `path`, best first.
-pub(super) fn chain_forms(path: &Path) -> Vec<Vec<u8>> {
-    [stem(path), file_name(path)].into_iter().map(|name| fit(whole(encode(name)), MAX_NAME)).collect()
+/// The possible names of the chain of the leaf at `path`, best first; `stated` is the user's.
+pub(super) fn chain_forms(path: &Path, stated: Option<&[u8]>) -> Vec<Vec<u8>> {
+    let forms = stated.into_iter().chain([stem(path), file_name(path)]);
+    forms.map(|name| fit(whole(encode(name)), MAX_NAME)).collect()
 }
 
 /// A complete name: `.` and `..` have a special meaning, and are encoded.
@@ -102,7 +107,7 @@ pub(super) fn view_names(views: &[ViewForm<'_>]) -> Vec<Vec<u8>> {
     let form = |place: usize, level: usize| {
         let (index, view) = (snapshots[place], &views[snapshots[place]]);
         let layer =
-            by_layer.get(&(view.path, view.active)).cloned().unwrap_or_else(|| encode(stem(view.path)));
+            by_layer.get(&(view.path, view.active)).cloned().unwrap_or_else(|| encode(layer_name(view.path)));
         let (name, id) = view.snapshot.expect("a snapshot's form");
         let mut form = [&layer, &b"@"[..], &encode(name)].concat();
         if level >= 1 {
@@ -124,7 +129,7 @@ fn layer_forms(view: &ViewForm<'_>) -> Vec<Vec<u8>> {
     if view.active {
         return vec![ACTIVE.to_vec()];
     }
-    let stem = encode(stem(view.path));
+    let stem = encode(layer_name(view.path));
     let full = encode(file_name(view.path));
     let path = encode(view.path.as_os_str().as_bytes());
     let forms = if stem == ACTIVE { vec![full, path] } else { vec![stem, full, path] };
@@ -177,9 +182,9 @@ mod tests {
     use super::*;
 
     fn chains(files: &[&str], taken: &[&str]) -> Vec<String> {
-        let paths: Vec<_> = files.iter().map(Path::new).collect();
+        let forms: Vec<_> = files.iter().map(|file| chain_forms(Path::new(file), None)).collect();
         let taken = taken.iter().map(|name| name.as_bytes().to_vec()).collect();
-        chain_names(&paths, &taken).into_iter().map(|name| String::from_utf8(name).unwrap()).collect()
+        chain_names(&forms, &taken).into_iter().map(|name| String::from_utf8(name).unwrap()).collect()
     }
 
     #[test]

@@ -147,6 +147,11 @@ impl OpenImages {
         self.images.lock().insert(open.file.id(), open.clone());
     }
 
+    /// The present opening of an image, if it is open.
+    pub(super) fn image(&self, id: ObjectId) -> Option<Arc<Image>> {
+        self.images.lock().get(&id).map(|open| Arc::clone(&open.image))
+    }
+
     /// Registers an open view.
     pub(super) fn show(&self, state: OpenState) -> Arc<OpenState> {
         let state = Arc::new(state);

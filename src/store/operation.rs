@@ -175,6 +175,8 @@ pub(crate) struct Affected<'a> {
     pub(super) frozen: Vec<AffectedFile<'a>>,
     /// Files that show nothing any more, and are about to be removed: no chain begins there.
     pub(super) superseded: Vec<&'a FileRef>,
+    /// Files that are removed at its end, and are leaves for a moment before: they take no chain its name.
+    pub(super) passing: Vec<&'a FileRef>,
 }
 
 /// What the store has to know of an operation.
@@ -276,7 +278,7 @@ impl Effects for CommitOperation {
     }
 
     fn affected(&self, now: &dyn FileLookup) -> Affected<'_> {
-        let Self { top, base, between, children, rename, .. } = self;
+        let Self { top, base, between, children, keep, rename, .. } = self;
         // With its new name, or as the only one of its stem, the base is the active layer, and valid; the
         // former active layer is backed by a name that has gone.
         let has_its_name = rename.as_ref().is_some_and(|name| now.is_at(base, name));
@@ -291,6 +293,7 @@ impl Effects for CommitOperation {
             overlays: children,
             frozen: between_all().chain(frozen_top).collect(),
             superseded: if is_active { std::iter::once(top).chain(between).collect() } else { Vec::new() },
+            passing: between.iter().chain((!keep).then_some(top)).collect(),
         }
     }
 }
@@ -315,7 +318,11 @@ impl Effects for PullOperation {
 
     fn affected(&self, _: &dyn FileLookup) -> Affected<'_> {
         // C5: left alone by a pull, it never becomes an active disk.
-        Affected { frozen: self.between.iter().map(AffectedFile::itself).collect(), ..Affected::default() }
+        Affected {
+            frozen: self.between.iter().map(AffectedFile::itself).collect(),
+            passing: self.remove.iter().collect(),
+            ..Affected::default()
+        }
     }
 }
 

@@ -48,6 +48,10 @@ pub struct StoreOptions {
     pub formats: Vec<(Pattern, Format)>,
     /// Files and directories that use no other image, though that is unknown.
     pub standalone: Vec<Pattern>,
+    /// Names of the chains of leaves whose paths match; the first match counts.
+    pub names: Vec<(Pattern, Vec<u8>)>,
+    /// Directories with libvirt's definitions of domains and snapshots.
+    pub domains: Vec<PathBuf>,
     /// Whether the store records which files have been seen without qcow2's magic.
     pub remember: bool,
     /// Whether a backing file without a format in the header may be probed.
@@ -84,6 +88,8 @@ impl Default for StoreOptions {
             readonly: Vec::new(),
             formats: Vec::new(),
             standalone: Vec::new(),
+            names: Vec::new(),
+            domains: Vec::new(),
             remember: false,
             probe: false,
             force_share: false,
@@ -134,6 +140,11 @@ impl StoreOptions {
             if path.as_os_str().is_empty() { pattern.as_str() == "." } else { matches(pattern, path) }
         };
         self.standalone.iter().any(|pattern| path.ancestors().any(|path| is_it(pattern, path)))
+    }
+
+    /// The name that the user gives the chain of the leaf `path`.
+    pub(super) fn stated_name(&self, path: &Path) -> Option<&[u8]> {
+        self.names.iter().find(|(pattern, _)| matches(pattern, path)).map(|(_, name)| name.as_slice())
     }
 
     /// Whether the user makes `path` read-only.

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Directory, OpenObject, Timestamp, read_all};
+use crate::units::are_zero;
 
 use super::control_dir::ControlDir;
 
@@ -153,9 +154,7 @@ impl PlainList {
         let is_whole = |line: &[u8]| parsed(line).is_some() || line.last() != Some(&b'\n');
         // Or the very first line was truncated.
         let title = line(&own, TITLE);
-        let is_begun = bytes.contains(&b'\n')
-            || title.as_bytes().starts_with(&bytes)
-            || bytes.iter().all(|byte| *byte == 0);
+        let is_begun = bytes.contains(&b'\n') || title.as_bytes().starts_with(&bytes) || are_zero(&bytes);
         if !is_begun || !lines.all(is_whole) {
             self.read_len = 0;
             return Err(Error::new(ErrorKind::Stale, format!("{PLAIN} has been replaced by something else")));

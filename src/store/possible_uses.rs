@@ -157,7 +157,7 @@ pub(super) fn standalone_remedy(path: &Path) -> String {
 /// A pattern that matches only this path.
 pub(super) fn pattern(path: &Path) -> String {
     let text = if path.as_os_str().is_empty() { ".".to_owned() } else { shown(path) };
-    super::file_names::shell_word(&glob::Pattern::escape(&text))
+    crate::error::shell_word(&glob::Pattern::escape(&text))
 }
 
 fn file_name(path: &Path) -> &[u8] {

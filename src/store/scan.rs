@@ -13,7 +13,9 @@ use std::thread;
 use parking_lot::{Condvar, Mutex};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Backend, DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, OpenDirectory, OpenObject};
+use crate::io::{
+    Backend, DirEntry, EntryKind, MountPoints, ObjectId, ObjectStat, ObjectVersion, OpenDirectory, OpenObject,
+};
 
 use super::control_dir::is_own_name;
 use super::describe::{DetectedContent, MIN_HEADER_LEN, describe};
@@ -71,6 +73,40 @@ pub(super) struct Scan {
     pub links: Vec<PathBuf>,
     /// Additional files, because a command has named them.
     pub introduced: Vec<StorePath>,
+    /// What it was found in.
+    pub basis: ScanBasis,
+}
+
+/// What the result of a scan rests on. Names that change during a scan can make a state of which nobody has
+/// ever been told: a disk under its snapshot's name, or under none.
+#[derive(Debug, Default)]
+pub(super) struct ScanBasis {
+    directories: Vec<ListedDirectory>,
+    /// The files that were found under several names.
+    linked: Vec<(PathBuf, ObjectId)>,
+}
+
+#[derive(Debug)]
+struct ListedDirectory {
+    path: PathBuf,
+    /// Its version before it was listed.
+    version: ObjectVersion,
+    files: Vec<(PathBuf, ObjectId)>,
+}
+
+impl ScanBasis {
+    /// Whether every file still has the name by which it was found. Other names may have come. Versions of
+    /// directories may be as coarse as the kernel's clock, so files with several names are always looked at.
+    pub(super) fn holds(&self, root: &dyn Backend) -> bool {
+        let are_there = |files: &[(PathBuf, ObjectId)]| {
+            files.iter().all(|(path, id)| root.stat_itself(path).is_ok_and(|now| now.id == *id))
+        };
+        let is_as_listed = |listed: &ListedDirectory| {
+            let path = if listed.path.as_os_str().is_empty() { Path::new(".") } else { &listed.path };
+            root.stat(path).is_ok_and(|now| now.version == listed.version) || are_there(&listed.files)
+        };
+        are_there(&self.linked) && self.directories.iter().all(is_as_listed)
+    }
 }
 
 /// The results of the last scan for each file.
@@ -136,10 +172,14 @@ pub(super) fn scan(root: &dyn Backend, ways: &ScanContext<'_>) -> Result<Scan> {
         }
         work.run();
     });
-    match work.failed.into_inner() {
-        Some(error) => Err(error),
-        None => Ok(work.found.into_inner()),
+    if let Some(error) = work.failed.into_inner() {
+        return Err(error);
     }
+    let mut found = work.found.into_inner();
+    let names = name_counts(&found.files);
+    let linked = found.files.iter().filter(|file| names[&file.stat.id] > 1);
+    found.basis.linked = linked.map(|file| (file.place.path.clone(), file.stat.id)).collect();
+    Ok(found)
 }
 
 impl ScanWork<'_> {
@@ -196,8 +236,8 @@ impl ScanWork<'_> {
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed ({error})")),
         };
         (self.ways.visit)(path, &*directory);
-        let entries = match list_still(&*directory) {
-            Ok(entries) => entries,
+        let (entries, version) = match list_still(&*directory) {
+            Ok(listed) => listed,
             Err(error) if self.is_exhausted(&error) => return,
             Err(error) => return self.unread(path.to_path_buf(), format!("cannot be listed ({error})")),
         };
@@ -237,7 +277,10 @@ impl ScanWork<'_> {
             }
         }
         drop_former_names(&*directory, &mut files);
-        self.found.lock().files.append(&mut files);
+        let names = files.iter().map(|file| (file.place.path.clone(), file.stat.id)).collect();
+        let mut found = self.found.lock();
+        found.files.append(&mut files);
+        found.basis.directories.push(ListedDirectory { path: path.to_path_buf(), version, files: names });
     }
 
     fn push(&self, directory: PathBuf) {
@@ -331,10 +374,10 @@ fn is_hidden(path: &Path) -> bool {
     path.iter().any(|name| name.as_bytes().starts_with(OWN_PREFIX))
 }
 
-/// The entries of a directory. A file that is renamed during the listing may be found under neither name, and
-/// its chain would be gone until the next scan: a directory that changes is listed again, and every name
-/// counts that was found.
-fn list_still(directory: &dyn OpenDirectory) -> Result<Vec<DirEntry>> {
+/// The entries of a directory, and its version before they were listed. A file that is renamed during the
+/// listing may be found under neither name, and its chain would be gone until the next scan: a directory that
+/// changes is listed again, and every name counts that was found.
+fn list_still(directory: &dyn OpenDirectory) -> Result<(Vec<DirEntry>, ObjectVersion)> {
     let mut before = directory.version()?;
     let mut entries = directory.list()?;
     for _ in 1..LISTINGS {
@@ -347,20 +390,25 @@ fn list_still(directory: &dyn OpenDirectory) -> Result<Vec<DirEntry>> {
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         entries.dedup_by(|a, b| a.name == b.name);
     }
-    Ok(entries)
+    Ok((entries, before))
 }
 
 /// Removes files from the list that were found under two names and have lost one of them since: a file that
 /// is renamed during a scan is not two.
 fn drop_former_names(directory: &dyn OpenDirectory, files: &mut Vec<ScannedFile>) {
-    let mut names: HashMap<ObjectId, usize> = HashMap::new();
-    for file in files.iter() {
-        *names.entry(file.stat.id).or_default() += 1;
-    }
+    let names = name_counts(files);
     files.retain(|file| {
         let name = file.place.path.file_name().unwrap_or_default();
         names[&file.stat.id] == 1 || directory.stat_entry(name).is_ok_and(|found| found.is_some())
     });
+}
+
+fn name_counts(files: &[ScannedFile]) -> HashMap<ObjectId, usize> {
+    let mut names = HashMap::new();
+    for file in files {
+        *names.entry(file.stat.id).or_default() += 1;
+    }
+    names
 }
 
 /// Describes one file that a header or the user has named. `None` for a file that is no image.

@@ -270,8 +270,6 @@ impl Store {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let item = Path::new(TRASH).join(format!("{:x}-{number:x}", now.as_nanos()));
         let note = item.with_extension(NOTE);
-        names.create_directory(Path::new(TRASH))?;
-        names.sync(&directory_of(Path::new(TRASH)))?;
         let says = TrashRecord {
             path: path.to_path_buf(),
             seconds: now.as_secs(),
@@ -283,12 +281,14 @@ impl Store {
         let text = toml::to_string(&says).map_err(|error| {
             Error::new(ErrorKind::Unsupported, format!("{} cannot be recorded: {error}", shown(path)))
         })?;
-        let written = (|| {
+        let written = self.guard.in_place(&*names, || {
+            names.create_directory(Path::new(TRASH))?;
+            names.sync(&directory_of(Path::new(TRASH)))?;
             let file = names.create(&note, None)?;
             file.write_at(0, text.as_bytes())?;
             file.sync()?;
             names.sync(Path::new(TRASH))
-        })();
+        });
         if let Err(error) = written {
             if error.kind() != ErrorKind::Exists {
                 let _ = names.unlink(&note);

@@ -35,6 +35,12 @@ impl Catalog {
             visible.images[*leaf].chain_count = 1;
             visible.add_chain(&path, *leaf);
         }
+        for (path, content) in &self.directories {
+            let Some(shown) = visible.directories.get_mut(path) else { continue };
+            let links = content.former.iter().filter(|(_, target)| shown.chains.contains_key(*target));
+            let links: Vec<_> = links.map(|(name, target)| (name.clone(), target.clone())).collect();
+            shown.former.extend(links);
+        }
         count_chains(&mut visible);
         self.copy_invalidated(&mut visible, &places);
         visible

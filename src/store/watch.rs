@@ -7,6 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -14,7 +15,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::io::{Backend, Change, ChangeKind, Changes, Interrupt, OpenDirectory, WatchId};
+use crate::io::{
+    Backend, Change, ChangeKind, Changes, Interrupt, LocalDirectory, MountPoints, OpenDirectory, WatchId,
+};
 
 use super::Store;
 use super::control_dir::{LOCK_NAME, MARKER, is_own_name};
@@ -26,6 +29,9 @@ use super::resolve::StorePath;
 /// How long events are collected before they are handled.
 const GATHER: Duration = Duration::from_millis(100);
 
+/// Sub-directories with definitions that are watched, at most: one for each domain with snapshots.
+const MAX_DEFINITIONS: usize = 1000;
+
 /// The interval of retries after a failed scan.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -35,6 +41,8 @@ pub(super) struct Watches {
     directories: Mutex<HashMap<WatchId, StorePath>>,
     /// The directory of intents: changes there show other processes' commands.
     own: Mutex<HashSet<WatchId>>,
+    /// Directories with libvirt's definitions.
+    definitions: Mutex<HashSet<WatchId>>,
     /// Set when a directory could not be watched: then the store is scanned periodically.
     incomplete: AtomicBool,
 }
@@ -46,6 +54,7 @@ impl Watches {
             changes: backend.changes()?,
             directories: Mutex::default(),
             own: Mutex::default(),
+            definitions: Mutex::default(),
             incomplete: AtomicBool::new(false),
         })
     }
@@ -74,6 +83,21 @@ impl Watches {
         }
     }
 
+    /// Watches a directory with definitions, and its sub-directories. Without, they are read with each scan.
+    pub(super) fn add_definitions(&self, directory: &Path) {
+        let Ok(root) = LocalDirectory::open(directory) else { return };
+        let subs = std::fs::read_dir(directory).into_iter().flatten().flatten().take(MAX_DEFINITIONS);
+        let subs = subs.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let names = std::iter::once(PathBuf::new()).chain(subs.map(|entry| PathBuf::from(entry.file_name())));
+        for name in names {
+            if let Ok(Some(open)) = root.open_directory(&name, MountPoints::Skip)
+                && let Ok(watch) = self.changes.watch(&*open)
+            {
+                self.definitions.lock().insert(watch);
+            }
+        }
+    }
+
     /// Takes all news that are there.
     fn take(&self, found: &mut PendingChanges) {
         self.changes.take(&mut |change| self.hear(change, found));
@@ -84,6 +108,12 @@ impl Watches {
         if kind == ChangeKind::Gone {
             self.directories.lock().remove(&watch);
             self.own.lock().remove(&watch);
+            self.definitions.lock().remove(&watch);
+            return;
+        }
+        if self.definitions.lock().contains(&watch) {
+            // libvirt writes them anew and renames them. A directory comes with the first snapshot of a domain.
+            found.names |= !bytes.contains(&b'.') || bytes.ends_with(b".xml");
             return;
         }
         if self.own.lock().contains(&watch) {

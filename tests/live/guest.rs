@@ -4,22 +4,23 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead as _, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use support::command::Control;
+use support::cpio::Archive;
 use support::foreign::amount;
 use support::*;
 
 /// Emulation is slow, and so is a machine with much to do.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
+pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// As in `guest/init.c`.
-const BLOCK: u64 = 4096;
-const BLOCKS: u64 = 4096;
+pub(crate) const BLOCK: u64 = 4096;
+pub(crate) const BLOCKS: u64 = 4096;
 
 /// The kernel's modules for its disk, each after its dependencies.
 const MODULES: [&str; 6] = [
@@ -37,31 +38,6 @@ fn only_entry(dir: &Path, begins: &str) -> PathBuf {
         .map(|entry| entry.expect("an entry").path())
         .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(begins)));
     found.unwrap_or_else(|| panic!("{}: no {begins}; run tests/setup.sh", dir.display()))
-}
-
-/// An archive as the kernel unpacks it into its first file system (cpio, newc).
-#[derive(Default)]
-struct Archive(Vec<u8>);
-
-impl Archive {
-    fn add(&mut self, name: &str, mode: u32, content: &[u8]) {
-        let number = self.0.len();
-        let (len, name_len) = (content.len(), name.len() + 1);
-        let fields = [number, mode as usize, 0, 0, 1, 0, len, 0, 0, 0, 0, name_len, 0];
-        self.0.extend_from_slice(b"070701");
-        for field in fields {
-            self.0.extend_from_slice(format!("{field:08x}").as_bytes());
-        }
-        self.0.extend_from_slice(name.as_bytes());
-        self.0.push(0);
-        self.pad();
-        self.0.extend_from_slice(content);
-        self.pad();
-    }
-
-    fn pad(&mut self) {
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-    }
 }
 
 /// The guest's first file system: its one program and the modules.
@@ -82,56 +58,38 @@ fn initramfs(store: &Store, kernel: &Path) -> PathBuf {
         names.push(format!("/{name}\n"));
     }
     archive.add("modules", 0o100_644, names.concat().as_bytes());
-    archive.add("TRAILER!!!", 0, b"");
     let path = store.beside("initramfs");
-    fs::write(&path, archive.0).expect("room");
+    fs::write(&path, archive.finish()).expect("room");
     path
 }
 
-/// A virtual machine that ends with this.
-struct Machine {
-    child: Child,
-    console: Option<ChildStdin>,
+/// What boots the guest.
+pub(crate) struct Boot {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initramfs: PathBuf,
+    pub(crate) words: &'static str,
+}
+
+impl Boot {
+    pub(crate) fn new(store: &Store) -> Self {
+        let files = project().join("target/tools/kernel");
+        let kernel = only_entry(&files.join("boot"), "vmlinuz-");
+        let words = "console=ttyS0 quiet panic=-1 random.trust_cpu=on";
+        Self { kernel, initramfs: initramfs(store, &files), words }
+    }
+}
+
+/// The serial line of a guest.
+pub(crate) struct Console {
+    input: Box<dyn Write>,
     lines: Receiver<String>,
     said: String,
 }
 
-impl Machine {
-    fn new(store: &Store, disk: &Path, cache: &str) -> Self {
-        let kernel = project().join("target/tools/kernel");
-        let initramfs = initramfs(store, &kernel);
-        let mut drive = OsString::from("format=raw,if=virtio,file=");
-        drive.push(disk);
-        drive.push(format!(",cache={cache}"));
-        let child = Command::new("qemu-system-x86_64")
-            .args([
-                "-accel",
-                "tcg",
-                "-m",
-                "192",
-                "-nodefaults",
-                "-display",
-                "none",
-                "-serial",
-                "stdio",
-                "-no-reboot",
-            ])
-            .arg("-kernel")
-            .arg(only_entry(&kernel.join("boot"), "vmlinuz-"))
-            .arg("-initrd")
-            .arg(initramfs)
-            .args(["-append", "console=ttyS0 quiet panic=-1 random.trust_cpu=on"])
-            .arg("-drive")
-            .arg(drive)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .spawn()
-            .unwrap_or_else(|e| panic!("qemu-system-x86_64: {e}; run tests/setup.sh"));
+impl Console {
+    pub(crate) fn new(input: impl Write + 'static, output: impl Read + Send + 'static) -> Self {
         let (tell, lines) = channel();
-        let mut machine = Self { child, console: None, lines, said: String::new() };
-        machine.console = machine.child.stdin.take();
-        let mut output = BufReader::new(machine.child.stdout.take().expect("a pipe"));
+        let mut output = BufReader::new(output);
         thread::spawn(move || {
             let mut line = Vec::new();
             while output.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
@@ -141,11 +99,11 @@ impl Machine {
                 line.clear();
             }
         });
-        machine
+        Self { input: Box::new(input), lines, said: String::new() }
     }
 
     /// Waits until the guest prints `words`.
-    fn says(&mut self, words: &str, limit: Duration) -> String {
+    pub(crate) fn says(&mut self, words: &str, limit: Duration) -> String {
         let ends = Instant::now() + limit;
         loop {
             let left = ends.saturating_duration_since(Instant::now());
@@ -159,14 +117,51 @@ impl Machine {
         }
     }
 
-    /// Asks for the guest's verdict: the sum of what it synced.
-    fn verdict(mut self) -> (String, String) {
-        self.console.take().expect("a console").write_all(b"stop\n").expect("a guest that listens");
+    /// Asks for the guest's verdict: the sum of what it synced, and the whole line.
+    pub(crate) fn verdict(&mut self) -> (String, String) {
+        self.input.write_all(b"stop\n").expect("a guest that listens");
         let verdict = self.says("verdict: ", BOOT_LIMIT);
         assert!(verdict.contains("verdict: fine"), "{}", self.said);
         let sum = verdict.trim().rsplit(' ').next().expect("a sum").to_owned();
-        eventually("the machine goes", || self.child.try_wait().expect("a child of ours").is_some());
         (sum, verdict.trim().to_owned())
+    }
+}
+
+/// A virtual machine that ends with this.
+struct Machine {
+    child: Child,
+    console: Console,
+}
+
+impl Machine {
+    fn new(store: &Store, disk: &Path, cache: &str) -> Self {
+        let boot = Boot::new(store);
+        let mut drive = OsString::from("format=raw,if=virtio,file=");
+        drive.push(disk);
+        drive.push(format!(",cache={cache}"));
+        let mut child = Command::new("qemu-system-x86_64")
+            .args(["-accel", "tcg", "-m", "192", "-nodefaults", "-display", "none", "-serial", "stdio"])
+            .arg("-no-reboot")
+            .arg("-kernel")
+            .arg(boot.kernel)
+            .arg("-initrd")
+            .arg(boot.initramfs)
+            .args(["-append", boot.words])
+            .arg("-drive")
+            .arg(drive)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .unwrap_or_else(|e| panic!("qemu-system-x86_64: {e}; run tests/setup.sh"));
+        let (input, output) = (child.stdin.take().expect("a pipe"), child.stdout.take().expect("a pipe"));
+        Self { child, console: Console::new(input, output) }
+    }
+
+    fn verdict(mut self) -> (String, String) {
+        let verdict = self.console.verdict();
+        eventually("the machine goes", || self.child.try_wait().expect("a child of ours").is_some());
+        verdict
     }
 }
 
@@ -186,7 +181,7 @@ fn mix(mut x: u64) -> u64 {
 }
 
 /// The guest's sum, from the bytes of its disk, all of which are checked.
-fn sum(disk: &[u8]) -> String {
+pub(crate) fn sum(disk: &[u8]) -> String {
     let mut sum = 0;
     for (block, bytes) in (0..BLOCKS).zip(disk.chunks_exact(BLOCK as usize)) {
         let word =
@@ -209,7 +204,7 @@ fn a_guest_is_content(cache: &str, options: &str, seconds: u64) {
     let mount = Mount::new(&store);
     let control = Control::of(&mount, "web");
     let mut machine = Machine::new(&store, &mount.path("web/active.raw"), cache);
-    machine.says("at work", BOOT_LIMIT);
+    machine.console.says("at work", BOOT_LIMIT);
     let ends = Instant::now() + Duration::from_secs(seconds);
     let mut commands = 0;
     let mut round = 0;
@@ -232,7 +227,7 @@ fn a_guest_is_content(cache: &str, options: &str, seconds: u64) {
     }
     control.done("pull");
     let (want, verdict) = machine.verdict();
-    let snapshot_chain = mount.names(".");
+    let snapshot_chain = mount.top();
     println!("cache={cache} {options:?}: {commands} commands; {verdict}");
     mount.umount();
     assert!(
@@ -246,12 +241,14 @@ fn a_guest_is_content(cache: &str, options: &str, seconds: u64) {
     }
 }
 
+/// Without libvirt; `libvirt.rs` has the same with direct I/O.
 #[test]
+#[ignore = "libvirt's test has the same guest; see --long"]
 fn a_guest_with_direct_io_never_notices_commands_on_its_chain() {
     a_guest_is_content("none", "", amount(5, 300));
 }
 
 #[test]
 fn a_guest_with_host_cache_never_notices_commands_on_its_chain() {
-    a_guest_is_content("writeback", "cluster_size=4k", amount(5, 300));
+    a_guest_is_content("writeback", "cluster_size=4k", amount(3, 300));
 }

@@ -3,6 +3,7 @@
 mod guest;
 mod interruptions;
 mod killed;
+mod libvirt;
 mod model;
 mod verbs;
 mod waits;

@@ -40,6 +40,20 @@ fn probe(disk: &Path, at: u64, stop: &AtomicBool) -> Duration {
     slowest
 }
 
+/// Looks up a chain's directory until told to stop; returns the errors.
+fn look_up(chain: &Path, stop: &AtomicBool) -> Vec<String> {
+    let mut errors = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let looked = rustix::fs::mkdir(chain, rustix::fs::Mode::RWXU);
+        // EEXIST, and nothing else.
+        if looked != Err(rustix::io::Errno::EXIST) {
+            errors.push(format!("{looked:?}"));
+        }
+        thread::sleep(Duration::from_micros(200));
+    }
+    errors
+}
+
 /// Every kind of command; returns the name of the lowest layer afterwards, and their number.
 fn every_command(control: &Control, lowest: &str, round: usize) -> (String, usize) {
     let [a, b, c, d] = ["a", "b", "c", "d"].map(|letter| format!("{letter}{round}"));
@@ -130,6 +144,7 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
     let ends = Instant::now() + Duration::from_secs(seconds);
     thread::scope(|scope| {
         let probing = scope.spawn(|| probe(&active, size + 64 * KIB, &stop));
+        let looking = scope.spawn(|| look_up(&mount.path("web"), &stop));
         let writing = scope.spawn(|| {
             let mut runs = 0;
             while Instant::now() < ends && !stop.load(Ordering::Relaxed) {
@@ -153,6 +168,8 @@ fn fio_never_notices(options: &str, raw_base: bool, seconds: u64, words: &[&str]
         drop(stopping);
         let (runs, slowest) =
             (writing.join().expect("fio finds nothing"), probing.join().expect("the prober"));
+        let errors = looking.join().expect("the lookups");
+        assert!(errors.is_empty(), "{} lookups failed: {:?}", errors.len(), &errors[..1]);
         assert!(rounds > 0 && runs > 0);
         let slowest = slowest.as_millis();
         println!(

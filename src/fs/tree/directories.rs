@@ -6,11 +6,12 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::store::{Catalog, ChainView, ImageIndex, STORE_DIRECTORY, ViewId, stale};
+use crate::report::store as report;
+use crate::store::{Catalog, ChainView, ImageIndex, README, STORE_DIRECTORY, ViewId, stale};
 
 use super::super::control::{CONTROL, ControlScope};
 use super::super::guest_numbers::GuestNode;
@@ -69,13 +70,23 @@ impl MountTree {
         Ok(Directory::Nodes(match node {
             Node::Root => {
                 let path = Arc::default();
-                let store: Box<dyn Entries> = Box::new(One(OsStr::from_bytes(STORE_DIRECTORY), Node::Store));
+                let readme = OsStr::from_bytes(README);
+                // No chain has this name, but a directory of the store may.
+                let is_taken = catalog
+                    .directories
+                    .get(Path::new(""))
+                    .is_some_and(|root| root.directories.contains(readme));
+                let readme =
+                    (!is_taken).then(|| (readme.to_owned(), Node::StoreDocument(StoreDocument::Readme)));
+                let own =
+                    [(OsStr::from_bytes(STORE_DIRECTORY).to_owned(), Node::Store)].into_iter().chain(readme);
+                let own: Box<dyn Entries> = Box::new(Listed(own.collect()));
                 let content = if catalog.single.is_some() {
                     self.chain_entries(catalog, &path)
                 } else {
                     Box::new(StoreContent { catalog, path })
                 };
-                Box::new(Joined([store, content]))
+                Box::new(Joined([own, content]))
             }
             Node::Directory(path) => Box::new(StoreContent { catalog, path: Arc::clone(path) }),
             Node::Store => Box::new(Joined([
@@ -121,6 +132,7 @@ impl MountTree {
             | Node::Partition(_)
             | Node::VolumeList(_)
             | Node::VolumeProblem(..)
+            | Node::FormerName(_)
             | Node::RootLink(_) => return Ok(Directory::None),
         }))
     }
@@ -157,11 +169,11 @@ impl MountTree {
 
     fn has_document(&self, catalog: &Catalog, leaf: ImageIndex, document: ChainDocument) -> bool {
         match document {
-            ChainDocument::Problem => {
-                self.documents.of_chain(&self.store, catalog, leaf, document, &|_| None).is_some()
-            }
+            ChainDocument::Problem => report::chain_problem(catalog, leaf).is_some(),
             ChainDocument::OperatingSystem => self.guest_options.shown,
-            ChainDocument::Chain | ChainDocument::TreeText | ChainDocument::TreeSvg => true,
+            ChainDocument::Chain | ChainDocument::Page | ChainDocument::TreeText | ChainDocument::TreeSvg => {
+                true
+            }
         }
     }
 }
@@ -249,7 +261,10 @@ impl Entries for StoreContent {
         if content.directories.contains(name) {
             return Ok(Some(Node::Directory(path())));
         }
-        Ok(content.chains.contains_key(name).then(|| Node::Chain(path())))
+        if content.chains.contains_key(name) {
+            return Ok(Some(Node::Chain(path())));
+        }
+        Ok(content.former.contains_key(name).then(|| Node::FormerName(path())))
     }
 
     fn list(&self, found: &mut Vec<NamedNode>) -> Result<()> {
@@ -258,6 +273,7 @@ impl Entries for StoreContent {
         let path = |name: &OsString| Arc::new(self.path.join(name));
         found.extend(content.directories.iter().map(|name| (name.clone(), Node::Directory(path(name)))));
         found.extend(content.chains.keys().map(|name| (name.clone(), Node::Chain(path(name)))));
+        found.extend(content.former.keys().map(|name| (name.clone(), Node::FormerName(path(name)))));
         Ok(())
     }
 }

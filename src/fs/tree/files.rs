@@ -34,7 +34,7 @@ impl MountTree {
         if access.writes()
             && let Node::View(view) | Node::Partition(PartitionNode { view, .. }) = &node
         {
-            self.check_write(caller, view)?;
+            self.check_write(caller, &node, view)?;
         }
         let handle = match node {
             Node::StoreDocument(StoreDocument::Chains) => {
@@ -70,10 +70,11 @@ impl MountTree {
         Ok((self.handles.add(handle.clone(), seen), handle))
     }
 
-    /// Checks that the caller may write a disk.
-    pub(in crate::fs) fn check_write(&self, caller: &Caller, id: &ViewId) -> Result<()> {
+    /// Checks that the caller may write a disk, or a partition of it.
+    pub(in crate::fs) fn check_write(&self, caller: &Caller, node: &Node, id: &ViewId) -> Result<()> {
         let viewer = self.rights.viewer(caller);
-        if viewer.subject().is_none() {
+        let Some(subject) = viewer.subject() else { return Ok(()) };
+        if self.labels.is_given_to(node, subject.uid) {
             return Ok(());
         }
         let found = self.store.find_view(id)?;

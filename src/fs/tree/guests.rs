@@ -5,7 +5,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -16,6 +16,7 @@ use crate::report::safe::terminal;
 use crate::report::{os, volumes};
 use crate::store::{Access, ViewId, stale};
 
+use super::super::access::Viewer;
 use super::super::attributes::{Attributes, modified, time};
 use super::super::guest_file::{GuestDirectory, GuestFile};
 use super::super::guest_numbers::{self, GuestNode};
@@ -24,7 +25,7 @@ use super::super::links;
 use super::super::mounted_volumes::MountedVolume;
 use super::super::node::{ChainDocument, Node, NodeKind, PartitionNode};
 use super::super::partition_range::PartitionRange;
-use super::{MountTree, leaf};
+use super::{MountTree, former_target, leaf};
 
 /// Attributes with the guest's text of a rewritten link. The kernel allows no `user.` attributes on symbolic
 /// links.
@@ -40,11 +41,12 @@ pub struct GuestOptions {
 }
 
 impl MountTree {
-    /// The views of a chain whose disks can be browsed.
-    fn inner_views(&self, chain: &Arc<PathBuf>) -> Result<Vec<ViewId>> {
+    /// The view of a chain that its guest is looked for in: the active disk, or the topmost readable one.
+    fn first_view(&self, chain: &Arc<PathBuf>) -> Result<Option<ViewId>> {
         let catalog = self.store.catalog();
         let views = self.store.chain_views(&catalog, leaf(&catalog, chain)?);
-        Ok(views.views.iter().map(|view| self.store.view_id(&catalog, chain, &views, view, false)).collect())
+        let first = views.views.first();
+        Ok(first.map(|view| self.store.view_id(&catalog, chain, &views, view, false)))
     }
 
     /// The partitions of a view, with their names.
@@ -83,8 +85,9 @@ impl MountTree {
         crossing: Option<Crossing>,
     ) -> GuestNode {
         if let Some(Crossing { subvolume, ino }) = crossing
-            && let Ok(slot) = self.slots.within(slot, subvolume)
+            && let Ok((slot, inner)) = self.slots.within(slot, subvolume)
         {
+            inner.note_above(self.guest_number(parent));
             return GuestNode { slot, depth: 0, ino };
         }
         let depth = match kind {
@@ -152,6 +155,7 @@ impl MountTree {
                 let stat = self.store.stat_now(found.image());
                 let owner =
                     self.rights.restrict(self.ownership.of_contents(&stat), &found.catalog, found.layers());
+                let owner = self.with_way_to_given(node, owner);
                 Ok(Attributes::plain(inode, NodeKind::Directory, (0, 0), modified(&stat), owner))
             }
             Node::Partition(partition) => {
@@ -198,7 +202,7 @@ impl MountTree {
 
     /// The text of `info/os.txt`: about the active disk, or the topmost readable one.
     pub(super) fn os_text(&self, chain: &Arc<PathBuf>) -> Result<Arc<[u8]>> {
-        let Some(view) = self.inner_views(chain)?.into_iter().next() else {
+        let Some(view) = self.first_view(chain)? else {
             return Ok(Arc::from(&b"no disk of this chain can be read\n"[..]));
         };
         let inside = self.browser.contents(&view, PointInTime::First)?;
@@ -207,11 +211,22 @@ impl MountTree {
 
     /// Its length if it is known, else 0: listing a directory must not read disks.
     pub(super) fn os_text_len(&self, chain: &Arc<PathBuf>) -> u64 {
-        let view = self.inner_views(chain).ok().and_then(|views| views.into_iter().next());
+        let view = self.first_view(chain).ok().flatten();
         let inside = view.and_then(|view| self.browser.known_contents(&view));
         inside
             .and_then(|inside| inside.known_operating_systems().map(|found| os::text(found).len() as u64))
             .unwrap_or(0)
+    }
+
+    /// The first system of a chain's guest, in a few words, if it was looked for before and this user may
+    /// read the disk.
+    pub(super) fn known_system(&self, viewer: &Viewer, chain: &Path) -> Option<String> {
+        let chain = Arc::new(chain.to_path_buf());
+        let view = self.first_view(&chain).ok()??;
+        let inside = self.browser.known_contents(&view)?;
+        let name = os::brief(inside.known_operating_systems()?);
+        self.check_read(viewer, &Node::FilesOf(view), false).ok()?;
+        Some(name)
     }
 
     fn root_target(&self, view: &ViewId) -> Result<Vec<u8>> {
@@ -224,6 +239,7 @@ impl MountTree {
     pub fn read_link(&self, inode: u64) -> Result<Vec<u8>> {
         match self.node(inode)? {
             Node::RootLink(view) => self.root_target(&view),
+            Node::FormerName(path) => former_target(&self.store.catalog(), &path),
             Node::Guest(node) => {
                 let slot = self.slots.get(node.slot)?;
                 let target = slot.inside.read_link(slot.tree, node.ino)?;

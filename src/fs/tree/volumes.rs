@@ -30,6 +30,7 @@ impl Volumes<'_> {
     /// The root of a tree; an error if it cannot be mounted.
     fn root(&self, inside: &Arc<DiskContents>, tree: TreeId) -> Result<Node> {
         let (slot, found) = self.tree.slots.of(inside, tree)?;
+        found.note_above(self.tree.inodes.number(&Node::FilesOf(self.view.clone())));
         Ok(Node::Guest(GuestNode { slot, depth: 0, ino: found.mounted.root }))
     }
 

@@ -174,9 +174,11 @@ fn prepare(
     path: &Path,
     layers: &CommitRange,
     mut base: JobImage,
-    intent: OwnedIntent<CommitOperation>,
+    mut intent: OwnedIntent<CommitOperation>,
 ) -> BegunCommit {
     let store = context.store();
+    // X3: no layer but base gets other bytes.
+    intent.change_files(store, &scan.catalog, Some(scan.image(layers.base).stat.id));
     let begun = (|| {
         store.rescan()?;
         let mut refusals = Vec::new();

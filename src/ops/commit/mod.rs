@@ -33,6 +33,7 @@ use super::plan::{Plan, PlanLayer};
 use super::refusals;
 use super::removal;
 use super::scanned_store::{ScannedChain, ScannedStore, beside};
+use super::virsh::DomainDisk;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec};
 
 pub(super) use job::{begin, begin_with, examine, resume};
@@ -97,6 +98,15 @@ impl Command for CommitRequest {
 
     fn discards(&self) -> Discards {
         Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
+    }
+
+    fn virsh(&self, disk: &DomainDisk<'_>) -> Option<String> {
+        let top = disk.layer(self.top.as_deref())?;
+        let base = match &self.base {
+            Some(name) => disk.layer(Some(name))?,
+            None => top + 1,
+        };
+        disk.commit(top, base)
     }
 
     fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {

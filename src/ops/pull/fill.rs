@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::image::Mapping;
 use crate::image::write::{BackingDisk, FilePlace, Fill};
 use crate::store::Store;
-use crate::units::{BlockStatus, HostOffset, Run};
+use crate::units::{BlockStatus, HostOffset, Run, are_zero};
 
 /// Bytes compared at once.
 const COMPARED: u64 = 256 << 10;
@@ -252,7 +252,7 @@ fn compare(
     for (before, after) in before.chunks(GRAIN).zip(after.chunks(GRAIN)) {
         let wanted = if before == after {
             None
-        } else if before.iter().all(|byte| *byte == 0) {
+        } else if are_zero(before) {
             Some(BlockStatus::Zero)
         } else {
             Some(BlockStatus::Data)

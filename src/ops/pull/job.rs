@@ -102,7 +102,11 @@ pub(in crate::ops) fn begin_with(
     let name = context.intent_name();
     let intent = store.guard().begin(&*store.guard_names(), &name, &Intent::new(command, path, operation));
     match intent.and_then(|intent| store.rescan().map(|_| intent)) {
-        Ok(intent) => Ok(ready.with(intent)),
+        Ok(mut intent) => {
+            // X3: no layer gets other bytes.
+            intent.change_files(store, &scan.catalog, None);
+            Ok(ready.with(intent))
+        }
         Err(error) => {
             for part in ready.parts {
                 part.restore_backing()?;

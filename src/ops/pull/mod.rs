@@ -28,6 +28,7 @@ use super::plan::Plan;
 use super::refusals;
 use super::removal;
 use super::scanned_store::{ScannedChain, ScannedStore};
+use super::virsh::DomainDisk;
 use super::words::{Discards, LineBuilder, ParsedWords, VerbSpec};
 
 pub(super) use fill::Filling;
@@ -94,6 +95,14 @@ impl Command for PullRequest {
 
     fn discards(&self) -> Discards {
         Discards { internal: self.discard_internal, bitmaps: self.discard_bitmaps }
+    }
+
+    fn virsh(&self, disk: &DomainDisk<'_>) -> Option<String> {
+        let base = match &self.base {
+            Some(name) => Some(disk.layer(Some(name))?),
+            None => None,
+        };
+        (disk.layer(self.into.as_deref())? == 0).then(|| disk.pull(base)).flatten()
     }
 
     fn plan(&self, context: &Context, scan: &ScannedStore, chain: &Path) -> Result<(Plan, TouchedImages)> {
