@@ -4,6 +4,7 @@
 //! is the size that is read.
 
 use std::num::NonZero;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,9 +13,10 @@ use jiff::tz::TimeZone;
 use lru::LruCache;
 use parking_lot::Mutex;
 
+use super::kernel_map::KernelMapStatistics;
 use crate::report::metrics::{MetricKind, Metrics};
 use crate::report::text::TextOptions;
-use crate::report::{json, store as report, svg, text, trash};
+use crate::report::{html, json, store as report, svg, text, trash};
 use crate::store::{Catalog, ImageIndex, Store, TrashItem};
 
 use super::node::{ChainDocument, StoreDocument};
@@ -96,22 +98,27 @@ impl InfoFiles {
         store: &Store,
         catalog: &Catalog,
         document: StoreDocument,
-        shares: &report::Shares<'_>,
-        live: impl FnOnce() -> String,
+        live: &report::Live<'_>,
+        metrics: impl FnOnce() -> String,
         may_see: &dyn Fn(&TrashItem) -> bool,
     ) -> Arc<[u8]> {
+        let shares = |chain: &Path| report::share(live, chain);
         let make = || match document {
             StoreDocument::TreeText => {
-                text::forest(&report::forest_with_progress(store, catalog, shares), &TextOptions::local())
+                text::forest(&report::forest_with_progress(store, catalog, &shares), &TextOptions::local())
             }
-            StoreDocument::TreeSvg => {
-                svg::forest(&report::forest_with_progress(store, catalog, shares), &TimeZone::system(), false)
-            }
+            StoreDocument::TreeSvg => svg::forest(
+                &report::forest_with_progress(store, catalog, &shares),
+                &TimeZone::system(),
+                false,
+            ),
+            StoreDocument::Page => html::page(&report::store_page(store, catalog, live)),
+            StoreDocument::Readme => report::readme(store, catalog, live),
             StoreDocument::Problems => report::problems_text(catalog) + &report::locked_text(store, catalog),
             StoreDocument::Chains | StoreDocument::Metrics | StoreDocument::Trash => String::new(),
         };
         match document {
-            StoreDocument::Metrics => return live().into_bytes().into(),
+            StoreDocument::Metrics => return metrics().into_bytes().into(),
             StoreDocument::Trash => {
                 let text = match store.trash() {
                     Ok(mut items) => {
@@ -124,8 +131,10 @@ impl InfoFiles {
             }
             _ => {}
         }
-        let shows_locks =
-            matches!(document, StoreDocument::TreeText | StoreDocument::TreeSvg | StoreDocument::Problems);
+        let shows_locks = matches!(
+            document,
+            StoreDocument::TreeText | StoreDocument::TreeSvg | StoreDocument::Page | StoreDocument::Problems
+        );
         self.get((self.subject(catalog, shows_locks), None, Some(document)), make)
     }
 
@@ -136,25 +145,28 @@ impl InfoFiles {
         catalog: &Catalog,
         leaf: ImageIndex,
         document: ChainDocument,
-        shares: &report::Shares<'_>,
+        live: &report::Live<'_>,
     ) -> Option<Arc<[u8]>> {
+        let shares = |chain: &Path| report::share(live, chain);
         if document == ChainDocument::Problem {
             return report::chain_problem(catalog, leaf).map(|text| text.into_bytes().into());
         }
         let make = || match document {
             ChainDocument::Chain => json::pretty(&report::chain_info_in_short(store, catalog, leaf)),
             ChainDocument::TreeText => text::forest(
-                &report::chain_forest_with_progress(store, catalog, leaf, shares),
+                &report::chain_forest_with_progress(store, catalog, leaf, &shares),
                 &TextOptions::local(),
             ),
             ChainDocument::TreeSvg => svg::forest(
-                &report::chain_forest_with_progress(store, catalog, leaf, shares),
+                &report::chain_forest_with_progress(store, catalog, leaf, &shares),
                 &TimeZone::system(),
                 false,
             ),
+            ChainDocument::Page => html::page(&report::chain_page(store, catalog, leaf, live)),
             ChainDocument::Problem | ChainDocument::OperatingSystem => String::new(),
         };
-        let shows_locks = matches!(document, ChainDocument::TreeText | ChainDocument::TreeSvg);
+        let shows_locks =
+            matches!(document, ChainDocument::TreeText | ChainDocument::TreeSvg | ChainDocument::Page);
         Some(self.get((self.subject(catalog, shows_locks), Some((leaf, document)), None), make))
     }
 
@@ -184,6 +196,7 @@ pub(super) fn metrics(
     counters: &Counters,
     open: usize,
     inodes: usize,
+    kernel_maps: KernelMapStatistics,
 ) -> String {
     let (tables, clusters, maps, descriptors) = store.usage();
     let mut metrics = Metrics::new();
@@ -202,6 +215,7 @@ pub(super) fn metrics(
     );
     counter("chainfs_opens_total", "Disks opened.", &counters.opens);
     counter("chainfs_errors_total", "Requests answered with an error.", &counters.errors);
+    counter("chainfs_kernel_maps_total", "Kernel maps made.", &AtomicU64::new(kernel_maps.made));
     let mut gauge = |name, help: &str, value: usize| {
         metrics.family(name, MetricKind::Gauge, help).sample(&[], value);
     };
@@ -212,6 +226,9 @@ pub(super) fn metrics(
     gauge("chainfs_open_handles", "Files and directories open in the mount.", open);
     gauge("chainfs_inodes", "Inode numbers given so far.", inodes);
     gauge("chainfs_writers", "Active disks that are being written.", writers);
+    gauge("chainfs_kernel_maps", "Disks that the kernel can read by itself now.", kernel_maps.maps as usize);
+    let help = "Bytes on disk of these maps.";
+    gauge("chainfs_kernel_map_bytes", help, kernel_maps.bytes as usize);
     gauge("chainfs_open_files", "Image files open now.", descriptors);
     metrics
         .family("chainfs_cache_bytes", MetricKind::Gauge, "Bytes held in caches.")

@@ -121,6 +121,10 @@ struct NodeObject<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     actual_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    shared_size: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    freed_if_deleted: Option<i64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     chain: Option<&'a str>,
     #[serde(skip_serializing_if = "<[String]>::is_empty")]
     flags: &'a [String],
@@ -156,6 +160,8 @@ impl<'a> NodeObject<'a> {
             },
             date: node.date.and_then(time::rfc3339),
             actual_size: node.own_size,
+            shared_size: node.sharing.map(|sharing| sharing.shared),
+            freed_if_deleted: node.sharing.and_then(|sharing| sharing.freed),
             chain: node.chain.as_deref(),
             flags: &node.flags,
             children: &node.children,

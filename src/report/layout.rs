@@ -134,8 +134,9 @@ fn children(tree: &BackingTree) -> Vec<Vec<usize>> {
     children
 }
 
-/// For each node the child that continues in its column: the one with the longest chain above it. Among
-/// equals: the one that leads to the titular chain, then to an active disk, then the first by name.
+/// For each node the child that continues in its column: one that leads to more than leaves that were left
+/// behind, with the longest chain above it. Among equals: the one that leads to the titular chain, then to an
+/// active disk, then the first by name.
 fn main_children(tree: &BackingTree, children: &[Vec<usize>]) -> Vec<Option<usize>> {
     let mut order = Vec::from_iter((tree.root < tree.nodes.len()).then_some(tree.root));
     let mut next = 0;
@@ -143,7 +144,7 @@ fn main_children(tree: &BackingTree, children: &[Vec<usize>]) -> Vec<Option<usiz
         order.extend(&children[node]);
         next += 1;
     }
-    let mut rank = vec![(0usize, false, false); tree.nodes.len()];
+    let mut rank = vec![(false, 0usize, false, false); tree.nodes.len()];
     let mut main = vec![None; tree.nodes.len()];
     for &node in order.iter().rev() {
         let best = children[node]
@@ -153,10 +154,11 @@ fn main_children(tree: &BackingTree, children: &[Vec<usize>]) -> Vec<Option<usiz
             .max_by(|a, b| {
                 rank[*a].cmp(&rank[*b]).then_with(|| tree.nodes[*b].name.cmp(&tree.nodes[*a].name))
             });
-        let (depth, titular, active) = best.map_or((0, false, false), |best| rank[best]);
         let own = &tree.nodes[node];
+        let (used, depth, titular, active) =
+            best.map_or((!own.is_left_behind, 0, false, false), |best| rank[best]);
         let is_titular = own.chain.as_deref() == Some(tree.title.as_str());
-        rank[node] = (depth + 1, titular || is_titular, active || own.mark == NodeMark::Active);
+        rank[node] = (used, depth + 1, titular || is_titular, active || own.mark == NodeMark::Active);
         main[node] = best;
     }
     main
@@ -233,5 +235,10 @@ mod tests {
         assert_eq!(last(&tree), "x");
         tree.add(0, TreeNode { chain: Some("b".into()), ..plain("y") });
         assert_eq!(last(&tree), "y");
+        let deep = tree.add(0, plain("deep"));
+        tree.add(deep, TreeNode { is_left_behind: true, ..plain("left") });
+        assert_eq!(last(&tree), "y", "a leaf that was left behind is never the main one");
+        tree.add(deep, plain("right"));
+        assert_eq!(last(&tree), "right");
     }
 }

@@ -21,6 +21,21 @@ pub fn text(systems: &[OperatingSystem]) -> String {
     parts.join("\n")
 }
 
+/// The first system in a few words: its name, and that of the host.
+pub fn brief(systems: &[OperatingSystem]) -> String {
+    let Some(first) = systems.first() else { return "no system found".to_owned() };
+    let name = match (&first.pretty_name, &first.name, &first.version) {
+        (Some(pretty), ..) => pretty.clone(),
+        (None, Some(name), Some(version)) => format!("{name} {version}"),
+        (None, Some(name), None) => name.clone(),
+        (None, None, _) => first.id.clone().unwrap_or_else(|| "unknown system".to_owned()),
+    };
+    match &first.host_name {
+        Some(host) => format!("{} ({})", terminal(&name), terminal(host)),
+        None => terminal(&name),
+    }
+}
+
 fn system(found: &OperatingSystem) -> String {
     let mut text = String::new();
     let mut line = |key: &str, value: Option<&str>| {

@@ -6,6 +6,8 @@
 
 use std::fmt::Write as _;
 
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
+
 use crate::error::{escaped, is_plain, printable};
 
 /// `text` for a terminal: control, invisible and reordering characters become `\x1b` or `\u{202e}`.
@@ -52,6 +54,37 @@ pub fn xml(text: &str) -> String {
     safe
 }
 
+/// A path, as any bytes, as the path of a URL: nothing in it has a meaning to a browser.
+pub fn url(path: &[u8]) -> String {
+    let mut safe = String::with_capacity(path.len());
+    for byte in path {
+        if byte.is_ascii_alphanumeric() || b"-._~/@".contains(byte) {
+            safe.push(char::from(*byte));
+        } else {
+            let _ = write!(safe, "%{byte:02X}");
+        }
+    }
+    safe
+}
+
+/// A text of at most `most` columns that ends in an ellipsis if it was cut. Safe for a terminal.
+pub fn clipped(text: &str, most: usize) -> String {
+    let text = terminal(text);
+    if text.width() <= most {
+        return text;
+    }
+    let (mut short, mut width) = (String::new(), 0);
+    for c in text.chars() {
+        width += c.width().unwrap_or(0);
+        if width + 1 > most {
+            break;
+        }
+        short.push(c);
+    }
+    short.push('…');
+    short
+}
+
 /// `text` within the double quotes of a Graphviz string, shown literally: escapes such as `\N` or `\l` have
 /// no effect.
 pub fn dot(text: &str) -> String {
@@ -69,6 +102,21 @@ mod tests {
         assert_eq!(terminal("Füße 日本"), "Füße 日本");
         assert_eq!(terminal_bytes(b"a\xff\x07\xc3\xbc"), "a\\xff\\x07ü");
         assert_eq!(ascii("Füße"), "F\\u{fc}\\u{df}e");
+    }
+
+    #[test]
+    fn paths_are_urls_byte_by_byte() {
+        assert_eq!(url(b"a/snapshots/x@y.raw"), "a/snapshots/x@y.raw");
+        assert_eq!(url(b"a b%2F#?:\"<\n\xff"), "a%20b%252F%23%3F%3A%22%3C%0A%FF");
+        assert_eq!(url("ü\\".as_bytes()), "%C3%BC%5C");
+    }
+
+    #[test]
+    fn long_texts_end_in_an_ellipsis() {
+        assert_eq!(clipped("abcd", 4), "abcd");
+        assert_eq!(clipped("abcde", 4), "abc…");
+        assert_eq!(clipped("日本語", 4), "日…");
+        assert_eq!(clipped("\u{202e}", 4), "\\u{…");
     }
 
     #[test]

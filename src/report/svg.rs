@@ -17,6 +17,8 @@ const STEP: usize = 22;
 const MARGIN: usize = 20;
 /// Tenths of a pixel of one column of 13 px monospace, rounded up.
 const CHAR_TENTHS: usize = 80;
+/// The same of a title, which is larger.
+const TITLE_CHAR_TENTHS: usize = 87;
 const NAME_CHARS_MAX: usize = 48;
 
 const STYLE: &str = "\
@@ -24,9 +26,10 @@ svg{background:#fff;color:#1f2328;font:13px ui-monospace,Menlo,Consolas,'DejaVu 
 text{fill:currentColor;white-space:pre}.title{font-weight:700;font-size:14px}\
 .dim{fill:#656d76}.flag{fill:#0969da}.line{fill:none;stroke:#8c959f;stroke-width:2}\
 .frozen{fill:#6e7781}.internal{fill:#fff;stroke:#6e7781;stroke-width:2}\
-.active{fill:#1a7f37}.broken{fill:#cf222e}.fold{fill:#fff;stroke:#8c959f;stroke-width:2;stroke-dasharray:2 3}\
+.active{fill:#1a7f37}.broken{fill:none;stroke:#cf222e;stroke-width:3}\
+.fold{fill:#fff;stroke:#8c959f;stroke-width:2;stroke-dasharray:2 3}\
 @media(prefers-color-scheme:dark){svg{background:#0d1117;color:#e6edf3}.dim{fill:#8d96a0}.flag{fill:#58a6ff}\
-.internal,.fold{fill:#0d1117}.active{fill:#3fb950}.broken{fill:#f85149}}";
+.internal,.fold{fill:#0d1117}.active{fill:#3fb950}.broken{stroke:#f85149}}";
 
 /// All trees of `forest` in one picture, one below the other.
 pub fn forest(forest: &Forest, zone: &TimeZone, full: bool) -> String {
@@ -62,7 +65,7 @@ struct Label {
 
 impl Canvas {
     fn tree(&mut self, tree: &BackingTree, zone: &TimeZone, full: bool) {
-        let options = TextOptions { full, ascii: false, zone: zone.clone() };
+        let options = TextOptions { full, ascii: false, color: false, zone: zone.clone() };
         let title = summary(tree, &options);
         self.y += ROW / 2;
         self.text(MARGIN, self.y, "title", &title);
@@ -103,11 +106,19 @@ impl Canvas {
                         "<path class=\"active\" d=\"M{at} {up}L{right} {y}L{at} {down}L{left} {y}z\"/>"
                     )
                 }
+                "broken" => {
+                    let (left, right, up, down) = (at - 5, at + 5, y - 5, y + 5);
+                    write!(
+                        self.body,
+                        "<path class=\"broken\" d=\"M{left} {up}L{right} {down}M{right} {up}L{left} \
+                         {down}\"/>"
+                    )
+                }
                 "fold" => write!(self.body, "<circle class=\"fold\" cx=\"{at}\" cy=\"{y}\" r=\"5\"/>"),
                 class => write!(self.body, "<circle class=\"{class}\" cx=\"{at}\" cy=\"{y}\" r=\"5\"/>"),
             };
             let base = y + 4;
-            self.text(at + 14, base, "", &clipped(&label.name));
+            self.text(at + 14, base, "", &safe::clipped(&label.name, NAME_CHARS_MAX));
             self.text(kinds, base, "dim", label.kind);
             self.text(dates, base, "dim", &label.date);
             let size_x = sizes_end.saturating_sub(chars(label.size.width()));
@@ -139,7 +150,8 @@ impl Canvas {
             return;
         }
         let text = safe::terminal(text);
-        self.width = self.width.max(x + chars(text.width()));
+        let tenths = if class == "title" { TITLE_CHAR_TENTHS } else { CHAR_TENTHS };
+        self.width = self.width.max(x + (text.width() * tenths).div_ceil(10));
         let class = if class.is_empty() { String::new() } else { format!(" class=\"{class}\"") };
         let _ = write!(self.body, "<text x=\"{x}\" y=\"{y}\"{class}>{}</text>", safe::xml(&text));
     }
@@ -192,23 +204,6 @@ fn x(column: usize) -> usize {
 
 fn chars(count: usize) -> usize {
     (count * CHAR_TENTHS).div_ceil(10)
-}
-
-/// A name that fits its column, with an ellipsis if it was cut.
-fn clipped(name: &str) -> String {
-    let name = safe::terminal(name);
-    if name.width() <= NAME_CHARS_MAX {
-        return name;
-    }
-    let mut short = String::new();
-    for c in name.chars() {
-        if short.width() + 2 > NAME_CHARS_MAX {
-            break;
-        }
-        short.push(c);
-    }
-    short.push('…');
-    short
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! layers needs no deep recursion. The renderings ([`super::text`], [`super::svg`], [`super::dot`],
 //! [`super::json`]) accept any values: they skip duplicate and invalid indices, and never fail.
 
+use std::cmp::Reverse;
 use std::time::SystemTime;
 
 /// Every tree of a store.
@@ -11,6 +12,31 @@ use std::time::SystemTime;
 pub struct Forest {
     /// One for each base, in display order.
     pub trees: Vec<BackingTree>,
+}
+
+/// The order of trees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TreeOrder {
+    /// By title.
+    #[default]
+    Name,
+    /// The tree with the latest layer or internal snapshot first.
+    Date,
+    /// The tree with the most bytes on disk first.
+    Size,
+}
+
+impl Forest {
+    /// Sorts the trees; those that are equal in that, by title. The layers of a tree keep their order.
+    pub fn sort(&mut self, order: TreeOrder) {
+        let latest = |tree: &BackingTree| tree.nodes.iter().filter_map(|node| node.date).max();
+        self.trees.sort_by(|a, b| a.title.cmp(&b.title));
+        match order {
+            TreeOrder::Name => {}
+            TreeOrder::Date => self.trees.sort_by_key(|tree| Reverse(latest(tree))),
+            TreeOrder::Size => self.trees.sort_by_key(|tree| Reverse(tree.on_disk)),
+        }
+    }
 }
 
 /// A base and all its overlays.
@@ -47,12 +73,30 @@ pub struct TreeNode {
     pub date: Option<SystemTime>,
     /// Bytes on disk of its file; `None` for internal snapshots and missing files.
     pub own_size: Option<u64>,
+    /// Its index among the images of the catalog; `None` for internal snapshots and missing files.
+    pub image: Option<usize>,
+    /// What sharing and deleting it means, if that was asked for.
+    pub sharing: Option<Sharing>,
+    /// Of an internal snapshot: the index of its image, and its own in that image's table.
+    pub snapshot: Option<(usize, usize)>,
     /// Further properties: "writable", `locked by qemu[4711]`, "missing", "shared by 3".
     pub flags: Vec<String>,
+    /// Whether it is a leaf that a domain left behind.
+    pub is_left_behind: bool,
     /// The chain whose leaf it is.
     pub chain: Option<String>,
     /// Indices of its overlays and internal snapshots.
     pub children: Vec<usize>,
+}
+
+/// What other chains have of a layer, and what its deletion frees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sharing {
+    /// Bytes on disk of its file that other chains need as well.
+    pub shared: u64,
+    /// Bytes on disk that its deletion would free; negative if copies for several overlays need more. `None`
+    /// if it cannot be deleted at present, or if that is not known.
+    pub freed: Option<i64>,
 }
 
 /// The role of a node in its chain.
@@ -120,7 +164,11 @@ impl TreeNode {
             kind,
             date: None,
             own_size: None,
+            image: None,
+            sharing: None,
+            snapshot: None,
             flags: Vec::new(),
+            is_left_behind: false,
             chain: None,
             children: Vec::new(),
         }
@@ -215,5 +263,20 @@ mod tests {
     fn layers_branches_and_internal_snapshots_are_counted() {
         let tree = sample::web01();
         assert_eq!((tree.layer_count, tree.branch_count, tree.internal_count), (31, 2, 1));
+    }
+
+    #[test]
+    fn trees_are_ordered_by_name_date_or_size() {
+        let tree = |title: &str, day, tenths| {
+            let mut tree = BackingTree::new(title, sample::layer("base", TreeNodeKind::Raw, day, 0, tenths));
+            tree.count();
+            tree
+        };
+        let mut forest = Forest { trees: vec![tree("c", 2, 1), tree("a", 1, 3), tree("b", 2, 2)] };
+        for (order, titles) in [(TreeOrder::Date, "bca"), (TreeOrder::Size, "abc"), (TreeOrder::Name, "abc")]
+        {
+            forest.sort(order);
+            assert_eq!(forest.trees.iter().map(|tree| tree.title.as_str()).collect::<String>(), titles);
+        }
     }
 }

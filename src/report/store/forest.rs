@@ -3,18 +3,17 @@
 //! A missing backing file is drawn as a base of its own, under every image that refers to it. The chain with
 //! the most layers is drawn straight and names the tree.
 
-use std::collections::HashMap;
-use std::os::unix::ffi::OsStrExt;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use crate::format::Snapshot;
 use crate::io::{LockHolder, ObjectId, WRITER_BYTE, all_lock_holders};
 use crate::report::safe;
-use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind};
+use crate::report::tree::{BackingTree, Forest, NodeMark, TreeNode, TreeNodeKind, TreeOrder};
 use crate::store::{
-    ACTIVE, BackingLink, BrokenLink, Catalog, DetectedContent, Effects, Format, FoundIntent, ImageEntry,
-    ImageIndex, Store, shown,
+    ACTIVE, BackingLink, BrokenLink, Catalog, DetectedContent, DomainSnapshot, Effects, Format, FoundIntent,
+    ImageEntry, ImageIndex, Store, layer_name, shown,
 };
 
 use super::{ListingBudget, chain_name, path_text};
@@ -147,8 +146,9 @@ fn draw(store: &Store, catalog: &Catalog, shares: &Shares<'_>, bases: &[TreeRoot
         trees.push(Drawing { store, catalog, commands: &commands, placed: &placed }.tree(base, &mut writers));
     }
     writers.add_flags(&mut trees);
-    trees.sort_by(|a, b| a.title.cmp(&b.title));
-    Forest { trees }
+    let mut forest = Forest { trees };
+    forest.sort(TreeOrder::Name);
+    forest
 }
 
 /// All overlays of `bases`, backing files first.
@@ -225,9 +225,12 @@ impl Drawing<'_> {
         // Internal snapshots are between the images, so the indices in the two lists differ.
         let mut nodes: Vec<usize> = Vec::with_capacity(self.placed.len());
         let mut room = ListingBudget::default();
-        for (PlacedImage { image: index, parent, .. }, name) in self.placed.iter().zip(names) {
+        let paths = self.tell_apart(&names);
+        let labels = names.into_iter().zip(paths);
+        for (PlacedImage { image: index, parent, .. }, (name, path)) in self.placed.iter().zip(labels) {
             let image = &self.catalog.images[*index];
-            let node = self.node(*index, name);
+            let mut node = self.node(*index, name);
+            node.flags.extend(path);
             if self.is_active(*index) {
                 writers.record(self.store, image, tree.nodes.len());
             }
@@ -244,8 +247,8 @@ impl Drawing<'_> {
             nodes.push(place);
             let snapshots = image.qcow2().map_or(&[][..], |qcow2| &qcow2.snapshots);
             let listed = snapshots.iter().take_while(|snapshot| room.take(snapshot)).count();
-            for snapshot in &snapshots[..listed] {
-                tree.add(place, internal(snapshot));
+            for (number, snapshot) in snapshots[..listed].iter().enumerate() {
+                tree.add(place, TreeNode { snapshot: Some((*index, number)), ..internal(snapshot) });
             }
             if listed < snapshots.len() {
                 let name = format!("{} more", snapshots.len() - listed);
@@ -266,39 +269,54 @@ impl Drawing<'_> {
         self.is_leaf(index) && self.catalog.is_active(index)
     }
 
-    /// The leaf farthest from the base; among equals an active one, then the first by name. The drawing's
-    /// main column ends there by the same rule.
+    /// The leaf farthest from the base that was not left behind; among equals an active one, then the first by
+    /// name. The drawing's main column ends there by the same rule.
     fn titular(&self) -> ImageIndex {
         let leaves = self.placed.iter().filter(|placed| self.is_leaf(placed.image));
-        let rank = |placed: &PlacedImage| (placed.depth, self.catalog.is_active(placed.image));
+        let rank = |placed: &PlacedImage| {
+            let is_used = self.catalog.images[placed.image].left_behind_by().is_none();
+            (is_used, placed.depth, self.catalog.is_active(placed.image))
+        };
         let best = leaves.clone().map(rank).max();
         let best = leaves.filter(|placed| Some(rank(placed)) == best).map(|placed| placed.image);
         best.min_by_key(|image| &self.catalog.images[*image].place).expect("a tree has a leaf")
     }
 
-    /// Stems; full file names where stems are not unique in the tree, and paths where file names are not.
+    /// The names of the views of the layers, as in the mount and for commands; of other leaves than the
+    /// titular one, those of their files.
     fn names(&self, titular: ImageIndex) -> Vec<String> {
-        let path = |placed: &PlacedImage| self.catalog.images[placed.image].place.path.as_path();
-        let mut stems: HashMap<&[u8], usize> = HashMap::new();
-        let mut files: HashMap<&[u8], usize> = HashMap::new();
-        for placed in self.placed {
-            *stems.entry(stem(path(placed))).or_default() += 1;
-            *files.entry(file_name(path(placed))).or_default() += 1;
+        let mut names: HashMap<ImageIndex, String> = HashMap::new();
+        let leaves = self.placed.iter().map(|placed| placed.image).filter(|image| self.is_leaf(*image));
+        for leaf in std::iter::once(titular).chain(leaves) {
+            // Where one layer has its name, all below it have theirs.
+            let mut below = self.catalog.layers(leaf).into_iter().skip(1);
+            if below.next().is_none_or(|layer| names.contains_key(&layer)) {
+                continue;
+            }
+            let views = self.store.chain_views(self.catalog, leaf);
+            for view in views.views.iter().filter(|view| view.snapshot.is_none() && view.layer > 0) {
+                names.entry(views.layers[view.layer]).or_insert_with(|| safe::text(&view.name));
+            }
         }
         let name = |placed: &PlacedImage| {
-            let path = path(placed);
-            let (stem, file) = (stem(path), file_name(path));
             if placed.image == titular && self.catalog.is_active(titular) {
-                safe::text(ACTIVE)
-            } else if stems[stem] == 1 && stem != ACTIVE {
-                safe::text(stem)
-            } else if files[file] == 1 {
-                safe::text(file)
-            } else {
-                path_text(path)
+                return safe::text(ACTIVE);
             }
+            let own = || safe::text(layer_name(&self.catalog.images[placed.image].place.path));
+            names.get(&placed.image).cloned().unwrap_or_else(own)
         };
         self.placed.iter().map(name).collect()
+    }
+
+    /// Notes the paths of layers of different files with one name.
+    fn tell_apart(&self, names: &[String]) -> Vec<Option<String>> {
+        let mut count: HashMap<&str, usize> = HashMap::new();
+        for name in names {
+            *count.entry(name).or_default() += 1;
+        }
+        let path = |placed: &PlacedImage| path_text(&self.catalog.images[placed.image].place.path);
+        let note = |(placed, name): (&PlacedImage, &String)| (count[name.as_str()] > 1).then(|| path(placed));
+        self.placed.iter().zip(names).map(note).collect()
     }
 
     fn node(&self, index: ImageIndex, name: String) -> TreeNode {
@@ -331,21 +349,44 @@ impl Drawing<'_> {
         flag(header.is_some_and(|header| header.dirty()), "dirty");
         flag(image.qcow2().is_some_and(|qcow2| qcow2.snapshot_problem.is_some()), "bad snapshot table");
         flags.extend(self.commands.get(&image.stat.id).cloned());
+        flags.extend(managed_flags(image));
         let data_blocks = image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
         TreeNode {
             date: Some(date(image)),
             own_size: Some((image.stat.blocks + data_blocks) * 512),
+            image: Some(index),
             flags,
+            is_left_behind: image.left_behind_by().is_some(),
             chain: self.is_leaf(index).then(|| chain_name(self.catalog, index)),
             ..TreeNode::new(mark, kind(image), name)
         }
     }
 }
 
+/// What libvirt's definitions say of a file. An overlay of virsh bears the name of the snapshot before it.
+fn managed_flags(image: &ImageEntry) -> Vec<String> {
+    let Some(managed) = &image.managed else { return Vec::new() };
+    let text = |name: &str| safe::text(name.as_bytes());
+    let snapshots = |word: &str, of: &BTreeSet<DomainSnapshot>| {
+        of.iter()
+            .map(|of| format!("{word} {} of domain {}", text(&of.name), text(&of.domain)))
+            .collect::<Vec<_>>()
+    };
+    let disks = managed.domains.iter().map(|domain| format!("domain {}", text(domain)));
+    let left = managed.left_behind_by.iter().map(|domain| format!("left behind by domain {}", text(domain)));
+    let states = snapshots("snapshot", &managed.states);
+    let after = snapshots("after snapshot", &managed.made_after);
+    disks.chain(left).chain(states).chain(after).collect()
+}
+
+/// When an internal snapshot was made.
+pub fn snapshot_date(snapshot: &Snapshot) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::new(snapshot.seconds.into(), snapshot.nanoseconds.min(999_999_999))
+}
+
 fn internal(snapshot: &Snapshot) -> TreeNode {
-    let age = Duration::new(snapshot.seconds.into(), snapshot.nanoseconds.min(999_999_999));
     TreeNode {
-        date: Some(SystemTime::UNIX_EPOCH + age),
+        date: Some(snapshot_date(snapshot)),
         ..TreeNode::new(NodeMark::Internal, TreeNodeKind::Internal, safe::text(&snapshot.name))
     }
 }
@@ -375,14 +416,6 @@ pub fn date(image: &ImageEntry) -> SystemTime {
     second
         .and_then(|second| second.checked_add(Duration::from_nanos(nanoseconds.into())))
         .unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-fn stem(path: &Path) -> &[u8] {
-    path.file_stem().map_or(b"", OsStrExt::as_bytes)
-}
-
-fn file_name(path: &Path) -> &[u8] {
-    path.file_name().map_or(b"", OsStrExt::as_bytes)
 }
 
 /// Nodes whose files are being written; the writers are looked up once for all of them.

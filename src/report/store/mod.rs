@@ -3,8 +3,12 @@
 //! Reads the catalog; of files, only bitmap directories and the write locks of active images. Every answer
 //! takes one walk over what it shows.
 
+mod examples;
 mod forest;
 mod info;
+mod page;
+mod readme;
+mod sharing;
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -18,10 +22,15 @@ use crate::store::{Catalog, ChainViews, Format, ImageIndex, Problem, Store};
 use super::json::pretty;
 use super::safe::{self, terminal};
 
+pub use examples::{Example, ExampleChain};
 pub use forest::{
     Shares, chain_forest, chain_forest_with_progress, date, forest, forest_with_progress, locked_text,
+    snapshot_date,
 };
 pub use info::{chain_info, chain_info_as, chain_info_in_short, image_info, layer_files};
+pub use page::{Live, chain_page, share, store_page};
+pub use readme::readme;
+pub use sharing::add_sharing;
 
 /// The name of a chain: its path in the mount, or the image's stem if the mount is a single image.
 pub fn chain_name(catalog: &Catalog, leaf: ImageIndex) -> String {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
+use crate::ops::Status;
 use crate::report::text::{self, TextOptions};
 use crate::report::tree::{NodeMark, TreeNodeKind};
 use crate::store::{Catalog, Store, StoreOptions};
@@ -60,9 +61,26 @@ fn drawn(forest: &crate::report::tree::Forest) -> Vec<String> {
         }
         tree.on_disk = 0;
     }
-    let options = TextOptions { full: false, ascii: false, zone: TimeZone::UTC };
+    let options = TextOptions { full: false, ascii: false, color: false, zone: TimeZone::UTC };
     let squeeze = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
     text::forest(&forest, &options).lines().map(squeeze).collect()
+}
+
+#[test]
+fn the_page_lists_shared_snapshots_under_the_chain_of_their_tree() {
+    let lab = Lab::new();
+    lab.base("base.qcow2");
+    lab.overlay("a-side.qcow2", "base.qcow2");
+    lab.overlay("sn1.qcow2", "base.qcow2");
+    lab.overlay("web01.qcow2", "sn1.qcow2");
+    let (store, catalog) = lab.open();
+    let (status, system) = (|_: &Path| Status::default(), |_: &Path| None);
+    let live = Live { mount: None, has_files: false, status: &status, system: &system };
+    let page = store_page(&store, &catalog, &live);
+    let mut listed: Vec<_> =
+        page.snapshots.shown.iter().map(|line| (line.name.as_str(), line.chain.as_str())).collect();
+    listed.sort_unstable();
+    assert_eq!(listed, [("base", "web01"), ("sn1", "web01")]);
 }
 
 #[test]
@@ -153,11 +171,20 @@ fn the_writer_of_an_active_image_is_named() {
     input.write_all(b"write 0 512\n").unwrap();
     let mut line = String::new();
     BufReader::new(writer.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let found = forest(&store, &catalog);
     let expected = format!("locked by qemu-io[{}]", writer.id());
+    let flags = || forest(&store, &catalog).trees[0].nodes[0].flags.clone();
+    // The search for the holder has a time limit, which it may exceed on a busy machine.
+    let mut found = flags();
+    for _ in 0..100 {
+        if found.contains(&expected) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        found = flags();
+    }
     drop(input);
     writer.wait().unwrap();
-    assert_eq!(found.trees[0].nodes[0].flags, ["writable", &expected]);
+    assert_eq!(found, ["writable", &expected]);
     assert_eq!(forest(&store, &catalog).trees[0].nodes[0].flags, ["writable"]);
 }
 
