@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-pub use printable::{escaped, is_plain, printable};
+pub use printable::{escaped, is_plain, printable, shell_word};
 
 /// The result of operations that can fail.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -96,12 +96,20 @@ pub struct Error {
     kind: ErrorKind,
     context: String,
     source: Option<Arc<io::Error>>,
+    hold: Option<Arc<DomainHold>>,
+}
+
+/// The running domain of libvirt that keeps something from being done, and what to do about that.
+#[derive(Debug)]
+struct DomainHold {
+    domain: String,
+    remedy: String,
 }
 
 impl Error {
     /// An error that chainfs detected. `context` is a lower-case message that names file, fact and remedy.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
+        Self { kind, context: context.into(), source: None, hold: None }
     }
 
     /// A system error during `context` ("reading web01.qcow2").
@@ -120,7 +128,7 @@ impl Error {
             _ if source.raw_os_error().is_some_and(is_exhaustion) => ErrorKind::Exhausted,
             _ => ErrorKind::Io,
         };
-        Self { kind, context: context.into(), source: Some(Arc::new(source)) }
+        Self { kind, context: context.into(), source: Some(Arc::new(source)), hold: None }
     }
 
     /// A system error at the start of a thread or process, which may mean a resource limit.
@@ -136,6 +144,19 @@ impl Error {
     /// The kind, for programs.
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    /// The same error, caused by a running domain of libvirt. `remedy` ends the message; it may be replaced
+    /// by one who knows more.
+    #[must_use]
+    pub fn held_by(mut self, domain: impl Into<String>, remedy: impl Into<String>) -> Self {
+        self.hold = Some(Arc::new(DomainHold { domain: domain.into(), remedy: remedy.into() }));
+        self
+    }
+
+    /// The running domain of libvirt that is the cause, if one is.
+    pub fn domain(&self) -> Option<&str> {
+        self.hold.as_ref().map(|hold| &*hold.domain)
     }
 
     /// The same error with a prefix: "`context`: ...".
@@ -156,9 +177,10 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
             // Messages contain names from images and directories, which are untrusted.
-            Some(source) => write!(f, "{}: {}", printable(&self.context), printable(&system_fact(source))),
-            None => f.write_str(&printable(&self.context)),
+            Some(source) => write!(f, "{}: {}", printable(&self.context), printable(&system_fact(source)))?,
+            None => f.write_str(&printable(&self.context))?,
         }
+        self.hold.as_ref().map_or(Ok(()), |hold| write!(f, "; {}", printable(&hold.remedy)))
     }
 }
 

@@ -51,6 +51,25 @@ impl<'a> OpenContent<'a> {
         self.file.run(at)
     }
 
+    /// All its bytes; `None` if they are more than `limit`.
+    pub fn whole(&self, limit: u64) -> Result<Option<Vec<u8>>> {
+        let size = self.file.size();
+        if size > limit {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; size as usize];
+        let mut at = 0;
+        while at < size {
+            let Run { value: kind, len } = self.run(at)?;
+            let len = len.min(STEP);
+            if kind != RunKind::Hole {
+                self.read_at(at, &mut bytes[at as usize..][..len as usize])?;
+            }
+            at += len;
+        }
+        Ok(Some(bytes))
+    }
+
     /// Fills `buf` with the bytes at `at`, all of which lie before the file's end.
     pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<()> {
         self.file.read_at(at, buf)

@@ -14,6 +14,7 @@ mod disk_contents;
 mod keys;
 mod mapped_file;
 pub mod ranges;
+pub mod search;
 mod validate;
 pub mod versions;
 pub mod walk;

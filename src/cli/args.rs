@@ -6,7 +6,9 @@
 mod guests;
 mod verbs;
 
-pub use guests::{CatArgs, CpArgs, DiffArgs, LookArgs, LsArgs, VersionsArgs};
+pub use guests::{
+    Boot, CatArgs, CpArgs, DiffArgs, FindArgs, LogArgs, LookArgs, LsArgs, TryArgs, VersionsArgs,
+};
 pub use verbs::{Invocation, RunArgs, VerbCommand};
 
 use super::mount_options::{ImageFormat, SETTINGS, Takes, suggestion};
@@ -16,6 +18,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use std::ffi::OsString;
 use std::path::PathBuf;
+
+/// The command that completion scripts call.
+pub(super) const COMPLETE: &str = "complete";
 
 /// Mount a store of qcow2 and raw images: each backing chain is a directory, each snapshot a disk.
 #[derive(Debug, Parser)]
@@ -64,6 +69,12 @@ pub enum Command {
     Cp(CpArgs),
     /// List the versions of a guest's file and the snapshots that hold each
     Versions(VersionsArgs),
+    /// Find guests' files by name, in all snapshots of a store
+    Find(FindArgs),
+    /// Show the history of a guest's file: each version, and what changed
+    Log(LogArgs),
+    /// Boot a snapshot on a throw-away overlay
+    Try(TryArgs),
     /// Create an empty qcow2 image, with or without a backing file
     Create(CreateArgs),
     /// A verb.
@@ -73,6 +84,10 @@ pub enum Command {
     Trash(TrashArgs),
     /// Resume or discard interrupted commands
     Recover(RecoverArgs),
+    /// List who has an image, a disk or a store open, and how to end that
+    Who(WhoArgs),
+    /// Check this machine, a store, an image or a mount for what stops chainfs
+    Doctor(DoctorArgs),
     /// Read guests' file systems for the parent process
     #[command(name = crate::browse::worker::WORKER, hide = true)]
     Worker {
@@ -82,6 +97,13 @@ pub enum Command {
         /// Derive the key of an encrypted volume
         #[arg(long)]
         unlocks: bool,
+    },
+    /// Print what may follow on a command line, for the scripts of shells
+    #[command(name = COMPLETE, hide = true)]
+    Complete {
+        /// The words up to the cursor
+        #[arg(last = true)]
+        words: Vec<OsString>,
     },
     /// Print a shell's completion script
     #[command(
@@ -123,7 +145,10 @@ Options of -o:
   rescan=SECONDS         interval of scans for a store that cannot be watched
   trash=DAYS             how long removed layers can be restored
   config=FILE            read FILE instead of /etc/chainfs.toml and the user's file
+  kernelmap=HOW          the kernel reads chains by itself: auto (where it can, the default), on or off
+  map_dir=DIR            where it keeps the maps for that (default /var/cache/chainfs)
   nopassthrough noparallelwrites nosharedmapping noacl noxattr noseccomp noinotify noreadahead
+  noiouring
                          do not use a feature of the kernel
 Write a comma within a value as \\, - options that mount(8), fstab and systemd add are accepted.
 
@@ -221,6 +246,32 @@ pub struct UmountArgs {
     pub lazy: bool,
 }
 
+/// The arguments of `doctor`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each line says what was found, what it means, and the command that mends it. Nothing is changed. Marks: ok, \
+note (worth knowing), warning (something works less well, or not for everybody), problem (something stops you).
+
+Examples:
+  chainfs doctor
+  chainfs doctor /srv/images
+  chainfs doctor --output json /mnt/images | jq '.[] | select(.mark != \"ok\")'
+
+Exit codes: 0 nothing stops you, 1 something does, 2 usage.")]
+pub struct DoctorArgs {
+    /// A store, an image or a mount; without it, the machine is checked
+    pub path: Option<PathBuf>,
+    /// Do one part of the work, for the parent process
+    #[arg(long, value_enum, hide = true)]
+    pub part: Option<super::doctor::Part>,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// How images are opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+}
+
 /// How an image that is not mounted is opened.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
@@ -272,14 +323,45 @@ pub enum TreeOutput {
     Svg,
 }
 
+/// When output is coloured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ColorChoice {
+    /// On a terminal, unless `NO_COLOR` is set or `TERM` is dumb.
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// The order of chains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ChainOrder {
+    /// By name.
+    Name,
+    /// The one with the latest layer first.
+    Date,
+    /// The largest on disk first.
+    Size,
+}
+
 /// The arguments of `tree`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
+--sizes prints each layer on its own line, with the bytes of its file, those of them that other chains need \
+as well, and those that its deletion would free: what no overlay shows. Copies for several overlays can make \
+that negative. \"-\" stands for layers that cannot be deleted at present.
+--watch draws the tree again whenever the store changes or a job advances, until Ctrl-C. If the output is \
+not a terminal, each tree that differs from the last one is printed.
+
 Examples:
   chainfs tree /srv/images
+  chainfs tree --sort size --sizes /srv/images
+  chainfs tree --watch /mnt/images/web01
   chainfs tree --full web01.qcow2
   chainfs tree --output svg /srv/images > tree.svg
   chainfs tree web01.qcow2 --dry-run commit top=sn3 base=sn1")]
+#[expect(clippy::struct_excessive_bools, reason = "each is an option")]
 pub struct TreeArgs {
     /// A store, an image, or a path in a mount
     pub path: PathBuf,
@@ -292,9 +374,47 @@ pub struct TreeArgs {
     /// Output format
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "human")]
     pub output: TreeOutput,
+    /// Colour the text
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub color: ColorChoice,
+    /// Order of the chains; the layers of a chain are in the order of their backing files
+    #[arg(long, value_enum, value_name = "BY", default_value = "name")]
+    pub sort: ChainOrder,
+    /// Also print what each layer shares with other chains, and what its deletion would free
+    #[arg(long)]
+    pub sizes: bool,
+    /// Draw the tree again whenever it changes
+    #[arg(long)]
+    pub watch: bool,
     /// Show the chain before and after this command, written as in control files; nothing is changed
     #[arg(long, value_name = "COMMAND", num_args = 1.., allow_hyphen_values = true)]
+    #[arg(conflicts_with_all = ["watch", "sizes", "sort"])]
     pub dry_run: Vec<OsString>,
+    /// How images are opened.
+    #[command(flatten)]
+    pub image: ImageArgs,
+}
+
+/// The arguments of `who`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+For `Failed to get \"write\" lock`, and for commands that are refused because something is in use. Lists \
+processes with the file open or locked, also through a mount, with the virtual machine that each runs; loop \
+devices; and running or interrupted commands. An image means its own file, a disk in a mount the files of \
+all its layers, a chain or a store everything in it. Each entry ends with a command that would let it go.
+
+Examples:
+  chainfs who web01.qcow2
+  chainfs who /mnt/images/web01
+  chainfs who --json /srv/images | jq -r '.users[].release'
+
+Exit codes: 0 a process has it, 1 none, 2 error.")]
+pub struct WhoArgs {
+    /// A store, an image, or a path in a mount
+    pub path: PathBuf,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
     /// How images are opened.
     #[command(flatten)]
     pub image: ImageArgs,

@@ -38,10 +38,14 @@ pub fn load(options: MountOptions, variable: impl Fn(&str) -> Option<PathBuf>) -
 
 /// The default files, the system's before the user's; a missing file is no error.
 pub fn usual_files(variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
-    let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
-    let home = absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")));
-    let user = home.map(|home| home.join("chainfs/config.toml"));
+    let user = user_directory(variable).map(|home| home.join("chainfs/config.toml"));
     [PathBuf::from(SYSTEM_FILE)].into_iter().chain(user).collect()
+}
+
+/// The directory of a user's configuration files. Relative paths do not count.
+pub(super) fn user_directory(variable: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
+    let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
+    absolute("XDG_CONFIG_HOME").or_else(|| absolute("HOME").map(|home| home.join(".config")))
 }
 
 /// Parses the text of a file; `name` is its name in errors.

@@ -2,12 +2,16 @@
 
 mod address;
 pub mod args;
+mod auto_unmount;
 mod check;
 mod compare;
+mod complete;
 pub mod config;
 mod create;
+mod doctor;
 mod guest;
 mod info;
+mod journal;
 mod log;
 pub mod manual;
 mod map;
@@ -18,12 +22,15 @@ mod outcome;
 mod output;
 mod progress;
 mod recover;
+mod remount;
 pub mod store_options;
 mod target;
 mod trash;
 mod tree;
+mod tree_watch;
 pub mod umount;
 mod verbs;
+mod who;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -36,6 +43,9 @@ use crate::report::safe::terminal;
 
 /// Runs the program with the arguments of its process.
 pub fn main() -> ExitCode {
+    if auto_unmount::wait_and_unmount() {
+        return ExitCode::SUCCESS;
+    }
     let cli = match args::parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(refusal) => {
@@ -60,10 +70,16 @@ pub fn main() -> ExitCode {
         Command::Cat(args) => guest::cat::run(args),
         Command::Cp(args) => guest::copy::run(args),
         Command::Versions(args) => guest::versions::run(args),
+        Command::Find(args) => guest::find::run(args),
+        Command::Log(args) => guest::log::run(args),
+        Command::Try(args) => guest::trial::run(args),
         Command::Create(args) => create::run(args),
         Command::Verb(verb) => verb.invocation().and_then(|invocation| verbs::run(&invocation)),
         Command::Trash(args) => trash::run(args),
+        Command::Who(args) => who::run(args),
         Command::Recover(args) => recover::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Complete { words } => complete::run(words),
         Command::Completions { shell } => completions(*shell),
         Command::Man { dir } => {
             let written = manual::manual_pages(dir);
@@ -81,7 +97,7 @@ fn failure(command: &Command, kind: ErrorKind) -> u8 {
     match (command, kind) {
         // Its exit code 2 means "corrupt".
         (Command::Check(_), _) => 1,
-        (Command::Compare(_) | Command::Diff(_), _) | (_, ErrorKind::Usage) => 2,
+        (Command::Compare(_) | Command::Diff(_) | Command::Who(_), _) | (_, ErrorKind::Usage) => 2,
         _ => 1,
     }
 }

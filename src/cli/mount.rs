@@ -14,20 +14,23 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use super::args::MountArgs;
-use super::mount_options::{MountOptions, Symlinks};
+use super::mount_options::{KernelMapping, MountOptions, Symlinks};
 use super::store_options::{store_options, variable};
-use super::{complain, config, warn};
+use super::{auto_unmount, complain, config, remount, warn};
 use crate::browse::worker::WorkerProgram;
 use crate::browse::{Browser, Keyring};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::mount::{self, OwnMount};
-use crate::fs::{Features, GuestOptions, MountTree, Ownership, Server};
+use crate::fs::{DEFAULT_MAP_DIRECTORY, Features, GuestOptions, KernelMaps, MountTree, Ownership, Server};
 use crate::io::{OwnProcess, other_users_of, users_of};
+use crate::report::safe::terminal;
+use crate::report::status::progress;
 use crate::report::store as report;
 use crate::store::{Flusher, Store, StoreOptions, Watcher};
 
@@ -43,6 +46,9 @@ const READY: &str = "ready";
 const MAX_ENTRIES_COUNTED: usize = 1000;
 const DEFAULT_THREADS: usize = 4;
 const MAX_THREADS: usize = 64;
+/// How often the service manager is told of running commands, and of how many.
+const TELL_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_COMMANDS_TOLD: usize = 8;
 /// The kernel's read-ahead size on chainfs mounts, in KiB: one whole request.
 const READ_AHEAD: u32 = 1024;
 
@@ -88,6 +94,13 @@ fn spawn() -> Result<ExitCode> {
 fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let options = MountOptions::parse(&args.options, args.sloppy)?;
     let options = config::load(options, variable)?;
+    if options.remount {
+        remount::run(args, &options)?;
+        if as_child {
+            report_ready()?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let log = super::log::start(args.verbose, as_child);
     if as_child {
         // A session of its own, so that signals of the terminal do not reach the daemon.
@@ -119,18 +132,27 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     let guests =
         GuestOptions { shown: !options.no_files, verbatim: options.symlinks == Some(Symlinks::Verbatim) };
     let tree = MountTree::new(&store, ownership, &browser, guests);
+    let tree = tree.described(remount::given(args));
+    let maps = kernel_maps(&options, &store)?;
+    let has_maps = maps.is_some();
+    let tree = maps.into_iter().fold(tree, MountTree::with_kernel_maps);
     let tree = Arc::new(if options.allow_other { tree.shared() } else { tree });
     let wanted = mount::MountOptions {
         allow_other: options.allow_other,
         exec: options.exec.unwrap_or(false),
         read_only: options.read_only,
+        source: options.fsname.clone(),
+        contexts: contexts(&options),
     };
     let (device, mount) = mount::mount(store.given(), &args.dir, &wanted)?;
     // If a later step fails, or the parent has gone, this guard unmounts.
     let unfinished = mount::MountRollback::new(&mount);
+    let _auto_unmount = options.auto_unmount.then(|| auto_unmount::start(&mount)).transpose()?;
     let directory = mount.directory();
+    log.about(store.given(), directory);
     let features = Features {
         passthrough: !options.no_passthrough,
+        kernel_maps: has_maps,
         parallel_writes: !options.no_parallel_writes,
         shared_mapping: !options.no_shared_mapping,
         // With uid=, gid= or umask=, the user's choice replaces the guest's access lists.
@@ -139,10 +161,16 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
             && !options.no_xattr
             && ownership.is_the_images(),
         extended_attributes: !options.no_xattr,
+        ring: !options.no_io_uring,
         threads,
     };
     let server = Server::connect(&tree, device, features)
         .map_err(|error| Error::io("starting the FUSE session", error))?;
+    if options.kernel_map == Some(KernelMapping::On) && !server.has_passthrough() {
+        let fact =
+            "kernelmap=on needs FUSE passthrough (Linux 6.9, root), which is not there; use kernelmap=auto";
+        return Err(Error::new(ErrorKind::Unsupported, fact));
+    }
     if !options.no_readahead
         && let Err(error) = mount::read_ahead(directory, READ_AHEAD)
     {
@@ -165,6 +193,8 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
         directory.display()
     ));
     tracing::info!("mounted {} on {}", store.given().display(), directory.display());
+    let serving = format!("serving {} on {}", store.given().display(), directory.display());
+    tell_of_commands(&tree, serving, Arc::clone(&ending))?;
     unfinished.finished();
     tree.engine().set_mount(mount.directory());
     if !options.read_only {
@@ -176,6 +206,63 @@ fn serve(args: &MountArgs, as_child: bool) -> Result<ExitCode> {
     drop((watcher, flusher));
     result.map_err(|error| Error::io("serving the mount", error))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The maps by which the kernel reads chains by itself, if the user wants them and they are possible.
+fn kernel_maps(options: &MountOptions, store: &Store) -> Result<Option<Arc<KernelMaps>>> {
+    let wanted = options.kernel_map.unwrap_or(KernelMapping::Auto);
+    let usage = |fact: &str| Err(Error::new(ErrorKind::Usage, fact));
+    match wanted {
+        KernelMapping::Off => return Ok(None),
+        KernelMapping::On if options.no_passthrough => {
+            return usage("kernelmap=on needs passthrough; leave out nopassthrough");
+        }
+        KernelMapping::Auto if options.no_passthrough || !rustix::process::geteuid().is_root() => {
+            return Ok(None);
+        }
+        KernelMapping::On | KernelMapping::Auto => {}
+    }
+    let directory = options.map_dir.as_deref().unwrap_or(Path::new(DEFAULT_MAP_DIRECTORY));
+    let maps = KernelMaps::new(directory, &store.descriptors());
+    match (maps, wanted) {
+        (Ok(maps), KernelMapping::On) => {
+            maps.try_out().map_err(|error| error.within("kernelmap=on"))?;
+            Ok(Some(maps))
+        }
+        (Ok(maps), _) => Ok(Some(maps)),
+        (Err(error), KernelMapping::On) => Err(error.within("kernelmap=on")),
+        (Err(error), _) => {
+            tracing::debug!("the daemon serves all chains: {error}");
+            Ok(None)
+        }
+    }
+}
+
+/// Tells the service manager, if there is one, which commands are running: in the status that
+/// `systemctl status` shows.
+fn tell_of_commands(tree: &Arc<MountTree>, serving: String, ending: Arc<AtomicBool>) -> Result<()> {
+    if std::env::var_os("NOTIFY_SOCKET").is_none() {
+        return Ok(());
+    }
+    let engine = Arc::clone(tree.engine());
+    let work = move || {
+        let mut told = serving.clone();
+        while !ending.load(Ordering::Relaxed) {
+            std::thread::sleep(TELL_INTERVAL);
+            let commands = engine.running().into_iter().take(MAX_COMMANDS_TOLD);
+            let commands: Vec<String> = commands
+                .map(|(chain, status)| format!("{}: {}", chain.display(), progress(&status).trim_end()))
+                .collect();
+            let status = [serving.clone()].into_iter().chain(commands).collect::<Vec<_>>().join("; ");
+            if status != told && !ending.load(Ordering::Relaxed) {
+                notify_service_manager(&format!("STATUS={}", terminal(&status)));
+                told = status;
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("status".into());
+    thread.spawn(work).map_err(|error| Error::beginning("starting a thread", error))?;
+    Ok(())
 }
 
 /// Warnings about options that are valid but probably unintended.
@@ -210,11 +297,23 @@ fn hints(directory: &Path, store: &Store, options: &MountOptions) -> Vec<String>
     hints
 }
 
+/// Reports to the parent that all is done.
+fn report_ready() -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let written = writeln!(out, "{READY}").and_then(|()| out.flush());
+    written.map_err(|error| Error::io("reporting that the mount is ready", error))
+}
+
+/// The options of `SELinux` that the kernel takes. Without `SELinux` it knows none, and mount(8) ignores them.
+fn contexts(options: &MountOptions) -> Vec<Vec<u8>> {
+    let is_on = Path::new("/sys/fs/selinux/enforce").exists();
+    if is_on { options.contexts.clone() } else { Vec::new() }
+}
+
 /// Reports to the parent that the mount is ready, and closes the pipe and the terminal.
 fn detach() -> Result<()> {
     let fail = |error: std::io::Error| Error::io("reporting that the mount is ready", error);
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{READY}").and_then(|()| out.flush()).map_err(fail)?;
+    report_ready()?;
     let nothing = std::fs::File::options().write(true).open("/dev/null").map_err(fail)?;
     rustix::stdio::dup2_stdout(nothing.as_fd()).map_err(|error| fail(error.into()))?;
     rustix::stdio::dup2_stderr(nothing.as_fd()).map_err(|error| fail(error.into()))?;

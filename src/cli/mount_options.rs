@@ -5,20 +5,22 @@
 //! mount(8) adds `rw` by default, so `rw` never undoes a `ro`. Within a value `\,` is a comma.
 
 mod names;
+mod texts;
 mod values;
 
 use crate::error::Result;
 use crate::units::{parse_size, split_list};
 use glob::Pattern;
-use names::{is_ignored, unknown};
+use names::{CONTEXTS, is_ignored, unknown};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
-use values::{format_rule, glob, number, octal, path_map, path_of, refuse, utf8};
+use values::{format_rule, glob, name_rule, number, octal, path_map, path_of, refuse, utf8};
 
 pub(super) use names::{SETTINGS, Takes, suggestion};
-pub use values::{FormatRule, ImageFormat, PathMap};
+pub(super) use texts::{SettingText, TEXTS};
+pub use values::{FormatRule, ImageFormat, NameRule, PathMap};
 
 /// The options of a mount. `None` means "not given".
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -48,6 +50,12 @@ pub struct MountOptions {
     pub formats: Vec<FormatRule>,
     /// `standalone=GLOB`: unreadable files and directories that have no backing file.
     pub standalone: Vec<Pattern>,
+    /// `name=GLOB:NAME`: names of chains.
+    pub names: Vec<NameRule>,
+    /// `domains=`: directories with libvirt's definitions, instead of the usual ones.
+    pub domains: Vec<PathBuf>,
+    /// `nodomains`: libvirt's definitions are not read.
+    pub no_domains: bool,
     /// `probe`: detect the format where a header names no backing format.
     pub probe: bool,
     /// `force_share`: show images that another process is writing.
@@ -70,6 +78,10 @@ pub struct MountOptions {
     pub config: Option<PathBuf>,
     /// `nopassthrough`: every read goes through the daemon.
     pub no_passthrough: bool,
+    /// `kernelmap=`: whether the kernel reads chains by itself.
+    pub kernel_map: Option<KernelMapping>,
+    /// `map_dir=`: where the files of kernel maps lie.
+    pub map_dir: Option<PathBuf>,
     /// `noparallelwrites`: the kernel sends one write to a disk at a time.
     pub no_parallel_writes: bool,
     /// `nosharedmapping`: active disks can only be mapped privately.
@@ -84,6 +96,16 @@ pub struct MountOptions {
     pub no_inotify: bool,
     /// `noreadahead`: the kernel's read-ahead size is not changed.
     pub no_readahead: bool,
+    /// `noiouring`: all requests come through /dev/fuse.
+    pub no_io_uring: bool,
+    /// `fsname=`: the source in the list of mounts, instead of the store's path.
+    pub fsname: Option<PathBuf>,
+    /// `context=` and its like: options of `SELinux`, whole.
+    pub contexts: Vec<Vec<u8>>,
+    /// `auto_unmount`: the mount goes when its daemon is killed.
+    pub auto_unmount: bool,
+    /// `remount`: changes a mount that is there.
+    pub remount: bool,
     /// `exec`, `noexec`.
     pub exec: Option<bool>,
     /// `atime`, `noatime`.
@@ -103,13 +125,23 @@ pub enum Symlinks {
     Verbatim,
 }
 
+/// Whether the kernel reads chains of several layers by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KernelMapping {
+    /// Where it can.
+    Auto,
+    /// It must be able to, or nothing is mounted.
+    On,
+    /// No.
+    Off,
+}
+
 impl MountOptions {
     /// Parses each `-o` in turn; later ones hold. `sloppy` ignores unknown options.
     pub fn parse<S: AsRef<OsStr>>(lists: &[S], sloppy: bool) -> Result<Self> {
         let mut options = Self::default();
         for list in lists {
-            for option in split_list(list.as_ref().as_bytes()).into_iter().filter(|option| !option.is_empty())
-            {
+            for option in quoted_words(split_list(list.as_ref().as_bytes())) {
                 let (name, value) = match option.iter().position(|byte| *byte == b'=') {
                     Some(at) => (&option[..at], Some(&option[at + 1..])),
                     None => (option.as_slice(), None),
@@ -136,6 +168,9 @@ impl MountOptions {
             readonly: defaults.readonly.into_iter().chain(self.readonly).collect(),
             formats: defaults.formats.into_iter().chain(self.formats).collect(),
             standalone: defaults.standalone.into_iter().chain(self.standalone).collect(),
+            names: defaults.names.into_iter().chain(self.names).collect(),
+            domains: defaults.domains.into_iter().chain(self.domains).collect(),
+            no_domains: self.no_domains || defaults.no_domains,
             probe: self.probe || defaults.probe,
             force_share: self.force_share || defaults.force_share,
             salvage: self.salvage || defaults.salvage,
@@ -147,6 +182,8 @@ impl MountOptions {
             trash: self.trash.or(defaults.trash),
             config: self.config.or(defaults.config),
             no_passthrough: self.no_passthrough || defaults.no_passthrough,
+            kernel_map: self.kernel_map.or(defaults.kernel_map),
+            map_dir: self.map_dir.or(defaults.map_dir),
             no_parallel_writes: self.no_parallel_writes || defaults.no_parallel_writes,
             no_shared_mapping: self.no_shared_mapping || defaults.no_shared_mapping,
             no_acl: self.no_acl || defaults.no_acl,
@@ -154,6 +191,11 @@ impl MountOptions {
             no_seccomp: self.no_seccomp || defaults.no_seccomp,
             no_inotify: self.no_inotify || defaults.no_inotify,
             no_readahead: self.no_readahead || defaults.no_readahead,
+            no_io_uring: self.no_io_uring || defaults.no_io_uring,
+            fsname: self.fsname.or(defaults.fsname),
+            contexts: defaults.contexts.into_iter().chain(self.contexts).collect(),
+            auto_unmount: self.auto_unmount || defaults.auto_unmount,
+            remount: self.remount || defaults.remount,
             exec: self.exec.or(defaults.exec),
             atime: self.atime.or(defaults.atime),
             sync: self.sync.or(defaults.sync),
@@ -181,11 +223,10 @@ impl MountOptions {
             ("sync", None) => self.sync = Some(true),
             ("async", None) => self.sync = Some(false),
             ("dirsync", None) => self.dirsync = true,
-            ("remount", None) => {
-                return Err(refuse(
-                    text,
-                    "a mounted store cannot change its options; unmount it and mount it again",
-                ));
+            ("remount", None) => self.remount = true,
+            ("fsname", Some(value)) if !value.is_empty() => self.fsname = Some(path_of(value)),
+            (_, Some(value)) if CONTEXTS.contains(&text) => {
+                self.contexts.push([name, b"=", value].concat());
             }
             _ if is_ignored(text) || sloppy => {}
             _ => return Err(unknown(name)),
@@ -212,6 +253,10 @@ impl MountOptions {
             "readonly" => self.readonly.push(glob(name, utf8(name, value)?)?),
             "format" => self.formats.push(format_rule(utf8(name, value)?)?),
             "standalone" => self.standalone.push(glob(name, utf8(name, value)?)?),
+            "name" => self.names.push(name_rule(value)?),
+            "domains" => self.domains.push(path_of(value)),
+            "nodomains" => self.no_domains = true,
+            "auto_unmount" => self.auto_unmount = true,
             "probe" => self.probe = true,
             "force_share" => self.force_share = true,
             "salvage" => self.salvage = true,
@@ -228,6 +273,15 @@ impl MountOptions {
             "rescan" => self.rescan = Some(Duration::from_secs(number(name, value, 1, 86_400)?)),
             "trash" => self.trash = Some(Duration::from_hours(24 * number(name, value, 1, 36_500)?)),
             "nopassthrough" => self.no_passthrough = true,
+            "kernelmap" => {
+                self.kernel_map = Some(match value {
+                    b"auto" => KernelMapping::Auto,
+                    b"on" => KernelMapping::On,
+                    b"off" => KernelMapping::Off,
+                    _ => return Err(refuse(name, "must be auto, on or off")),
+                });
+            }
+            "map_dir" => self.map_dir = Some(path_of(value)),
             "noparallelwrites" => self.no_parallel_writes = true,
             "nosharedmapping" => self.no_shared_mapping = true,
             "noacl" => self.no_acl = true,
@@ -235,11 +289,38 @@ impl MountOptions {
             "noseccomp" => self.no_seccomp = true,
             "noinotify" => self.no_inotify = true,
             "noreadahead" => self.no_readahead = true,
+            "noiouring" => self.no_io_uring = true,
             "noexec" => self.exec = Some(false),
             _ => return Err(unknown(name.as_bytes())),
         }
         Ok(())
     }
+}
+
+/// Joins the words of a value in quotation marks, in which commas end no option: `context="a:b:c:s0:c1,c2"`.
+fn quoted_words(words: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    let is_open = |word: &[u8]| {
+        let value = word.iter().position(|byte| *byte == b'=').map_or(&[][..], |at| &word[at + 1..]);
+        value.first() == Some(&b'"') && (value.len() == 1 || value.last() != Some(&b'"'))
+    };
+    let mut joined: Vec<Vec<u8>> = Vec::new();
+    for word in words {
+        match joined.last_mut().filter(|last| is_open(last) && is_context(last)) {
+            Some(last) => {
+                last.push(b',');
+                last.extend(word);
+            }
+            None if word.is_empty() => {}
+            None => joined.push(word),
+        }
+    }
+    joined
+}
+
+fn is_context(word: &[u8]) -> bool {
+    CONTEXTS
+        .iter()
+        .any(|name| word.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.first() == Some(&b'=')))
 }
 
 #[cfg(test)]

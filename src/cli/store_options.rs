@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::config::user_directory;
 use super::mount_options::{ImageFormat, MountOptions, PathMap};
 use crate::store::{Format, StoreOptions};
 
@@ -14,6 +15,8 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         readonly: options.readonly.clone(),
         formats: options.formats.iter().map(|rule| (rule.glob.clone(), format(rule.format))).collect(),
         standalone: options.standalone.clone(),
+        names: options.names.iter().map(|rule| (rule.glob.clone(), rule.name.clone())).collect(),
+        domains: domains(options, variable),
         remember: false,
         probe: options.probe,
         force_share: options.force_share,
@@ -27,6 +30,25 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         owners_count: options.allow_other || rustix::process::geteuid().is_root(),
         whole_store: None,
     }
+}
+
+/// The directories with libvirt's definitions: the user's choice, or those of the system's libvirt for root and
+/// of the session's for other users.
+fn domains(options: &MountOptions, variable: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    if options.no_domains {
+        return Vec::new();
+    }
+    if !options.domains.is_empty() {
+        return options.domains.clone();
+    }
+    if rustix::process::geteuid().is_root() {
+        let usual = ["/etc/libvirt/qemu", "/run/libvirt/qemu", "/var/lib/libvirt/qemu/snapshot"];
+        return usual.map(PathBuf::from).to_vec();
+    }
+    let config = user_directory(&variable).map(|home| home.join("libvirt/qemu"));
+    let run = variable("XDG_RUNTIME_DIR").map(|run| run.join("libvirt/qemu/run"));
+    let snapshots = config.as_ref().map(|config| config.join("snapshot"));
+    config.into_iter().chain(run).chain(snapshots).filter(|path| path.is_absolute()).collect()
 }
 
 /// The same format as the store's type.

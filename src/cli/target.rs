@@ -10,9 +10,12 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::CONTROL;
-use crate::fs::mount::KIND;
-use crate::io::mounts;
-use crate::store::{Catalog, ChainView, ImageIndex, OpenView, Store, StoreOptions, ViewPart, shown};
+use crate::fs::mount::{KIND, store_of};
+use crate::io::{MountEntry, mounts};
+use crate::store::{
+    ACTIVE, Catalog, ChainView, ImageIndex, OpenView, README, STORE_DIRECTORY, Store, StoreOptions, ViewPart,
+    shown,
+};
 use crate::units::Stability;
 
 use super::address;
@@ -62,17 +65,31 @@ impl TargetDisk {
 impl Target {
     /// Resolves `path`. `format` is the image format given by the user.
     pub(super) fn find(path: &Path, format: Option<ImageFormat>, args: &ImageArgs) -> Result<Self> {
+        Self::find_as(path, format, args, false)
+    }
+
+    /// The same for a command that follows the store.
+    pub(super) fn find_watched(path: &Path, args: &ImageArgs) -> Result<Self> {
+        Self::find_as(path, None, args, true)
+    }
+
+    /// `notify`: whether the backend is asked to tell of changes.
+    fn find_as(path: &Path, format: Option<ImageFormat>, args: &ImageArgs, notify: bool) -> Result<Self> {
         let mut options = config::load(MountOptions::parse(&args.options, false)?, variable)?;
         options.force_share |= args.force_share;
+        let store_options = |options: &MountOptions| {
+            let options = store_options(options);
+            StoreOptions { notify: notify && options.notify, ..options }
+        };
         if let Some((store, rest)) = place_in_mount(path)? {
-            return Self::in_mount(&store, &rest, &one_shot_options(&options));
+            return Self::in_mount(&store, &rest, &store_options(&options));
         }
         let (image, view) = split_view(path);
         if let (Some(format), Some(name)) = (format, image.file_name().and_then(OsStr::to_str)) {
             // The rule for this image precedes those for patterns.
             options.formats.insert(0, FormatRule { glob: literal(name), format });
         }
-        let options = one_shot_options(&options);
+        let options = store_options(&options);
         let store = match Store::open(image, options.clone()) {
             // A symbolic link given by the user may lead anywhere: it means its target.
             Err(error) if error.kind() == ErrorKind::Escape => {
@@ -137,11 +154,6 @@ impl Target {
     }
 }
 
-/// Store options for a single command: the store is not watched.
-fn one_shot_options(options: &MountOptions) -> StoreOptions {
-    StoreOptions { notify: false, ..store_options(options) }
-}
-
 fn literal(name: &str) -> glob::Pattern {
     glob::Pattern::new(&glob::Pattern::escape(name)).expect("an escaped pattern is one")
 }
@@ -157,6 +169,15 @@ pub(super) fn host_path(store: &Store, catalog: &Catalog, index: ImageIndex) -> 
 
 /// The store of the mount that `path` lies in, and the path within the mount.
 pub(super) fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> {
+    Ok(mount_above(path)?.map(|(mount, rest)| (store_of(&mount), rest)))
+}
+
+/// The directory of the mount that `path` lies in.
+pub(super) fn mount_directory(path: &Path) -> Result<Option<PathBuf>> {
+    Ok(mount_above(path)?.map(|(mount, _)| mount.directory))
+}
+
+fn mount_above(path: &Path) -> Result<Option<(MountEntry, PathBuf)>> {
     let absolute = std::path::absolute(path).map_err(|error| Error::io(context(path), error))?;
     let mounts = mounts()?;
     // Links on the way to the mount are followed; a daemon that does not answer is not waited for
@@ -168,7 +189,7 @@ pub(super) fn place_in_mount(path: &Path) -> Result<Option<(PathBuf, PathBuf)>> 
         let Some(mount) = covering.max_by_key(|mount| mount.directory.as_os_str().len()) else { continue };
         if mount.kind == KIND {
             let rest = candidate.strip_prefix(&mount.directory).unwrap_or(Path::new(""));
-            return Ok(Some((mount.source.clone(), rest.to_path_buf())));
+            return Ok(Some((mount.clone(), rest.to_path_buf())));
         }
     }
     Ok(None)
@@ -216,6 +237,26 @@ fn resolve(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> 
     Err(unknown)
 }
 
+/// The layers, top first, of the disk whose bytes a path within a mount shows: a disk, a partition or a
+/// guest's file.
+pub(super) fn layers_at(store: &Store, catalog: &Catalog, rest: &Path) -> Option<Vec<ImageIndex>> {
+    let names: Vec<&OsStr> = rest.iter().collect();
+    let inner = names.iter().position(|name| *name == "files" || *name == "partitions");
+    let disk = match inner.and_then(|at| Some((at, names.get(at + 1)?))) {
+        Some((at, view)) => {
+            let chain: PathBuf = names[..at].iter().collect();
+            let file = [view.as_bytes(), b".raw"].concat();
+            let directory = if view.as_bytes() == ACTIVE { "" } else { "snapshots" };
+            chain.join(directory).join(OsStr::from_bytes(&file))
+        }
+        None => rest.to_path_buf(),
+    };
+    match resolve_path(store, catalog, &disk) {
+        Ok(TargetKind::Disk(disk)) => Some(disk.layers),
+        Ok(TargetKind::Store | TargetKind::Chain(_)) | Err(_) => None,
+    }
+}
+
 /// Resolves `rest`, a path within a mount.
 fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetKind> {
     let names: Vec<&OsStr> = rest.iter().collect();
@@ -224,7 +265,7 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetK
     });
     let Some((leaf, inner)) = chain else {
         let is_directory = catalog.directories.contains_key(rest);
-        let is_own = names.first().is_some_and(|name| name.as_bytes() == crate::store::STORE_DIRECTORY);
+        let is_own = names.first().is_some_and(|name| is_own(name));
         return if is_directory || is_own { Ok(TargetKind::Store) } else { Err(nothing_at(rest)) };
     };
     let view = |name: &[u8], suffix: &[u8]| -> Result<(ChainView, Vec<ImageIndex>)> {
@@ -235,19 +276,10 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetK
     };
     match inner {
         [] => Ok(TargetKind::Chain(leaf)),
-        [name]
-            if *name == "snapshots"
-                || *name == "info"
-                || *name == CONTROL
-                || name.as_bytes() == crate::store::STORE_DIRECTORY =>
-        {
+        [name] if *name == "snapshots" || *name == "info" || *name == CONTROL || is_own(name) => {
             Ok(TargetKind::Chain(leaf))
         }
-        [name, _]
-            if *name == "info" || *name == CONTROL || name.as_bytes() == crate::store::STORE_DIRECTORY =>
-        {
-            Ok(TargetKind::Chain(leaf))
-        }
+        [name, _] if *name == "info" || *name == CONTROL || is_own(name) => Ok(TargetKind::Chain(leaf)),
         [name, file] if *name == "snapshots" && file.as_bytes().ends_with(b".vmstate") => {
             match view(file.as_bytes(), b".vmstate")? {
                 (ChainView { snapshot: Some(index), .. }, layers) => {
@@ -268,6 +300,11 @@ fn resolve_path(store: &Store, catalog: &Catalog, rest: &Path) -> Result<TargetK
         }
         _ => Err(nothing_at(rest)),
     }
+}
+
+/// Whether a name at the top of a mount is about the mount itself.
+fn is_own(name: &OsStr) -> bool {
+    [STORE_DIRECTORY, README].contains(&name.as_bytes())
 }
 
 fn nothing_at(rest: &Path) -> Error {

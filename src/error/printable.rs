@@ -22,6 +22,14 @@ pub fn escaped(text: &str, hostile: impl Fn(char) -> bool) -> String {
     safe
 }
 
+/// A word of a remedy, quoted if a shell would interpret it: remedies are copied, and names are any bytes of
+/// an image.
+pub fn shell_word(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-/+@%,:=".contains(c);
+    let plain = !word.is_empty() && word.chars().all(is_plain);
+    if plain { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
 /// Whether a character is visible and does not affect its neighbours.
 pub fn is_plain(c: char) -> bool {
     !c.is_control()

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,9 +19,11 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{MountEntry, mounts};
+use crate::units::join_list;
 
 /// The type under which the kernel lists mounts of chainfs.
 pub const KIND: &str = crate::io::OWN_KIND;
+const DEVICE: &str = "/dev/fuse";
 
 /// Options for the kernel.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +34,10 @@ pub struct MountOptions {
     pub exec: bool,
     /// Whether it is read-only.
     pub read_only: bool,
+    /// The source in the list of mounts; `None`: the store's path.
+    pub source: Option<PathBuf>,
+    /// Options of `SELinux`, whole.
+    pub contexts: Vec<Vec<u8>>,
 }
 
 /// A mount made by this process. Other mounts may cover or replace it later.
@@ -41,6 +48,16 @@ pub struct OwnMount {
 }
 
 impl OwnMount {
+    /// The mount of this process at a directory without symbolic links, by its device number.
+    pub fn new(directory: &Path, device: (u32, u32)) -> Self {
+        Self { directory: directory.to_path_buf(), device }
+    }
+
+    /// Its device number.
+    pub fn device(&self) -> (u32, u32) {
+        self.device
+    }
+
     /// The mount point, without symbolic links.
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -84,7 +101,15 @@ impl Drop for MountRollback {
 /// Prepares the mount point and mounts there; returns the /dev/fuse descriptor.
 pub fn mount(store: &Path, directory: &Path, options: &MountOptions) -> Result<(OwnedFd, OwnMount)> {
     let directory = mount_point(directory)?;
-    let device = match direct(store, &directory, options) {
+    let opened = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    if let Err(Errno::NOENT) = opened {
+        let remedy = "modprobe fuse makes it; a container has it with --device /dev/fuse";
+        return Err(Error::new(
+            ErrorKind::Io,
+            format!("mounting needs {DEVICE}, which is missing here; {remedy}"),
+        ));
+    }
+    let device = match opened.and_then(|device| direct(device, store, &directory, options)) {
         // Not root, or not in this namespace: the set-uid helper may be permitted.
         Err(Errno::PERM | Errno::ACCESS) => by_helper(store, &directory, options)?,
         Err(Errno::NODEV) => {
@@ -133,19 +158,61 @@ pub fn top_mount(directory: &Path) -> Result<Option<MountEntry>> {
     Ok(mounts()?.into_iter().rfind(|mount| mount.directory == directory))
 }
 
-fn direct(store: &Path, directory: &Path, options: &MountOptions) -> rustix::io::Result<OwnedFd> {
-    let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+fn direct(
+    device: OwnedFd,
+    store: &Path,
+    directory: &Path,
+    options: &MountOptions,
+) -> rustix::io::Result<OwnedFd> {
     let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-    let mut data = format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", device.as_raw_fd());
+    let mut data =
+        format!("fd={},rootmode=40000,user_id={uid},group_id={gid}", device.as_raw_fd()).into_bytes();
     if options.allow_other {
-        data.push_str(",allow_other,default_permissions");
+        data.extend_from_slice(b",allow_other,default_permissions");
     }
+    for context in &options.contexts {
+        data.push(b',');
+        data.extend_from_slice(context);
+    }
+    let data = std::ffi::CString::new(data).map_err(|_| Errno::INVAL)?;
+    let source = options.source.as_deref().unwrap_or(store);
+    rustix::mount::mount(source, directory, KIND, flags(options), Some(data.as_c_str()))?;
+    Ok(device)
+}
+
+fn flags(options: &MountOptions) -> MountFlags {
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
     flags.set(MountFlags::NOEXEC, !options.exec);
     flags.set(MountFlags::RDONLY, options.read_only);
-    let data = std::ffi::CString::new(data).map_err(|_| Errno::INVAL)?;
-    rustix::mount::mount(store, directory, KIND, flags, Some(data.as_c_str()))?;
-    Ok(device)
+    flags
+}
+
+/// Changes the flags of a mount that is there: read-only, and whether programs on it can be executed. `Busy` if
+/// it is to become read-only while a file is open for writing.
+pub fn remount(directory: &Path, options: &MountOptions) -> Result<()> {
+    rustix::mount::mount_remount(directory, flags(options), "").map_err(|error| match error {
+        Errno::PERM => {
+            Error::new(ErrorKind::Denied, "only root can change a mount; unmount it and mount it again")
+        }
+        error => Error::io(format!("changing the mount {}", directory.display()), error),
+    })
+}
+
+/// What the daemon of the mount at a directory says of it: `options` or `store`. `None` without an answer.
+pub fn attribute(directory: &Path, name: &str) -> Option<Vec<u8>> {
+    let mut value = vec![0; 64 << 10];
+    let len = rustix::fs::getxattr(directory, format!("user.chainfs.{name}"), &mut value[..]).ok()?;
+    value.truncate(len);
+    Some(value)
+}
+
+/// The store that a mount of chainfs shows: its source, unless that was named otherwise.
+pub fn store_of(mount: &MountEntry) -> PathBuf {
+    if mount.source.is_absolute() {
+        return mount.source.clone();
+    }
+    attribute(&mount.directory, "store")
+        .map_or_else(|| mount.source.clone(), |path| OsString::from_vec(path).into())
 }
 
 /// Mounts with fusermount3, which sends the descriptor over a socket; an environment variable has its number.
@@ -155,7 +222,13 @@ fn by_helper(store: &Path, directory: &Path, options: &MountOptions) -> Result<O
     fcntl_setfd(&theirs, FdFlags::empty()).map_err(|error| fail(error.into()))?;
     let mut words = OsString::from("subtype=chainfs,nosuid,nodev,fsname=");
     // A comma or backslash in the name would end the option.
-    let source = store.to_string_lossy().replace('\\', "\\\\").replace(',', "\\,");
+    let source = options
+        .source
+        .as_deref()
+        .unwrap_or(store)
+        .to_string_lossy()
+        .replace('\\', "\\\\")
+        .replace(',', "\\,");
     words.push(source);
     for (wanted, word) in [
         (options.read_only, ",ro"),
@@ -165,6 +238,11 @@ fn by_helper(store: &Path, directory: &Path, options: &MountOptions) -> Result<O
         if wanted {
             words.push(word);
         }
+    }
+    for context in &options.contexts {
+        words.push(",");
+        // A comma within one would end the option.
+        words.push(OsString::from_vec(join_list([context.as_slice()])));
     }
     let child = Command::new("fusermount3")
         .arg("-o")
@@ -177,7 +255,17 @@ fn by_helper(store: &Path, directory: &Path, options: &MountOptions) -> Result<O
         .stderr(Stdio::piped())
         .spawn();
     drop(theirs);
-    let child = child.map_err(fail)?;
+    let child = child.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => Error::new(
+            ErrorKind::Denied,
+            format!(
+                "mounting on {}: not permitted, and there is no fusermount3 (package fuse3){}",
+                directory.display(),
+                remedy("not permitted")
+            ),
+        ),
+        _ => fail(error),
+    })?;
     let received = receive(&ours);
     let output = child.wait_with_output().map_err(fail)?;
     match received {
@@ -188,16 +276,31 @@ fn by_helper(store: &Path, directory: &Path, options: &MountOptions) -> Result<O
         _ => {
             let words = String::from_utf8_lossy(&output.stderr);
             let words = words.trim().trim_start_matches("fusermount3:").trim();
-            let remedy = if words.contains("user_allow_other") {
-                "; write user_allow_other into /etc/fuse.conf"
-            } else {
-                ""
-            };
+            let remedy = remedy(words);
             Err(Error::new(
                 ErrorKind::Denied,
                 format!("mounting on {}: fusermount3 says: {words}{remedy}", directory.display()),
             ))
         }
+    }
+}
+
+/// What would help where fusermount3 has failed with these words.
+fn remedy(words: &str) -> &'static str {
+    let is_outermost = std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]));
+    if words.contains("user_allow_other") {
+        "; write user_allow_other into /etc/fuse.conf"
+    } else if !words.contains("not permitted") {
+        ""
+    } else if !is_outermost {
+        "; in a user namespace its root mounts, in a mount namespace that belongs to it: unshare --map-root-user \
+         --mount (a container: --device /dev/fuse --cap-add SYS_ADMIN)"
+    } else if rustix::thread::no_new_privs().unwrap_or(false) {
+        "; this process may use no set-uid programs (no_new_privs): mount it outside, or in a namespace: unshare \
+         --map-root-user --mount"
+    } else {
+        "; root needs CAP_SYS_ADMIN, which containers have with --cap-add SYS_ADMIN"
     }
 }
 

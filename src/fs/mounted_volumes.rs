@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -46,6 +46,10 @@ pub(super) struct MountedVolume {
     attributes: InodeCache<Arc<[ExtendedAttribute]>>,
     plain: InodeCache<()>,
     parents: InodeCache<Ino>,
+    /// The inode number of the directory that it was last reached in; 0: not yet.
+    above: AtomicU64,
+    /// How many file systems had the slot before.
+    pub(super) turn: u32,
 }
 
 impl std::fmt::Debug for MountedVolume {
@@ -104,6 +108,16 @@ impl MountedVolume {
         self.parents.get(ino)
     }
 
+    /// Records the inode number of the directory that has the root as an entry.
+    pub(super) fn note_above(&self, inode: u64) {
+        self.above.store(inode, Ordering::Relaxed);
+    }
+
+    /// The inode number of the directory that has the root as an entry, if it was recorded.
+    pub(super) fn above(&self) -> Option<u64> {
+        Some(self.above.load(Ordering::Relaxed)).filter(|inode| *inode != 0)
+    }
+
     /// All extended attributes of an inode.
     pub(super) fn extended_attributes(&self, ino: Ino) -> Result<Arc<[ExtendedAttribute]>> {
         if self.plain.get(ino).is_some() {
@@ -133,6 +147,8 @@ pub(super) struct MountedVolumes {
 struct VolumeTable {
     /// `None`: a freed slot.
     slots: Vec<Option<Arc<MountedVolume>>>,
+    /// How often each slot was given again.
+    turns: Vec<u32>,
     places: HashMap<TreePlace, u16>,
     /// Start of the search for a free slot.
     next: usize,
@@ -145,9 +161,9 @@ impl MountedVolumes {
     }
 
     /// The slot of a tree that begins in a directory of another one.
-    pub(super) fn within(&self, outer: &MountedVolume, subvolume: u32) -> Result<u16> {
+    pub(super) fn within(&self, outer: &MountedVolume, subvolume: u32) -> Result<(u16, Arc<MountedVolume>)> {
         let tree = TreeId { volume: outer.tree.volume, subvolume };
-        Ok(self.reached(&outer.inside, tree, outer.entry)?.0)
+        self.reached(&outer.inside, tree, outer.entry)
     }
 
     fn reached(
@@ -161,7 +177,7 @@ impl MountedVolumes {
             return Ok(found);
         }
         let mounted = inside.mount(tree)?;
-        let slot = Arc::new(MountedVolume {
+        let mut slot = MountedVolume {
             inside: Arc::clone(inside),
             tree,
             entry,
@@ -171,7 +187,9 @@ impl MountedVolumes {
             attributes: InodeCache::new(ATTRIBUTES_CACHED_LEN),
             plain: InodeCache::new(PLAIN_CACHED),
             parents: InodeCache::new(PARENTS_CACHED),
-        });
+            above: AtomicU64::new(0),
+            turn: 0,
+        };
         let mut table = self.table.write();
         if let Some(found) = table.find(place) {
             return Ok(found);
@@ -180,7 +198,12 @@ impl MountedVolumes {
         let number = table.free()?;
         if number == table.slots.len() {
             table.slots.push(None);
+            table.turns.push(0);
+        } else {
+            table.turns[number] = table.turns[number].wrapping_add(1);
         }
+        slot.turn = table.turns[number];
+        let slot = Arc::new(slot);
         let old = table.slots[number].replace(Arc::clone(&slot));
         if let Some(old) = &old {
             table.places.remove(&old.place());

@@ -25,6 +25,8 @@ pub enum Node {
     Store,
     /// A file in `.chainfs`.
     StoreDocument(StoreDocument),
+    /// A name that a chain had before, by path: a link to the present one.
+    FormerName(Arc<PathBuf>),
     /// A chain's directory, by path.
     Chain(Arc<PathBuf>),
     /// A chain's `snapshots` directory.
@@ -72,7 +74,7 @@ pub struct PartitionNode {
     pub len: u64,
 }
 
-/// The files of `.chainfs`.
+/// The files of `.chainfs`, and the one in the root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StoreDocument {
     /// The backing tree as text.
@@ -87,6 +89,10 @@ pub enum StoreDocument {
     Metrics,
     /// Removed layers that can be restored.
     Trash,
+    /// All of it as a page for browsers.
+    Page,
+    /// What the mount is, in its root.
+    Readme,
 }
 
 /// The files of `info`.
@@ -102,6 +108,8 @@ pub enum ChainDocument {
     Problem,
     /// The operating system on the disk; only if guests' files are shown.
     OperatingSystem,
+    /// The chain as a page for browsers.
+    Page,
 }
 
 /// The file types in the mount.
@@ -124,9 +132,10 @@ pub enum NodeKind {
 }
 
 impl StoreDocument {
-    /// All of them with their names.
-    pub const ALL: [(StoreDocument, &'static str); 6] = [
+    /// Those of `.chainfs` with their names.
+    pub const ALL: [(StoreDocument, &'static str); 7] = [
         (StoreDocument::Chains, "chains.json"),
+        (StoreDocument::Page, "index.html"),
         (StoreDocument::Metrics, "metrics"),
         (StoreDocument::Problems, "problems.txt"),
         (StoreDocument::Trash, "trash.txt"),
@@ -137,8 +146,9 @@ impl StoreDocument {
 
 impl ChainDocument {
     /// All of them with their names.
-    pub const ALL: [(ChainDocument, &'static str); 5] = [
+    pub const ALL: [(ChainDocument, &'static str); 6] = [
         (ChainDocument::Chain, "chain.json"),
+        (ChainDocument::Page, "index.html"),
         (ChainDocument::OperatingSystem, "os.txt"),
         (ChainDocument::Problem, "problem.txt"),
         (ChainDocument::TreeSvg, "tree.svg"),
@@ -168,7 +178,7 @@ impl Node {
             | Node::Partition(_)
             | Node::VolumeList(_)
             | Node::VolumeProblem(..) => NodeKind::File,
-            Node::RootLink(_) => NodeKind::Symlink,
+            Node::FormerName(_) | Node::RootLink(_) => NodeKind::Symlink,
             Node::Guest(_) => return None,
         })
     }

@@ -43,6 +43,11 @@ impl Root {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory =
             fs::openat(CWD, &canonical, flags, Mode::empty()).map_err(|error| fail(error.into()))?;
+        // Known now: later it would seem that there are no images.
+        let tried = fs::openat2(&directory, ".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), BENEATH);
+        if matches!(tried, Err(Errno::NOSYS | Errno::PERM)) {
+            return Err(without_openat2());
+        }
         Ok(Self { directory, given, canonical })
     }
 
@@ -109,9 +114,7 @@ impl Root {
         match found {
             Ok(fd) => Ok(fd),
             Err(Errno::XDEV) => Err(escapes(path)),
-            Err(Errno::NOSYS) => {
-                Err(Error::new(ErrorKind::Unsupported, "openat2 is missing; chainfs needs Linux 5.6"))
-            }
+            Err(Errno::NOSYS) => Err(without_openat2()),
             Err(Errno::AGAIN) => Err(Error::new(
                 ErrorKind::Busy,
                 format!("{} cannot be opened now: another process holds a lease on it", path.display()),
@@ -258,6 +261,12 @@ fn kind_of(file_type: FileType) -> EntryKind {
         FileType::Symlink => EntryKind::Symlink,
         _ => EntryKind::Other,
     }
+}
+
+fn without_openat2() -> Error {
+    let fact = "openat2 is missing or forbidden; chainfs needs Linux 5.6, and a container, a seccomp filter or a \
+                unit that allows it (systemd's RestrictSUIDSGID= does not)";
+    Error::new(ErrorKind::Unsupported, fact)
 }
 
 fn not_a_file(path: &Path) -> Error {

@@ -145,6 +145,11 @@ impl Descriptors {
         self.count.load(Ordering::Acquire)
     }
 
+    /// Whether `count` more may be opened for something that is not needed: half of all stay free then.
+    pub fn have_plenty(&self, count: usize) -> bool {
+        self.open_count() + count <= self.limit() / 2
+    }
+
     /// The reserve for short-lived opens.
     pub fn short_lived(&self) -> usize {
         short_lived(self.limit())

@@ -16,7 +16,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::{self, SeekFrom};
 use rustix::io::Errno;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, shell_word};
 use crate::units::{BlockStatus, Run, Stability};
 
 use super::backend::{Backend, Expected, LockConflict, LockKind, LockOwners as Owners, OpenObject, stale};
@@ -83,6 +83,8 @@ pub struct StoreFile {
     /// Whether its descriptor must stay open because it carries a writer's locks. Changed under `holders`, as
     /// is `written`.
     pinned: AtomicBool,
+    /// Who else wants it to stay open. A leaf.
+    keepers: Mutex<Keepers>,
     /// Whether this process writes the file: then all changes are its own.
     written: AtomicBool,
     /// See [`WritableFile`]. A leaf.
@@ -112,6 +114,15 @@ const DESCRIPTORS_OF_A_WRITER: usize = 2;
 /// rest is for readers.
 const GUESTS_PART: (usize, usize) = (2, 5);
 const JOBS_PART: (usize, usize) = (3, 5);
+/// The same for files that stay open for the kernel: others come first.
+const KEPT_PART: (usize, usize) = (1, 8);
+
+/// Users of a file who want its descriptor to stay open.
+#[derive(Debug, Default)]
+struct Keepers {
+    count: usize,
+    pin: Option<Pin>,
+}
 
 /// Which version of a file its user takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,9 +171,26 @@ impl StoreFile {
             me: Weak::clone(me),
             holders: Mutex::default(),
             pinned: AtomicBool::new(false),
+            keepers: Mutex::default(),
             written: AtomicBool::new(false),
             tables: Arc::default(),
         })
+    }
+
+    /// Opens the file if necessary, with the locks of its readers, and keeps its descriptor open until the
+    /// guard is dropped: who reads it without asking this process would not notice that the locks are gone.
+    /// `Exhausted` if too many descriptors would stay open.
+    pub fn keep_open(self: &Arc<Self>) -> Result<KeptOpen> {
+        {
+            let mut keepers = self.keepers.lock();
+            if keepers.pin.is_none() {
+                keepers.pin = Some(self.descriptors.pin(1, KEPT_PART)?);
+            }
+            keepers.count += 1;
+        }
+        let kept = KeptOpen { file: Arc::clone(self) };
+        drop(self.opened()?);
+        Ok(kept)
     }
 
     /// Its path beneath the root.
@@ -351,24 +379,27 @@ impl StoreFile {
         match conflict {
             LockConflict::Held { fact, lock } => {
                 let Owners { text: holders, domain, .. } = opened.locks().holders(lock);
+                let sentence = format!("{path} {fact} ({holders})");
                 let remedy = match domain {
-                    Some(domain) if for_reading => format!(
-                        "take a snapshot with virsh snapshot-create-as {domain} --disk-only and read that, \
-                            or shut \
-                         {domain} down"
-                    ),
-                    Some(domain) => format!(
-                        "while {domain} runs, change its images with virsh (snapshot-create-as, blockcommit, \
-                         blockpull), or shut it down"
-                    ),
+                    Some(domain) => {
+                        let remedy = if for_reading {
+                            format!(
+                                "take a snapshot with virsh snapshot-create-as {} --disk-only and read that, \
+                                 or shut {domain} down",
+                                shell_word(&domain)
+                            )
+                        } else {
+                            format!("shut {domain} down first")
+                        };
+                        return Error::new(ErrorKind::Busy, sentence).held_by(domain, remedy);
+                    }
                     None if for_reading => {
                         "wait until it is closed, or read it while it changes with -U (for a mount: -o \
-                            force_share)"
-                            .into()
+                         force_share)"
                     }
-                    None => "wait until it is closed".into(),
+                    None => "wait until it is closed",
                 };
-                Error::new(ErrorKind::Busy, format!("{path} {fact} ({holders}); {remedy}"))
+                Error::new(ErrorKind::Busy, format!("{sentence}; {remedy}"))
             }
             LockConflict::Unsupported(_) if !for_reading => Error::new(
                 ErrorKind::ReadOnly,
@@ -405,6 +436,10 @@ impl StoreFile {
         }
         self.written.store(false, Ordering::Release);
         self.pinned.store(false, Ordering::Release);
+    }
+
+    fn must_stay_open(&self) -> bool {
+        self.pinned.load(Ordering::Acquire) || self.keepers.lock().count > 0
     }
 
     /// The file, opened if necessary. Callers drop it soon, because it keeps the file open.
@@ -451,13 +486,13 @@ impl Reclaimable for StoreFile {
     fn reclaim(&self, which: Reclaim) -> bool {
         let is_locked =
             || self.holders.try_lock().is_none_or(|held| held.readers > 0 || held.writer.is_some());
-        if self.pinned.load(Ordering::Acquire) || (which == Reclaim::Unlocked && is_locked()) {
+        if self.must_stay_open() || (which == Reclaim::Unlocked && is_locked()) {
             return false;
         }
         let Some(mut slot) = self.opened.try_write() else { return false };
         let is_used = slot.as_ref().is_some_and(|(open, _)| Arc::strong_count(open) > 1);
         // Checked again: a writer sets the flag before it takes the descriptor.
-        if is_used || self.pinned.load(Ordering::Acquire) {
+        if is_used || self.must_stay_open() {
             return false;
         }
         let old = slot.take();
@@ -521,6 +556,22 @@ pub(super) fn extent(file: &OwnedFd, at: u64, end: u64) -> Run<BlockStatus> {
     }
 }
 
+/// Keeps the descriptor of a [`StoreFile`] open, until dropped.
+#[derive(Debug)]
+pub struct KeptOpen {
+    file: Arc<StoreFile>,
+}
+
+impl Drop for KeptOpen {
+    fn drop(&mut self) {
+        let mut keepers = self.file.keepers.lock();
+        keepers.count -= 1;
+        if keepers.count == 0 {
+            keepers.pin = None;
+        }
+    }
+}
+
 /// QEMU's reader locks on a [`StoreFile`], until dropped.
 #[derive(Debug)]
 pub struct ReadLock {
@@ -532,6 +583,11 @@ impl ReadLock {
     /// The locked file.
     pub fn file(&self) -> &Arc<StoreFile> {
         &self.file
+    }
+
+    /// What was promised of the file.
+    pub fn stability(&self) -> Stability {
+        self.stability
     }
 
     /// Gives up the promise that the file does not change.

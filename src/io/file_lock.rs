@@ -2,7 +2,8 @@
 //!
 //! A lock belongs to an opening of its own, so that two holders in one process exclude each other as well. It
 //! ends with the process, for whatever reason that ends: in a local directory it is an OFD write lock on the
-//! whole file.
+//! whole file. Dropping it ends it at once, also while a program that this process starts still has copies of
+//! its descriptors.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -71,6 +72,12 @@ impl FileLock {
     }
 }
 
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        self.file.locks().release(LockKind::Exclusive);
+    }
+}
+
 fn locking(path: &Path, conflict: LockConflict) -> Error {
     match conflict {
         LockConflict::Held { fact, .. } => Error::new(ErrorKind::Busy, format!("{} {fact}", path.display())),
@@ -102,5 +109,21 @@ mod tests {
         drop(first);
         assert!(!FileLock::is_held(&*open(), Path::new("lock")).unwrap());
         take().unwrap();
+    }
+
+    #[test]
+    fn copies_of_the_descriptor_do_not_prolong_a_lock() {
+        let place = tempfile::NamedTempFile::new().unwrap();
+        let open = || std::fs::File::options().read(true).write(true).open(place.path()).unwrap();
+        let file = open();
+        // As a child has it between fork and exec.
+        let copy = file.try_clone().unwrap();
+        let object = Arc::new(LocalOpenFile::new(file.into(), place.path()));
+        let lock = FileLock::take(object, Path::new("lock"), Duration::ZERO).unwrap();
+        let other = LocalOpenFile::new(open().into(), place.path());
+        assert!(FileLock::is_held(&other, Path::new("lock")).unwrap());
+        drop(lock);
+        assert!(!FileLock::is_held(&other, Path::new("lock")).unwrap());
+        drop(copy);
     }
 }

@@ -4,11 +4,14 @@
 //! outside of this layer knows descriptors, inode numbers or times of files.
 
 use std::ffi::OsStr;
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{self, Access, AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags};
+use parking_lot::Mutex;
+use rustix::fs::{self, Access, Advice, AtFlags, CWD, FallocateFlags, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -32,6 +35,8 @@ use super::{Changes, Directory, Storage, WriteStorage, copy_by_hand, lock_holder
 const ZEROES: &[u8] = &[0; 64 << 10];
 /// Bytes per copy request to the kernel: a request cannot be interrupted.
 const MAX_COPY: u64 = 16 << 20;
+/// Contiguous bytes that were copied before the disk gets them.
+const WRITTEN_SOON: u64 = 8 << 20;
 /// Magic numbers (statfs(2)) of file systems on which copies may share their blocks: XFS, btrfs, bcachefs. An
 /// XFS may have been made without it, which shows when it is tried.
 const SHARING: [u64; 3] = [0x5846_5342, 0x9123_683E, 0xCA45_1A4E];
@@ -175,6 +180,18 @@ impl LocalFile {
         Self { file: Arc::clone(file), _user_of: None }
     }
 
+    /// Reads from `at` into `buf`; fewer bytes mean the end of the file.
+    pub fn read_at(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        read_full(&self.file, at, buf).map_err(|error| Error::io("reading", error))
+    }
+
+    /// Whether it can be read with `O_DIRECT`.
+    pub fn takes_direct_reads(&self) -> bool {
+        let Ok(flags) = fs::fcntl_getfl(&self.file) else { return false };
+        let takes = fs::fcntl_setfl(&self.file, flags | OFlags::DIRECT).is_ok();
+        takes && fs::fcntl_setfl(&self.file, flags).is_ok()
+    }
+
     pub(super) fn used_by(self, object: Arc<dyn OpenObject>) -> Self {
         Self { _user_of: Some(object), ..self }
     }
@@ -232,11 +249,29 @@ pub(super) struct LocalOpenFile {
     file: Arc<OwnedFd>,
     /// For messages.
     path: PathBuf,
+    /// What was copied into it last, in one run, and need not be on its way to the disk.
+    copied: Mutex<Range<u64>>,
 }
 
 impl LocalOpenFile {
     pub(super) fn new(file: OwnedFd, path: &Path) -> Self {
-        Self { file: Arc::new(file), path: path.to_path_buf() }
+        Self { file: Arc::new(file), path: path.to_path_buf(), copied: Mutex::default() }
+    }
+
+    /// Lets the kernel begin to write what was copied, so that the disk works while the next bytes are
+    /// copied: else most of it waits for the flush at the end. Shorter runs are left to the kernel.
+    fn write_soon(&self, at: u64, len: u64) {
+        let run = {
+            let mut run = self.copied.lock();
+            let start = if run.end == at { run.start } else { at };
+            *run = start..at + len;
+            if run.end - run.start < WRITTEN_SOON {
+                return;
+            }
+            std::mem::replace(&mut *run, at + len..at + len)
+        };
+        // Pages that are to be written stay in the page cache.
+        let _ = fs::fadvise(&self.file, run.start, NonZeroU64::new(run.end - run.start), Advice::DontNeed);
     }
 
     fn fail(&self, doing: &str, error: impl Into<std::io::Error>) -> Error {
@@ -429,7 +464,10 @@ impl WriteStorage for LocalOpenFile {
                     );
                     return Err(Error::new(ErrorKind::Io, fact));
                 }
-                Ok(copied) => done += copied as u64,
+                Ok(copied) => {
+                    self.write_soon(at + done, copied as u64);
+                    done += copied as u64;
+                }
                 Err(Errno::INTR) => {}
                 // Across file systems, and on file systems without support for copies.
                 Err(

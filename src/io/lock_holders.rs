@@ -89,7 +89,7 @@ impl LockSurvey {
             let mut holder = None;
             for info in infos.flatten().take_while(|_| begun.elapsed() <= limit) {
                 let text = fs::read_to_string(info.path()).unwrap_or_default();
-                for (inode, first, last) in text.lines().filter_map(lock) {
+                for LockLine { inode, first, last } in text.lines().filter_map(lock) {
                     let holder = (pid != own)
                         .then(|| holder.get_or_insert_with(|| LockHolder::of(pid, &process)).clone());
                     let held = locks.entry(inode).or_default();
@@ -197,13 +197,23 @@ fn domain_of(value: &[u8]) -> Option<String> {
     (!name.is_empty() && !name.contains(char::is_control)).then_some(name)
 }
 
-/// Parses a lock line of fdinfo: inode, first and last byte.
-/// `lock:\t1: OFDLCK  ADVISORY  READ -1 fe:00:1234 101 101`.
-fn lock(line: &str) -> Option<(u64, i64, i64)> {
+/// A lock of an open file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LockLine {
+    /// The file's inode number.
+    pub(super) inode: u64,
+    /// The first byte.
+    pub(super) first: i64,
+    /// The last byte.
+    pub(super) last: i64,
+}
+
+/// Parses a lock line of fdinfo: `lock:\t1: OFDLCK  ADVISORY  READ -1 fe:00:1234 101 101`.
+pub(super) fn lock(line: &str) -> Option<LockLine> {
     let words: Vec<_> = line.strip_prefix("lock:")?.split_whitespace().collect();
     let [.., file, first, last] = words.as_slice() else { return None };
     let last = if *last == "EOF" { i64::MAX } else { last.parse().ok()? };
-    Some((file.rsplit(':').next()?.parse().ok()?, first.parse().ok()?, last))
+    Some(LockLine { inode: file.rsplit(':').next()?.parse().ok()?, first: first.parse().ok()?, last })
 }
 
 #[cfg(test)]
@@ -226,8 +236,9 @@ mod tests {
     #[test]
     fn a_lock_line_names_file_and_range() {
         let line = "lock:\t3: OFDLCK  ADVISORY  READ -1 fe:00:1234 101 103";
-        assert_eq!(lock(line), Some((1234, 101, 103)));
-        assert_eq!(lock("lock:\t1: POSIX  ADVISORY  WRITE 7 fe:00:9 0 EOF"), Some((9, 0, i64::MAX)));
+        let of = |inode, first, last| Some(LockLine { inode, first, last });
+        assert_eq!(lock(line), of(1234, 101, 103));
+        assert_eq!(lock("lock:\t1: POSIX  ADVISORY  WRITE 7 fe:00:9 0 EOF"), of(9, 0, i64::MAX));
         assert_eq!(lock("pos:\t0"), None);
         assert_eq!(lock("lock:\t1: OFDLCK ADVISORY READ -1 fe:00:x 1 2"), None);
     }

@@ -43,6 +43,43 @@ const WRITER_CONFLICTS: [(i64, &str); 5] = [
 /// The byte that each writer of an image holds.
 pub const WRITER_BYTE: i64 = USED + WRITE;
 
+/// What the bytes that a process has locked say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a byte of QEMU's")]
+pub struct ImageLocks {
+    /// It reads the image.
+    pub reads: bool,
+    /// It writes the image.
+    pub writes: bool,
+    /// It may change the length of the file.
+    pub resizes: bool,
+    /// Nobody else may write the image.
+    pub excludes_writers: bool,
+    /// Bytes are locked that mean nothing to QEMU.
+    pub others: bool,
+}
+
+impl ImageLocks {
+    /// Adds a locked range.
+    pub(super) fn add(&mut self, first: i64, last: i64) {
+        let has = |byte| (first..=last).contains(&byte);
+        self.reads |= has(USED + CONSISTENT_READ);
+        self.writes |= has(USED + WRITE);
+        self.resizes |= has(USED + RESIZE);
+        self.excludes_writers |= has(UNSHARED + WRITE);
+        self.others |= first < USED || last > UNSHARED + RESIZE;
+    }
+
+    /// Adds all of another one.
+    pub(super) fn join(&mut self, other: Self) {
+        self.reads |= other.reads;
+        self.writes |= other.writes;
+        self.resizes |= other.resizes;
+        self.excludes_writers |= other.excludes_writers;
+        self.others |= other.others;
+    }
+}
+
 /// Why a lock was refused.
 #[derive(Debug)]
 pub(super) enum Conflict {

@@ -2,7 +2,9 @@
 //!
 //! Only for messages: the answer may be outdated, and lacks processes of other users.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::lock_holders::{LockHolder, OwnProcess, others, processes};
@@ -26,6 +28,17 @@ pub fn users_of(directory: &Path) -> Vec<LockHolder> {
     })
 }
 
+/// All loop devices in use, each with its file.
+pub fn loop_devices() -> Vec<(String, PathBuf)> {
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let file = |device: fs::DirEntry| {
+        let file = fs::read(device.path().join("loop/backing_file")).ok()?;
+        let file = PathBuf::from(OsStr::from_bytes(file.trim_ascii_end()));
+        Some((format!("/dev/{}", device.file_name().to_string_lossy()), file))
+    };
+    devices.filter_map(file).collect()
+}
+
 /// Other users of a mount at `directory`: loop devices, mounts on it, and with `with_own` this process'
 /// current directory.
 pub fn other_users_of(directory: &Path, own: OwnProcess) -> Vec<String> {
@@ -35,11 +48,9 @@ pub fn other_users_of(directory: &Path, own: OwnProcess) -> Vec<String> {
     {
         users.push("this command, which has its current directory there".to_owned());
     }
-    for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
-        let file = fs::read_to_string(device.path().join("loop/backing_file")).unwrap_or_default();
-        if Path::new(file.trim_end_matches('\n')).starts_with(directory) {
-            let name = device.file_name().to_string_lossy().into_owned();
-            users.push(format!("/dev/{name} (detach it: losetup -d /dev/{name})"));
+    for (device, file) in loop_devices() {
+        if file.starts_with(directory) {
+            users.push(format!("{device} (detach it: losetup -d {device})"));
         }
     }
     let places = mounts().unwrap_or_default().into_iter().map(|mount| mount.directory);

@@ -23,6 +23,8 @@ pub struct MountEntry {
     pub kind: String,
     /// The mount source.
     pub source: PathBuf,
+    /// The options of the file system, as in `rw,user_id=0,allow_other`.
+    pub options: String,
 }
 
 /// All mounts of this namespace, oldest first.
@@ -32,7 +34,12 @@ pub fn mounts() -> Result<Vec<MountEntry>> {
     let mut text = Vec::new();
     let mut file = File::from(with_descriptor(open).map_err(|error| fail(error.into()))?);
     file.read_to_end(&mut text).map_err(fail)?;
-    Ok(text.split(|byte| *byte == b'\n').filter_map(entry).collect())
+    Ok(parse(&text))
+}
+
+/// The mounts of a text in the format of `/proc/self/mountinfo`.
+pub fn parse(text: &[u8]) -> Vec<MountEntry> {
+    text.split(|byte| *byte == b'\n').filter_map(entry).collect()
 }
 
 /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
@@ -45,11 +52,16 @@ fn entry(line: &[u8]) -> Option<MountEntry> {
         directory: unescape(words.get(4)?),
         kind: String::from_utf8_lossy(words.get(dash + 1)?).into_owned(),
         source: unescape(words.get(dash + 2)?),
+        options: words
+            .get(dash + 3)
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .unwrap_or_default(),
     })
 }
 
-/// Decodes spaces, tabs, newlines and backslashes, which are written as three octal digits.
-fn unescape(word: &[u8]) -> PathBuf {
+/// Decodes spaces, tabs, newlines and backslashes, which are written as three octal digits; in `/etc/fstab`,
+/// too.
+pub fn unescape(word: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(word.len());
     let mut rest = word;
     while let Some((first, more)) = rest.split_first() {
@@ -77,6 +89,7 @@ mod tests {
             directory: "/mnt/my images".into(),
             kind: "fuse.chainfs".into(),
             source: r"/srv/a\b".into(),
+            options: "ro,user_id=0".into(),
         };
         assert_eq!(entry(line), Some(expected));
         assert_eq!(entry(b""), None);

@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{FormatsArgs, ImageArgs, OutputArgs};
+use crate::guest::FileKind;
 
 /// How the images that a command reads are found and opened.
 #[derive(Debug, Args)]
@@ -186,4 +187,173 @@ pub struct VersionsArgs {
     /// How images are found.
     #[command(flatten)]
     pub look: LookArgs,
+}
+
+/// The arguments of `log`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The views of one chain are gone through, from IMAGE or VIEW down to the base, internal snapshots as well. \
+Each version that differs from the one before it is shown, newest first: the views that have it, the date of \
+the first of these, the file as in ls -l, and what changed. What counts as a change is as for `chainfs \
+versions`, which lists the versions of all chains that have IMAGE. Files of more than 4 MiB and binary files \
+are not compared line by line. The output of -p is one for patch(1), unless it is a terminal, where what \
+that would interpret is escaped.
+
+Examples:
+  chainfs log web01.qcow2:/root/etc/passwd
+  chainfs log -p web01.qcow2@monday:/root/etc/fstab
+  chainfs log -n 1 /mnt/images/web01/files/active/root/etc/hosts")]
+pub struct LogArgs {
+    /// The file
+    #[arg(value_name = "IMAGE[@VIEW]:/VOLUME/PATH")]
+    pub place: OsString,
+    /// Show the difference to the version before, as diff -u does
+    #[arg(short, long)]
+    pub patch: bool,
+    /// Show at most this many versions
+    #[arg(short = 'n', long, value_name = "COUNT")]
+    pub max_count: Option<usize>,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// How images are found.
+    #[command(flatten)]
+    pub look: LookArgs,
+}
+
+/// The arguments of `find`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+NAME is a pattern with *, ? and [...], as for find -name. With a slash it is matched with the whole path, \
+which begins with the volume, and * matches slashes, too, as for find -path: \"*/etc/*.conf\". A store means \
+all views of all its chains; an image its own chain, from itself down to the base; IMAGE@VIEW that disk.
+Prints a line for each version: chain, the views that have it (first..last), path, size and time of last \
+change. Neighbouring views whose files have the same content, owner, permissions, attributes and time are \
+one version, as for `chainfs versions`. Views that several chains share are searched once, with the first of \
+these chains. What cannot be read is said on stderr.
+
+Examples:
+  chainfs find fstab /srv/images
+  chainfs find '*/etc/ssh/*_key' web01.qcow2
+  chainfs find -t f '*.conf' web01.qcow2@monday
+  chainfs find -0 fstab /srv/images | xargs -0 chainfs cat
+
+Exit codes, as for find: 0 everything was searched, found or not; 1 something could not be read; 2 usage.")]
+pub struct FindArgs {
+    /// A name, or a pattern of names; with a slash, of whole paths
+    pub name: OsString,
+    /// A store, an image, IMAGE@VIEW, or a path in a mount
+    #[arg(value_name = "STORE")]
+    pub place: OsString,
+    /// Do not distinguish upper and lower case
+    #[arg(short, long)]
+    pub ignore_case: bool,
+    /// Only files of this type
+    #[arg(short = 't', long = "type", value_enum, value_name = "TYPE")]
+    pub kind: Option<FindKind>,
+    /// Print only what cat, cp and ls take (IMAGE@VIEW:/PATH, in the last view that has it), each followed by
+    /// a NUL
+    #[arg(short = '0', long, conflicts_with_all = ["output", "json"])]
+    pub print0: bool,
+    /// How the result is written.
+    #[command(flatten)]
+    pub output: OutputArgs,
+    /// How images are found.
+    #[command(flatten)]
+    pub look: LookArgs,
+}
+
+/// The types of files, by the letters of find(1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum FindKind {
+    /// Regular files
+    #[value(name = "f")]
+    File,
+    /// Directories
+    #[value(name = "d")]
+    Directory,
+    /// Symbolic links
+    #[value(name = "l")]
+    Symlink,
+    /// Character devices
+    #[value(name = "c")]
+    CharDevice,
+    /// Block devices
+    #[value(name = "b")]
+    BlockDevice,
+    /// FIFOs
+    #[value(name = "p")]
+    Fifo,
+    /// Sockets
+    #[value(name = "s")]
+    Socket,
+}
+
+impl From<FindKind> for FileKind {
+    fn from(kind: FindKind) -> Self {
+        match kind {
+            FindKind::File => Self::File,
+            FindKind::Directory => Self::Directory,
+            FindKind::Symlink => Self::Symlink,
+            FindKind::CharDevice => Self::CharDevice,
+            FindKind::BlockDevice => Self::BlockDevice,
+            FindKind::Fifo => Self::Fifo,
+            FindKind::Socket => Self::Socket,
+        }
+    }
+}
+
+/// The arguments of `try`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Makes an overlay (qcow2, mode 0600) in a directory of its own, backed by the view, and prints the QEMU line \
+that boots it. The store is only read: what the machine writes goes to the overlay. With --run the line is \
+run, and the overlay is removed when the machine ends; without it, the overlay is removed when this command \
+is ended (Ctrl-C). The view is held open meanwhile. If the store is not mounted, the image is mounted for \
+this command, read-only. The active disk of a mount may change, so it is not tried: take a snapshot of it first.
+The machine has no network, 2 GiB of memory and a virtio disk. Words after -- are passed to QEMU and \
+replace these: -nic, -m, -accel. A disk with an EFI system partition and no boot code gets UEFI firmware (OVMF), if \
+that is installed.
+
+Examples:
+  chainfs try --run web01.qcow2@monday
+  chainfs try --run web01.qcow2@before-upgrade -- -nic user -m 4G
+  chainfs try --run /mnt/images/web01/snapshots/monday.raw -- -nographic
+  chainfs try --dir /var/tmp web01.qcow2@monday")]
+pub struct TryArgs {
+    /// An image, IMAGE@VIEW, or a snapshot in a mount
+    #[arg(value_name = "VIEW")]
+    pub view: OsString,
+    /// Run the machine, and remove the overlay when it ends
+    #[arg(short, long)]
+    pub run: bool,
+    /// Where the overlay is made; by default in $TMPDIR or /tmp
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// QEMU's program; by default that of this machine's kind, such as qemu-system-x86_64
+    #[arg(long, value_name = "PROGRAM")]
+    pub qemu: Option<OsString>,
+    /// How the guest sees its disk: virtio, ide, scsi
+    #[arg(long, value_name = "IF", default_value = "virtio", value_parser = ["virtio", "ide", "scsi"])]
+    pub interface: String,
+    /// How the machine boots
+    #[arg(long, value_enum, value_name = "HOW", default_value = "auto")]
+    pub boot: Boot,
+    /// Options as for `mount -o` (repeatable)
+    #[arg(short, value_name = "OPTIONS")]
+    pub options: Vec<OsString>,
+    /// Words for QEMU
+    #[arg(last = true, value_name = "WORD")]
+    pub words: Vec<OsString>,
+}
+
+/// How a machine boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Boot {
+    /// By UEFI if the disk has an EFI system partition and no boot code, else by BIOS.
+    Auto,
+    /// By BIOS.
+    Bios,
+    /// By UEFI.
+    Uefi,
 }

@@ -65,7 +65,8 @@ impl OpenStores {
         is_stale
     }
 
-    fn open(&mut self, path: &Path) -> Result<Arc<OpenStore>> {
+    /// The store at a path, opened once.
+    pub(super) fn open(&mut self, path: &Path) -> Result<Arc<OpenStore>> {
         if let Some(known) = self.open.iter().find(|known| known.path == path) {
             return Ok(Arc::clone(known));
         }

@@ -1,15 +1,20 @@
-//! Commands that read guests' disks without a mount: `ls`, `cat`, `cp`, `diff` and `versions`.
+//! Commands that read guests' disks without a mount: `ls`, `cat`, `cp`, `diff`, `find`, `log`,
+//! `try` and `versions`.
 //!
 //! Promise: images are only read, and guests' data is parsed in worker processes.
 
 pub(super) mod cat;
 pub(super) mod copy;
 pub(super) mod diff;
+pub(super) mod find;
 mod images;
+pub(super) mod log;
 pub(super) mod ls;
+mod machine;
 mod operands;
 mod out;
 mod store_disk;
+pub(super) mod trial;
 pub(super) mod versions;
 
 use std::ffi::OsStr;

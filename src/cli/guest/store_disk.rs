@@ -1,13 +1,18 @@
 //! A disk of an open store, and how it is found by its name.
 
+use std::cmp::Reverse;
+use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::super::address;
 use super::operands::{DiskName, shown};
 use crate::browse::{Browser, DiskContents, PointInTime};
 use crate::error::{Error, ErrorKind, Result};
+use crate::report::store::{date, snapshot_date};
 use crate::store::{Catalog, ChainView, ChainViews, ImageIndex, OpenView, Store, ViewId, ViewPart};
 use crate::units::Stability;
 
@@ -30,6 +35,45 @@ impl StoreDisk {
     /// Its volumes and files.
     pub(super) fn contents(&self) -> Result<Arc<DiskContents>> {
         self.opened.browser.contents(&self.id, PointInTime::First)
+    }
+
+    /// Its name.
+    pub(super) fn name(&self) -> &[u8] {
+        &self.view_ref.view.name
+    }
+
+    /// Which disk it is, whatever the chain by which it was found: its top layer and internal snapshot.
+    pub(super) fn key(&self) -> (ImageIndex, Option<usize>) {
+        (self.view_ref.layers()[0], self.view_ref.view.snapshot)
+    }
+
+    /// The leaf of its chain.
+    pub(super) fn leaf(&self) -> ImageIndex {
+        self.view_ref.views.layers[0]
+    }
+
+    /// Whether it is the disk of the leaf itself.
+    pub(super) fn is_active_layer(&self) -> bool {
+        self.view_ref.view.layer == 0 && self.view_ref.view.snapshot.is_none()
+    }
+
+    /// Whether it is an active disk.
+    pub(super) fn is_active(&self) -> bool {
+        self.view_ref.view.active
+    }
+
+    /// Its path in the directory of its chain in a mount.
+    pub(super) fn place_in_mount(&self) -> PathBuf {
+        let file = OsStr::from_bytes(&[self.name(), b".raw"].concat()).to_owned();
+        if self.is_active() { PathBuf::from(file) } else { Path::new("snapshots").join(file) }
+    }
+
+    /// When it was taken: its layer frozen or its internal snapshot made; else its file last changed.
+    pub(super) fn taken(&self) -> SystemTime {
+        let catalog = self.opened.store.catalog();
+        let image = &catalog.images[self.view_ref.layers()[0]];
+        let inner = self.view_ref.view.snapshot.and_then(|inner| image.qcow2()?.snapshots.get(inner));
+        inner.map_or_else(|| date(image), snapshot_date)
     }
 
     /// The disk itself, open.
@@ -128,6 +172,17 @@ pub(super) fn in_chain(
     Ok(disk(opened, &catalog, &Arc::new(chain.to_path_buf()), &views, view))
 }
 
+/// The disk of the topmost layer of a chain that has one.
+pub(super) fn top_of(opened: &Arc<OpenStore>, chain: &Path) -> Result<StoreDisk> {
+    let catalog = opened.store.catalog();
+    let missing =
+        || Error::new(ErrorKind::NotFound, format!("there is no chain {}", shown(chain.as_os_str())));
+    let leaf = catalog.chain(chain).ok_or_else(missing)?;
+    let views = opened.store.chain_views(&catalog, leaf);
+    let view = upwards(&views).last().map(|view| (*view).clone()).ok_or_else(|| unshown(&catalog, leaf))?;
+    Ok(disk(opened, &catalog, &Arc::new(chain.to_path_buf()), &views, view))
+}
+
 /// The same two disks, as views of one chain if a chain has both: then one worker reads both.
 pub(super) fn in_one_chain((a, b): (StoreDisk, StoreDisk)) -> (StoreDisk, StoreDisk) {
     let catalog = a.opened.store.catalog();
@@ -156,32 +211,43 @@ pub(super) fn all_around(disk: &StoreDisk, alone: Option<&Path>) -> Vec<(Vec<u8>
     let catalog = opened.store.catalog();
     let mut chains = chains_of(&catalog, disk.view_ref.layers()[0]);
     chains.retain(|(chain, _)| alone.is_none_or(|alone| alone == chain));
-    let mut met: Vec<(ImageIndex, Option<usize>)> = Vec::new();
+    let mut met: HashSet<(ImageIndex, Option<usize>)> = HashSet::new();
     let mut all = Vec::new();
     for (chain, leaf) in &chains {
         let views = opened.store.chain_views(&catalog, *leaf);
         let chain = Arc::new(chain.clone());
-        for layer in (0..views.layers.len()).rev() {
-            let of_layer = |view: &&ChainView| view.layer == layer;
-            // Internal snapshots are older than the layer's own state.
-            let (inner, own): (Vec<_>, Vec<_>) =
-                views.views.iter().filter(of_layer).partition(|view| view.snapshot.is_some());
-            for view in inner.into_iter().chain(own) {
-                let key = (views.layers[layer], view.snapshot);
-                if met.contains(&key) {
-                    continue;
-                }
-                met.push(key);
-                // Active disks have the same name in each chain, so the chain's path is added.
-                let is_shared = chains.len() > 1 && layer == 0;
-                let prefix =
-                    if is_shared { [chain.as_os_str().as_bytes(), b"/"].concat() } else { Vec::new() };
-                let name = [prefix.as_slice(), &view.name].concat();
-                all.push((name, self::disk(opened, &catalog, &chain, &views, view.clone())));
+        for view in upwards(&views) {
+            if !met.insert((views.layers[view.layer], view.snapshot)) {
+                continue;
             }
+            // Active disks have the same name in each chain, so the chain's path is added.
+            let is_shared = chains.len() > 1 && view.layer == 0;
+            let prefix = if is_shared { [chain.as_os_str().as_bytes(), b"/"].concat() } else { Vec::new() };
+            let name = [prefix.as_slice(), &view.name].concat();
+            all.push((name, self::disk(opened, &catalog, &chain, &views, view.clone())));
         }
     }
     all
+}
+
+/// The views of a chain from the base upwards, each before those that were made of it.
+fn upwards(views: &ChainViews) -> Vec<&ChainView> {
+    let mut all: Vec<&ChainView> = views.views.iter().collect();
+    // Internal snapshots are older than the layer's own state, and in the order of their table.
+    all.sort_by_key(|view| (Reverse(view.layer), view.snapshot.is_none(), view.snapshot));
+    all
+}
+
+/// The views of the disk's chain from the base up to the disk itself: name and disk.
+pub(super) fn history(disk: &StoreDisk) -> Vec<(Vec<u8>, StoreDisk)> {
+    let catalog = disk.opened.store.catalog();
+    let ViewRef { views, view: last } = &disk.view_ref;
+    let all = upwards(views);
+    let end = all.iter().position(|view| *view == last).map_or(all.len(), |at| at + 1);
+    let of = |view: &&ChainView| {
+        (view.name.clone(), self::disk(&disk.opened, &catalog, &disk.id.chain, views, (*view).clone()))
+    };
+    all[..end].iter().map(of).collect()
 }
 
 /// The chains that contain an image; the chain of which it is the leaf comes first.

@@ -49,7 +49,8 @@ fn look(args: &VersionsArgs) -> Result<u8> {
     Ok(u8::from(is_stale || versions.iter().any(|version| matches!(version.state, Some(Err(_))))))
 }
 
-fn found(disk: &StoreDisk, inner: &DiskPath) -> PathState {
+/// What a disk has at a path.
+pub(super) fn found(disk: &StoreDisk, inner: &DiskPath) -> PathState {
     let inside = match disk.contents() {
         Ok(inside) => inside,
         Err(error) => return PathState::Unreadable(error),

@@ -15,7 +15,7 @@ pub(in crate::cli) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(in crate::cli) const SETTINGS: [(&str, Takes); 30] = [
+pub(in crate::cli) const SETTINGS: [(&str, Takes); 37] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -28,6 +28,10 @@ pub(in crate::cli) const SETTINGS: [(&str, Takes); 30] = [
     ("readonly", Takes::Values),
     ("format", Takes::Values),
     ("standalone", Takes::Values),
+    ("name", Takes::Values),
+    ("domains", Takes::Values),
+    ("nodomains", Takes::Nothing),
+    ("auto_unmount", Takes::Nothing),
     ("probe", Takes::Nothing),
     ("force_share", Takes::Nothing),
     ("salvage", Takes::Nothing),
@@ -38,6 +42,8 @@ pub(in crate::cli) const SETTINGS: [(&str, Takes); 30] = [
     ("rescan", Takes::Value),
     ("trash", Takes::Value),
     ("nopassthrough", Takes::Nothing),
+    ("kernelmap", Takes::Value),
+    ("map_dir", Takes::Value),
     ("noparallelwrites", Takes::Nothing),
     ("nosharedmapping", Takes::Nothing),
     ("noacl", Takes::Nothing),
@@ -45,6 +51,7 @@ pub(in crate::cli) const SETTINGS: [(&str, Takes); 30] = [
     ("noseccomp", Takes::Nothing),
     ("noinotify", Takes::Nothing),
     ("noreadahead", Takes::Nothing),
+    ("noiouring", Takes::Nothing),
     ("noexec", Takes::Nothing),
 ];
 
@@ -85,13 +92,21 @@ const IGNORED: [&str; 32] = [
     "users",
 ];
 
+/// Options that mount(8) takes from the list of mounts for a remount.
+const OF_MOUNTED: [&str; 2] = ["user_id", "group_id"];
+
+/// Options of `SELinux`, which are the kernel's.
+pub(super) const CONTEXTS: [&str; 4] = ["context", "fscontext", "defcontext", "rootcontext"];
+
 /// Known options that are neither settings nor ignored, for suggestions.
-const OTHERS: [&str; 7] = ["config", "exec", "atime", "noatime", "sync", "async", "dirsync"];
+const OTHERS: [&str; 9] =
+    ["fsname", "remount", "config", "exec", "atime", "noatime", "sync", "async", "dirsync"];
 
 pub(super) fn is_ignored(name: &str) -> bool {
     let for_others = ["x-", "X-"].iter().any(|prefix| name.starts_with(prefix));
     for_others
-        || matches!(name, "comment" | "fsname" | "subtype" | "uhelper" | "helper")
+        || matches!(name, "comment" | "subtype" | "uhelper" | "helper")
+        || OF_MOUNTED.contains(&name)
         || IGNORED.contains(&name)
 }
 

@@ -25,6 +25,15 @@ pub struct FormatRule {
     pub format: ImageFormat,
 }
 
+/// The name of the chains of leaves whose path in the store matches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NameRule {
+    /// Matched against the path within the store.
+    pub glob: Pattern,
+    /// The name in the mount.
+    pub name: Vec<u8>,
+}
+
 /// The formats that a user can declare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum ImageFormat {
@@ -65,6 +74,18 @@ pub(super) fn glob(name: &str, text: &str) -> Result<Pattern> {
         let shown = terminal_bytes(text.as_bytes());
         refuse(name, &format!("'{shown}' is not a pattern: {} at position {}", error.msg, error.pos))
     })
+}
+
+/// `GLOB:NAME`.
+pub(super) fn name_rule(value: &[u8]) -> Result<NameRule> {
+    let at = value.iter().rposition(|byte| *byte == b':').filter(|at| *at > 0);
+    let at = at.ok_or_else(|| refuse("name", "must be GLOB:NAME, as in vm.snap*:vm"))?;
+    let (text, name) = (&value[..at], &value[at + 1..]);
+    if name.is_empty() || name.contains(&b'/') || matches!(name, b"." | b"..") {
+        let shown = terminal_bytes(name);
+        return Err(refuse("name", &format!("'{shown}' is not the name of a directory")));
+    }
+    Ok(NameRule { glob: glob("name", utf8("name", text)?)?, name: name.to_vec() })
 }
 
 /// `OLD=NEW`; an equals sign in OLD is written `\=`.

@@ -14,6 +14,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::guest::{READERS, Reader, Source};
+use crate::units::are_zero;
 
 /// All formats that are detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -294,8 +295,6 @@ impl<'a> ContentProbe<'a> {
         let tail_at = self.source.size().saturating_sub(1 << 16);
         let tail = self.read(tail_at, (self.source.size() - tail_at) as usize);
         let further = self.read(members::ZFS_UBERBLOCKS, members::ZFS_UBERBLOCKS_LEN).unwrap_or_default();
-        [&self.head, &further, &tail.unwrap_or_default()]
-            .iter()
-            .all(|bytes| bytes.iter().all(|byte| *byte == 0))
+        [&self.head, &further, &tail.unwrap_or_default()].iter().all(|bytes| are_zero(bytes))
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::guest::bytes::{le32, le64};
 use crate::guest::volumes::{Device, DeviceDisks};
+use crate::units::are_zero;
 
 use super::btree::{BLOCK_LEN, BlockKind, MetadataBlocks};
 use super::overlay::{self, MOVED_LIMIT, MovedChunk};
@@ -40,7 +41,7 @@ pub(super) fn device(
     let blocks = MetadataBlocks::new(metadata.source());
     let mut head = vec![0; BLOCK_LEN as usize];
     metadata.source().read_at(0, &mut head).map_err(says)?;
-    if head.iter().all(|byte| *byte == 0) {
+    if are_zero(&head) {
         // It was never used.
         return Ok(origin.clone());
     }
