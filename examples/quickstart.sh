@@ -65,6 +65,10 @@ show cat "$mnt/.chainfs/tree.txt"
 show ls -ls "$mnt" "$mnt/web01" "$mnt/web01/snapshots"
 [ ! -s "$mnt/.chainfs/problems.txt" ] || fail "there should be no problems: $(cat "$mnt/.chainfs/problems.txt")"
 
+say 'the mount explains itself, as text and as a page for any browser'
+show head -n 12 "$mnt/README.txt"
+show ls -l "$mnt/.chainfs/index.html"
+
 say 'each snapshot and each of its partitions is a disk, for any tool that reads disks'
 # reads PARTITION TEXT: checks the guest's /etc/motd in this partition.
 reads() {
@@ -94,6 +98,8 @@ status=0
 show chainfs diff --files installed.qcow2 web01.qcow2 || status=$?
 [ "$status" -eq 1 ] || fail "chainfs diff should exit 1 for files that differ, not $status"
 show chainfs versions web01.qcow2:/root/etc/motd
+show chainfs log -p web01.qcow2:/root/etc/passwd
+show chainfs find motd "$store"
 [ "$(show chainfs cat web01.qcow2@monday:/root/etc/motd | tail -1)" = 'monday: all is well' ] || fail 'the same without a mount'
 
 say 'qemu-img reads the same data'

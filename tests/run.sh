@@ -3,10 +3,10 @@
 #
 #   tests/run.sh [--long] [OPTIONS OF cargo test] [-- NAMES OF TESTS]
 #
-# --long sets CHAINFS_LONG=1, by which tests with seeds and budgets take more of them, and runs those that are ignored
-# otherwise. At the end it says which tests took
-# longest. A test that hangs is named: when no test of a binary has ended for QUIET minutes, those at work are told, and
-# the binary is stopped. How long all of them take together is no failure.
+# --long sets CHAINFS_LONG=1, by which tests with seeds and budgets take more of them, and runs those that
+# are ignored otherwise. At the end it says which tests took longest. A test that hangs is named: when no test
+# of a binary has ended for QUIET minutes, those at work are told, and the binary is stopped. How long all of
+# them take together is no failure.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,7 +34,10 @@ need "${ALL_PROGRAMS[@]}"
 need_rust
 need_fsx
 need_guest
-[ -z "${CHAINFS_LONG:-}" ] || need_debian
+if [ -n "${CHAINFS_LONG:-}" ]; then
+    need_debian
+    need restic borg podman bwrap crun rpm ganesha.nfsd nfs-ls smbd smbclient nbdkit nbdcopy ddrescue
+fi
 need_fuse
 
 # All that tests create is beneath one directory, so that what they leave can be told from what others own.
@@ -44,6 +47,11 @@ TMPDIR=$(realpath "$TMPDIR")
 chmod 755 "$TMPDIR"
 export TMPDIR
 logs=$(mktemp -d "${TMPDIR%/*}/chainfs-logs.XXXXXX")
+# The tests of images judge many thousand small files that no disk need ever see: in memory, if there is room.
+memory=
+if [ "$(df --output=avail -B1 /dev/shm 2>/dev/null | tail -n 1)" -gt $((4 << 30)) ] 2>/dev/null; then
+    memory=$(mktemp -d /dev/shm/chainfs-tests.XXXXXX)
+fi
 running=
 
 # left_mounts: "DEVICE DIR" of every mount beneath TMPDIR, innermost first.
@@ -80,20 +88,23 @@ clean_up() {
         clean=1
         losetup -d "$loop" || true
     done
-    rm -rf --one-file-system "$TMPDIR" "$logs"
+    rm -rf --one-file-system "$TMPDIR" "$logs" ${memory:+"$memory"}
     return $clean
 }
 trap 'clean_up || true' EXIT
 trap 'exit 130' INT TERM
 
-# run_tests NAME DIRECTORY BINARY [WORDS...]: runs the tests of a binary, with their times, and stops it when no test ends any more.
+# run_tests NAME DIRECTORY BINARY [WORDS...]: runs the tests of a binary, with their times, and stops it when
+# no test ends any more.
 run_tests() {
-    local name=$1 directory=$2 log="$logs/$1" ended=0 now last=$SECONDS stopped=0 code=0 show
+    local name=$1 directory=$2 log="$logs/$1" place=$TMPDIR ended=0 now last=$SECONDS stopped=0 code=0 show
     shift 2
+    [ "$name" != image ] || place=${memory:-$TMPDIR}
     echo "== $name" >&2
     : >"$log"
     # The times are an option that the test harness calls unstable; the variable lets it take that.
-    RUSTC_BOOTSTRAP=1 setsid env -C "$directory" "$@" -Zunstable-options --report-time >"$log" 2>&1 </dev/null &
+    RUSTC_BOOTSTRAP=1 setsid env -C "$directory" TMPDIR="$place" \
+        "$@" -Zunstable-options --report-time >"$log" 2>&1 </dev/null &
     running=$!
     tail -q --pid="$running" -s 0.2 -n +1 -f "$log" &
     show=$!
@@ -122,10 +133,12 @@ run_tests() {
 failed=0
 # The build is not the tests' time. The profile is an optimised one with all checks on.
 # All targets in one command first, so that both processors have work.
-cargo test --profile checked --workspace --locked --no-run --message-format=json-render-diagnostics "${options[@]}" >"$logs/built"
+cargo test --profile checked --workspace --locked --no-run --message-format=json-render-diagnostics \
+    "${options[@]}" >"$logs/built"
 cargo build --profile checked --workspace --locked
 binaries=$(jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable)
-    | [.target.name + (if .target.kind == ["test"] then "" else " (unit tests)" end), .executable, (.manifest_path | rtrimstr("/Cargo.toml"))]
+    | [.target.name + (if .target.kind == ["test"] then "" else " (unit tests)" end), .executable,
+        (.manifest_path | rtrimstr("/Cargo.toml"))]
     | @tsv' "$logs/built")
 began=$SECONDS
 while IFS=$'\t' read -r name binary directory; do

@@ -10,7 +10,8 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 ALL_PROGRAMS=(qemu-img qemu-io fusermount3 mke2fs debugfs mkfs.xfs mkfs.btrfs btrfs btrfstune fio strace e2fsck fstrim cc pkg-config setfattr
     setfacl jq python3 sfdisk sgdisk partx losetup blkid mkfs.vfat mcopy pvcreate mkswap cryptsetup mkntfs mkfs.exfat mkfs.f2fs mkfs.jfs
-    mkfs.nilfs2 mkfs.gfs2 mkfs.ocfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage mdadm dmsetup busybox)
+    mkfs.nilfs2 mkfs.gfs2 mkfs.ocfs2 mkudffs make-bcache mksquashfs mkfs.erofs mkfs.cramfs genisoimage mdadm dmsetup busybox
+    virsh libvirtd rsync lsof script tidy man mandoc zsh fish systemd-analyze)
 
 # The Debian package of a program.
 package_of() {
@@ -22,6 +23,7 @@ package_of() {
         mkfs.btrfs | btrfs | btrfstune) echo btrfs-progs ;;
         fstrim | partx | blkid | mkswap) echo util-linux ;;
         losetup) echo mount ;;
+        script) echo bsdutils ;;
         sfdisk) echo fdisk ;;
         sgdisk) echo gdisk ;;
         mkfs.vfat) echo dosfstools ;;
@@ -40,10 +42,25 @@ package_of() {
         mksquashfs) echo squashfs-tools ;;
         mkfs.erofs) echo erofs-utils ;;
         mkfs.cramfs) echo util-linux-extra ;;
+        virsh) echo libvirt-clients ;;
+        borg) echo borgbackup ;;
+        libvirtd) echo "libvirt-daemon-system libvirt-daemon-driver-qemu" ;;
         cc) echo "gcc libc6-dev" ;;
         busybox) echo busybox-static ;;
         setfattr) echo attr ;;
         setfacl) echo acl ;;
+        man) echo man-db ;;
+        systemd-analyze) echo systemd ;;
+        dpkg-shlibdeps) echo dpkg-dev ;;
+        strip) echo binutils ;;
+        musl-gcc) echo musl-tools ;;
+        bwrap) echo bubblewrap ;;
+        ganesha.nfsd) echo "nfs-ganesha nfs-ganesha-vfs" ;;
+        nfs-ls) echo libnfs-utils ;;
+        smbd) echo samba ;;
+        nbdcopy | nbdinfo | nbdfuse) echo libnbd-bin ;;
+        ddrescue) echo gddrescue ;;
+        qcowmount) echo libqcow-utils ;;
         *) echo "$1" ;;
     esac
 }
@@ -59,7 +76,7 @@ need() {
             echo "setup: installing ${packages[*]}" >&2
             # stdout belongs to the caller. What is there stays: a package from elsewhere may be in the way.
             { apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-                apt-get -qq install -y --no-install-recommends --no-remove "${packages[@]}"; } >&2 || exit 1
+                apt-get -qq -o DPkg::Lock::Timeout=300 install -y --no-install-recommends --no-remove "${packages[@]}"; } >&2 || exit 1
         else
             echo "setup: missing: ${packages[*]}; install them and try again:" >&2
             echo "    sudo apt-get install -y --no-install-recommends ${packages[*]}" >&2
@@ -90,12 +107,12 @@ need_fsx() {
     cargo install --quiet --locked fsx --version 0.3.2 --root "$tools" >&2 || exit 1
 }
 
-# need_debian: the files of a whole system, as an archive. For long runs.
+# need_debian: the files of a whole system, as an archive, and what makes and judges packages for one. For long runs.
 need_debian() {
     local tools dir
+    need debootstrap lintian dpkg-shlibdeps strip
     tools=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")/target/tools
     [ -f "$tools/debian.tar" ] && return
-    need debootstrap
     echo "setup: installing a Debian into an archive" >&2
     mkdir -p "$tools"
     dir=$(mktemp -d "$tools/debian.XXXXXX")
@@ -134,7 +151,8 @@ need_guest() {
 # these came from the backports, so does it, by a list of sources of its own.
 install_emulator() {
     local place version list suite words
-    words=(-qq install -y --no-install-recommends --no-remove qemu-system-x86)
+    # Another program may be installing packages.
+    words=(-qq -o DPkg::Lock::Timeout=300 install -y --no-install-recommends --no-remove qemu-system-x86)
     if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
         export DEBIAN_FRONTEND=noninteractive
         echo "setup: installing qemu-system-x86" >&2
@@ -170,6 +188,10 @@ need_fuse() {
     if [ "$(id -u)" -eq 0 ] && [ "$(stat -c %a /dev/fuse)" != 666 ]; then
         echo "setup: letting ordinary users open /dev/fuse, as udev would" >&2
         chmod 666 /dev/fuse
+    fi
+    # Tests of these features see that mounts do without them.
+    if [ ! -e /sys/module/fuse/parameters/enable_uring ]; then
+        echo "setup: NOT TESTED: FUSE over io_uring; this kernel ($(uname -r)) has none, Linux 6.14 has" >&2
     fi
 }
 

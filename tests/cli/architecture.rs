@@ -79,29 +79,29 @@ fn names(text: &str, word: &str) -> bool {
 }
 
 #[test]
-fn only_its_transport_names_fuser() {
+fn only_their_transports_name_fuser_and_fuse_ring() {
     let src = project().join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
-    let naming: Vec<_> = files
-        .iter()
-        .filter(|file| names(&fs::read_to_string(file).unwrap(), "fuser"))
-        .map(|file| file.strip_prefix(&src).unwrap().to_path_buf())
-        .collect();
-    assert!(
-        !naming.is_empty()
-            && naming.iter().all(|file| file.starts_with("fs/fuse") || file == Path::new("fs/fuse.rs")),
-        "{naming:?}"
-    );
+    for (package, transports) in [("fuser", &["fs/fuse"][..]), ("fuse_ring", &["fs/fuse", "fs/ring"])] {
+        let naming: Vec<_> = files
+            .iter()
+            .filter(|file| names(&fs::read_to_string(file).unwrap(), package))
+            .map(|file| file.strip_prefix(&src).unwrap().with_extension(""))
+            .collect();
+        let is_transport = |file: &PathBuf| transports.iter().any(|transport| file.starts_with(transport));
+        assert!(!naming.is_empty() && naming.iter().all(is_transport), "{package}: {naming:?}");
+    }
     assert!(names("use fuser::Errno;", "fuser") && !names("// fuser\n\"fusermount3\"", "fuser"));
 }
 
 /// What the service decides is named by no transport: a transport has plain calls and replies.
 #[test]
-fn the_transport_names_neither_kinds_of_errors_nor_handles() {
-    let fuse = project().join("src/fs");
-    let mut files = vec![fuse.join("fuse.rs")];
-    sources(&fuse.join("fuse"), &mut files);
+fn the_transports_name_neither_kinds_of_errors_nor_handles() {
+    let fs = project().join("src/fs");
+    let mut files = vec![fs.join("fuse.rs"), fs.join("ring.rs")];
+    sources(&fs.join("fuse"), &mut files);
+    sources(&fs.join("ring"), &mut files);
     for file in files {
         let text = fs::read_to_string(&file).unwrap();
         for word in ["ErrorKind", "Handle", "Node", "Duration", "thread", "spawn"] {

@@ -10,12 +10,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 use support::*;
 
-/// The chainfs binary in the store's directory, without a user's configuration.
-fn chainfs(store: &Store, args: &[&str]) -> Command {
-    let mut command = tool(chainfs_binary());
-    command.args(args).current_dir(store.root()).env("XDG_CONFIG_HOME", store.beside("config"));
-    command
-}
+use crate::chainfs;
 
 fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
@@ -424,6 +419,6 @@ fn pages_and_completions_are_written() {
     let dir = store.dir("man1");
     chainfs(&store, &["man", "man1"]).succeeds();
     assert!(dir.join("chainfs-compare.1").exists());
-    assert!(chainfs(&store, &["completions", "fish"]).succeeds().contains("backing-chain"));
+    assert!(chainfs(&store, &["completions", "elvish"]).succeeds().contains("backing-chain"));
     assert_eq!(chainfs(&store, &["man", "absent"]).outcome().0, 1);
 }

@@ -352,14 +352,59 @@ fn the_writer_of_a_disk_is_named_with_a_remedy() {
     let domain = " of domain db,7); take a snapshot with virsh snapshot-create-as db,7 \
                   --disk-only and read that, or shut db,7 down\n";
     all_say(&store, &[("map store/web01.qcow2", 1, domain)]);
-    let command = "of domain db,7); while db,7 runs, change its images with virsh (snapshot-create-as, \
-        blockcommit, blockpull)";
-    let sentence = Control::of(&mount, "web01").refused("resize +1M", Errno::BUSY);
-    assert!(sentence.contains("domain db,7") && !sentence.contains("force_share"), "{sentence}");
-    let plan = chainfs(&store, "resize mnt/web01 +1M --dry-run").outcome().1;
-    assert!(plan.contains(command), "{plan}");
     drop(held);
     mount.umount();
+}
+
+#[test]
+fn virsh_s_command_is_named_where_a_domain_prevents_ours() {
+    let store = chain();
+    let mount = Mount::new(&store);
+    let held = Holder::domain(&store, "web01.qcow2", "db 7");
+    let size = fs::metadata(mount.path("web01/snapshots/tuesday.raw")).expect("the disk").len() + (1 << 20);
+    let path = |name: &str| fs::canonicalize(store.path(name)).expect("an image").display().to_string();
+    let (leaf, tuesday, monday) = (path("web01.qcow2"), path("tuesday.qcow2"), path("monday.qcow2"));
+    let control = Control::of(&mount, "web01");
+    let planned = |command: &str| plan_of(&mount, command);
+    for (verb, words, command) in [
+        ("resize", "+1M", format!("blockresize 'db 7' {leaf} {size}B")),
+        ("snapshot", "new", "snapshot-create-as 'db 7' new --disk-only".to_owned()),
+        ("pull", "base=monday", format!("blockpull 'db 7' {leaf} --base {monday} --wait")),
+        (
+            "commit",
+            "base=monday discard-internal",
+            format!("blockcommit 'db 7' {leaf} --base {monday} --active --pivot --wait"),
+        ),
+        (
+            "delete",
+            "tuesday method=commit discard-internal",
+            format!("blockcommit 'db 7' {leaf} --base {tuesday} --active --pivot --wait"),
+        ),
+    ] {
+        let remedy = format!(" of domain db 7); while db 7 runs, use virsh {command}, or shut it down first");
+        let sentence = control.refused(&format!("{verb} {words}"), Errno::BUSY);
+        assert!(sentence.ends_with(&remedy), "{sentence}\n{remedy}");
+        let plan = planned(&format!("{verb} {words}"));
+        assert!(plan.contains(&remedy), "{verb}: {plan}");
+    }
+    // virsh has no such command, or would change a file that another chain depends on.
+    store.overlay("other.qcow2", "monday.qcow2", "qcow2", "");
+    for command in ["commit base=monday discard-internal", "rebase base=monday", "revert to=monday"] {
+        let plan = planned(command);
+        assert!(plan.contains(" of domain db 7)") && !plan.contains("virsh"), "{command}: {plan}");
+    }
+    drop(held);
+    mount.umount();
+}
+
+/// The plan of a command on the chain web01.
+fn plan_of(mount: &Mount, command: &str) -> String {
+    let plan = Control::of(mount, "web01").file("plan");
+    let mut file = fs::File::options().read(true).write(true).open(plan).expect("the plan");
+    let mut text = String::new();
+    std::io::Write::write_all(&mut file, command.as_bytes()).expect("a plan");
+    file.read_to_string(&mut text).expect("its text");
+    text
 }
 
 #[test]
@@ -367,11 +412,7 @@ fn a_plan_says_what_qemu_s_locks_would_refuse() {
     let store = chain();
     let mount = Mount::new(&store);
     let refused = |command: &str| -> Vec<String> {
-        let plan = Control::of(&mount, "web01").file("plan");
-        let mut file = fs::File::options().read(true).write(true).open(plan).expect("the plan");
-        let mut text = String::new();
-        std::io::Write::write_all(&mut file, command.as_bytes()).expect("a plan");
-        file.read_to_string(&mut text).expect("its text");
+        let text = plan_of(&mount, command);
         text.lines().filter_map(|line| line.strip_prefix("refused: ")).map(str::to_owned).collect()
     };
     let commands = [

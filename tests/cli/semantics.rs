@@ -1,5 +1,5 @@
 //! Tests docs/SEMANTICS.md and README.md: the examples of the former are run, its errno table is compared; of
-//! the latter the picture, the tree, every one-liner, the commands of its installation and its configuration
+//! the latter the pictures, the tree, every one-liner, the commands of its installation and its configuration
 //! file.
 
 use std::fs;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use chainfs::error::ERROR_KINDS;
 use chainfs::fs::errno;
-use support::examples::{Ending, Example, blocks, document, examples, matches};
+use support::examples::{Ending, Example, blocks, document, example_blocks, examples, matches};
 use support::{Outcome as _, chainfs_binary, project, tool};
 
 const DOCUMENT: &str = "docs/SEMANTICS.md";
@@ -41,12 +41,29 @@ impl Readme {
         // No machine of the tests boots another; that it would find its disk is enough.
         let stub = "#!/bin/sh\nfor word; do case $word in file=*) word=${word#file=}; exec test \
             -r \"${word%%,*}\"; esac; done; exit 1\n";
-        let program = place.join("bin/qemu-system-x86_64");
-        fs::write(&program, stub).expect("a program");
-        tool("chmod").arg("755").arg(&program).succeeds();
+        // No browser either.
+        let browser = "#!/bin/sh\nexec grep -q '^<!DOCTYPE html>' \"$1\"\n";
+        for (name, stub) in [("qemu-system-x86_64", stub), ("xdg-open", browser)] {
+            let program = place.join("bin").join(name);
+            fs::write(&program, stub).expect("a program");
+            tool("chmod").arg("755").arg(&program).succeeds();
+        }
         let script = project().join("examples/store.sh");
         tool(script.to_str().expect("text")).arg(place.join("images")).succeeds();
-        Self { _ending: Ending(place.clone()), place, _directory: directory }
+        let made = Self { _ending: Ending(place.clone()), place, _directory: directory };
+        made.runs("cp -a --sparse=never /srv/images ../kept");
+        made.runs("cp -a /srv/images ../small");
+        made
+    }
+
+    /// Makes the store again what it was; `copy`: `kept`, or `small`, where other holes change what commands
+    /// have to copy.
+    fn renew(&self, copy: &str) {
+        self.runs("rm -rf /srv/images/* /srv/images/.chainfs /srv/restored*");
+        self.runs(&format!(
+            "cp -a --sparse={} ../{copy}/. /srv/images/",
+            if copy == "kept" { "never" } else { "auto" }
+        ));
     }
 
     /// Gives a line of the README to a shell in the directory of the images, with places of this test for the
@@ -56,7 +73,7 @@ impl Readme {
         let line = line
             .replace("/mnt/guest", &format!("{place}/guest"))
             .replace("/mnt/images", &format!("{place}/mnt"))
-            .replace("/srv/restored.raw", &format!("{place}/restored.raw"))
+            .replace("/srv/restored", &format!("{place}/restored"))
             .replace("/srv/images", &format!("{place}/images"));
         let program = Path::new(chainfs_binary()).parent().expect("its directory").display();
         let path = format!("{place}/bin:{program}:{}", std::env::var("PATH").expect("PATH"));
@@ -87,13 +104,8 @@ fn every_one_liner_of_the_readme_works_on_its_store() {
     let made = Readme::new();
     let commands = one_liners(&document("README.md"));
     assert!(commands.len() >= 30, "the README has lost its commands");
-    let kept = made.place.join("kept");
-    made.runs(&format!("cp -a /srv/images {}", kept.display()));
     for command in &commands {
-        made.runs(&format!(
-            "rm -rf /srv/images/* /srv/images/.chainfs /srv/restored.raw && cp -a {}/. /srv/images/",
-            kept.display()
-        ));
+        made.renew("small");
         if command.contains("moved/") {
             made.runs("mkdir moved && mv base.raw moved/");
         }
@@ -105,13 +117,14 @@ fn every_one_liner_of_the_readme_works_on_its_store() {
             command = command.replace(" ID", &format!(" {}", id.trim()));
         }
         let (code, out, err) = made.run(&command);
-        let differs =
-            ["diff ", "chainfs diff ", "chainfs compare "].iter().any(|begin| command.starts_with(begin));
+        let differs = ["diff ", "chainfs diff ", "chainfs compare ", "chainfs who "]
+            .iter()
+            .any(|begin| command.starts_with(begin));
         assert_eq!(code, i32::from(differs), "{command}\n{out}{err}");
         if command.starts_with("mount ") {
             made.runs("cat /mnt/guest/etc/motd && umount /mnt/guest");
         }
-        if command.starts_with("cp ") {
+        if command.starts_with("cp --sparse") {
             made.runs("test -w /srv/restored.raw && [ $(stat -c %a /srv/restored.raw) != 444 ]");
         }
         made.runs("chainfs umount /mnt/images");
@@ -164,14 +177,31 @@ fn the_readme_s_picture_and_tree_show_its_store() {
 #[test]
 fn the_readme_s_output_is_the_program_s() {
     let made = Readme::new();
-    let examples = examples(&document("README.md"), "console");
-    assert!(examples.len() >= 3, "the README has lost its output");
-    made.runs("chainfs mount /srv/images /mnt/images");
-    for Example { command, expected } in examples {
-        let (_, out, _) = made.run(&command);
-        assert!(matches(&out, &expected), "$ {command}\nsaid:\n{out}\nbut the README shows:\n{expected}");
+    let blocks = example_blocks(&document("README.md"), "console");
+    assert!(blocks.iter().flatten().count() >= 10, "the README has lost its output");
+    for block in blocks {
+        made.renew("kept");
+        made.runs("chainfs mount /srv/images /mnt/images");
+        for Example { command, expected } in block {
+            let (_, out, _) = made.run(&command);
+            assert!(matches(&out, &expected), "$ {command}\nsaid:\n{out}\nbut the README shows:\n{expected}");
+        }
+        made.runs("chainfs umount /mnt/images");
     }
-    made.runs("chainfs umount /mnt/images");
+}
+
+#[test]
+fn the_readme_s_svg_shows_its_store() {
+    let made = Readme::new();
+    // Sizes and dates are another day's.
+    let shape = |svg: &str| {
+        let texts = svg.split("<text ").skip(1).filter_map(|text| text.split(['>', '<']).nth(1));
+        let texts = texts.filter(|text| !text.ends_with("iB") && !text.starts_with("20"));
+        texts.map(|text| text.split(" on disk").last().unwrap_or_default().to_owned()).collect::<Vec<_>>()
+    };
+    let drawn = shape(&made.runs("chainfs tree --output svg /srv/images"));
+    assert!(drawn.len() > 15, "{drawn:?}");
+    assert_eq!(drawn, shape(&document("docs/pictures/tree.svg")));
 }
 
 #[test]

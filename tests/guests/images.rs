@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use support::foreign::greeted;
 use support::*;
 
 /// A file system mounted for as long as this lives.
@@ -194,7 +195,7 @@ fn qemu_nbd_serves_views() {
         let mut nbd = Command::new("qemu-nbd");
         nbd.args(["--read-only", "-f", "raw", "-k"]).arg(&socket).arg(mount.path("web").join(view));
         let served = Served(nbd.stdin(Stdio::null()).spawn().expect("qemu-nbd starts"));
-        eventually("qemu-nbd serves", || socket.exists());
+        greeted(&socket);
         let copy = store.beside("copy.raw");
         let address = format!("nbd+unix:///?socket={}", socket.display());
         tool("qemu-img").args(["convert", "-f", "raw", "-O", "raw", &address]).arg(&copy).succeeds();

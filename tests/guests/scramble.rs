@@ -1,10 +1,11 @@
 //! Random damage to the metadata of a disk.
 
+use chainfs::units::are_zero;
 use support::Rng;
 
 /// Blocks of a kibibyte that hold more than file content: the numbers of those worth damaging.
 pub(crate) fn telling_blocks(bytes: &[u8]) -> Vec<usize> {
-    let tells = |block: &[u8]| block.iter().any(|byte| *byte != 0) && block[..1000] != [block[0]; 1000];
+    let tells = |block: &[u8]| !are_zero(block) && block[..1000] != [block[0]; 1000];
     (0..bytes.len() / 1024).filter(|at| tells(&bytes[at * 1024..][..1024])).collect()
 }
 

@@ -11,14 +11,15 @@ use std::thread;
 use chainfs::error::Result;
 use chainfs::image::check::check;
 use chainfs::image::write::{Fill, WriterOptions};
-use chainfs::units::{BlockStatus, Run};
+use chainfs::units::{BlockStatus, Run, are_zero};
+use support::first_difference;
 use support::oracle::Scratch;
 use support::sim::guest::{new_snapshot, open_writer};
 use support::sim::images::Opened;
 use support::sim::value::{pattern, pattern_range};
 use support::sim::{
-    Backing, Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, StartImage, Workload, is_long,
-    mix, seed,
+    Backing, Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, StartImage, Workload, in_turn,
+    is_long, mix, seed,
 };
 
 /// The tag of bytes that only the new layer below has.
@@ -58,7 +59,7 @@ impl Lower {
         let now = self.now.0.bytes(sector * SECTOR, SECTOR);
         if now == self.then.0.bytes(sector * SECTOR, SECTOR) {
             None
-        } else if now.iter().all(|byte| *byte == 0) {
+        } else if are_zero(&now) {
             Some(BlockStatus::Zero)
         } else {
             Some(BlockStatus::Data)
@@ -156,7 +157,7 @@ fn assert_views(files: &[Pages], active: &Pages, snapshots: &[Pages], below: &Ba
             let piece = &mut bytes[..(view.size() - at).min(1 << 16) as usize];
             view.read_at(at, piece).unwrap_or_else(|error| panic!("{what}: {index:?} at {at:#x}: {error}"));
             let want = expected.bytes(at, piece.len() as u64);
-            if let Some(place) = piece.iter().zip(&want).position(|(have, want)| have != want) {
+            if let Some(place) = first_difference(piece, &want) {
                 let sector = place / 512 * 512;
                 panic!(
                     "{what}: view {index:?}, {:#x}: {}, not {}",
@@ -288,7 +289,7 @@ fn model(name: &str, image: &StartImage, longest_write: u64, seed: u64, steps: u
 fn no_view_changes_and_at_the_end_none_needs_the_layers_below() {
     println!("CHAINFS_SEED={}", seed());
     let rounds = if is_long() { 200 } else { 2 };
-    for (name, start, longest) in kinds() {
+    for (name, start, longest) in in_turn(kinds(), 1) {
         let image = start.load();
         for round in 0..rounds {
             model(name, &image, longest, seed() + round, 60);
@@ -298,7 +299,7 @@ fn no_view_changes_and_at_the_end_none_needs_the_layers_below() {
 
 #[test]
 fn a_crash_leaves_every_view_as_it_was() {
-    for (name, start, longest) in kinds() {
+    for (name, start, longest) in in_turn(kinds(), 0) {
         Workload::new(name, start).states(130).survives(|guest| {
             let backing = guest.backing();
             let lower = Lower::new(&backing, seed());
@@ -345,10 +346,10 @@ fn a_crash_between_dropping_a_table_and_filling_it_loses_nothing() {
 /// After any crash, with leaks: reopened and filled, it needs the layers no more.
 #[test]
 fn filling_continues_after_a_crash() {
-    for (name, start, longest) in kinds() {
+    for (name, start, longest) in in_turn(kinds(), 1) {
         let image = start.load();
         let backing = image.backing.clone().unwrap();
-        for round in 0..if is_long() { 200 } else { 5 } {
+        for round in 0..if is_long() { 200 } else { 3 } {
             let seed = seed() + round;
             let what = format!("{name}: CHAINFS_SEED={seed}");
             let mut random = Random::new(mix(seed));

@@ -10,7 +10,7 @@ use support::oracle::Scratch;
 use support::sim::guest::{new_snapshot, open_writer};
 use support::sim::images::{Opened, compressible};
 use support::sim::value::pattern;
-use support::sim::{Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, Workload, seed};
+use support::sim::{Guest, IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, Start, Workload, in_turn, seed};
 
 /// Writes, zeroes and snapshots all over the disk.
 fn mixed(guest: &Guest, random: &mut Random, snapshots: usize, operations: usize, longest: u64) {
@@ -64,7 +64,7 @@ fn kinds() -> Vec<(&'static str, Start, u64)> {
 
 #[test]
 fn a_crash_leaves_the_whole_snapshot_or_none() {
-    for (name, start, longest) in kinds() {
+    for (name, start, longest) in in_turn(kinds(), 1) {
         Workload::new(name, start).states(350).survives(|guest| {
             mixed(guest, &mut Random::new(seed() ^ longest), 2, 6, longest);
         });
@@ -83,7 +83,7 @@ fn tables_larger_than_the_cache_are_shared() {
 #[test]
 // M2
 fn qemu_accepts_internal_snapshots_of_chainfs() {
-    for (name, start, longest) in kinds() {
+    for (name, start, longest) in in_turn(kinds(), 0) {
         let image = start.load();
         let guest = Guest::new(&Machine::forgetful(), &image, WriterOptions::default());
         let mut expected = image.snapshots.clone();

@@ -406,7 +406,7 @@ fn random_damage_never_changes_what_could_be_read() {
     let rounds: u64 = std::env::var("CHAINFS_CHECK_ROUNDS")
         .ok()
         .and_then(|rounds| rounds.parse().ok())
-        .unwrap_or(if is_long() { 40 } else { 20 });
+        .unwrap_or(if is_long() { 40 } else { 14 });
     let mut ended = [0; 4];
     for (kind, options) in
         ["cluster_size=4k", "cluster_size=512,refcount_bits=8", "cluster_size=16k,extended_l2=on"]

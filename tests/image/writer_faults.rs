@@ -20,7 +20,7 @@ use support::sim::{
 };
 
 /// Runs of each sweep where not all are made.
-const RUNS: u64 = 160;
+const RUNS: u64 = 85;
 
 /// One thing that a guest asks for.
 #[derive(Clone, Copy, Debug)]

@@ -12,6 +12,7 @@ use chainfs::error::{Error, ErrorKind, Result};
 use chainfs::image::check::check;
 use chainfs::image::write::{Writer, WriterOptions};
 use chainfs::io::{Storage, WriteStorage};
+use chainfs::units::are_zero;
 use support::is_alone;
 
 const CACHE: usize = 2 << 20;
@@ -43,7 +44,7 @@ impl Storage for RealFile {
 impl WriteStorage for RealFile {
     fn write_at(&self, at: u64, bytes: &[u8]) -> Result<()> {
         // Zeroes stay holes: the test is about memory, not about the disk it runs on.
-        if bytes.iter().all(|byte| *byte == 0) && at >= self.len()? {
+        if are_zero(bytes) && at >= self.len()? {
             return self.set_len(at + bytes.len() as u64);
         }
         self.0.write_all_at(bytes, at).map_err(|error| Error::io("writing", error))

@@ -10,7 +10,8 @@ use std::thread;
 
 use chainfs::image::check::check;
 use chainfs::image::write::{Writer, WriterOptions, Zeroing};
-use chainfs::units::BlockStatus;
+use chainfs::units::{BlockStatus, are_zero};
+use support::first_difference;
 use support::sim::guest::open_writer;
 use support::sim::images::{Opened, compressible};
 use support::sim::value::pattern;
@@ -20,7 +21,7 @@ use support::sim::{
 };
 
 /// Default number of operations over all kinds of image.
-const OPERATIONS: u64 = 80_000;
+const OPERATIONS: u64 = 55_000;
 
 /// Operations for each of `kinds` kinds of image.
 fn operations(kinds: usize) -> u64 {
@@ -129,7 +130,7 @@ impl<'a> Model<'a> {
             if end < at || end > size || data == Some(size) {
                 return Err(format!("seeking data from {at:#x} finds {data:x?}"));
             }
-            if self.bytes.bytes(at, end - at).iter().any(|byte| *byte != 0) {
+            if !are_zero(&self.bytes.bytes(at, end - at)) {
                 return Err(format!("{at:#x}..{end:#x} is said to be a hole, but has data"));
             }
             let hole = self.writer.seek(end, BlockStatus::Zero).map_err(|error| error.to_string())?;
@@ -185,7 +186,7 @@ fn compare_view(view: &chainfs::chain::View, expected: &Pages, what: &str) -> Re
 }
 
 fn same(at: u64, have: &[u8], want: &[u8], what: &str) -> Result<(), String> {
-    match have.iter().zip(want).position(|(have, want)| have != want) {
+    match first_difference(have, want) {
         None => Ok(()),
         Some(index) => {
             let place = at + index as u64;
@@ -431,7 +432,7 @@ fn read_anywhere(
             let sector = at / SECTOR + index as u64;
             let tag = u64::from_be_bytes(bytes[..8].try_into().unwrap());
             let owner = sector * SECTOR / unit % OWNERS + 1;
-            let is_legal = bytes.iter().all(|byte| *byte == 0)
+            let is_legal = are_zero(bytes)
                 || tag & 0xff == owner && bytes == pattern(tag, sector)
                 || bytes == image.initial.bytes(sector * SECTOR, SECTOR);
             assert!(is_legal, "sector {sector:#x} holds {}", support::sim::value::describe(bytes));
@@ -512,7 +513,7 @@ fn in_parallel(name: &str, start: &Start, unit: u64, turns: u64) {
 
 #[test]
 fn threads_that_share_every_cluster() {
-    let turns = if is_long() { 20_000 } else { 1000 };
+    let turns = if is_long() { 20_000 } else { 700 };
     for (options, backing) in [
         ("", 3 * MIB),
         ("cluster_size=4k", 3 * MIB),
@@ -530,7 +531,7 @@ fn threads_that_share_every_cluster() {
 
 #[test]
 fn threads_whose_clusters_are_their_own() {
-    let turns = if is_long() { 20_000 } else { 1000 };
+    let turns = if is_long() { 20_000 } else { 700 };
     for options in ["cluster_size=4k", "cluster_size=512", "extended_l2=on,cluster_size=16k"] {
         in_parallel(options, &Start::over(3 * MIB, options, 4 * MIB), 16 * KIB, turns);
     }

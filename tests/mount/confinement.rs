@@ -20,6 +20,9 @@ const SYSTEM: &[&str] = &[
     "/etc/ld.so.cache",
     "/etc/localtime",
     "/etc/chainfs.toml",
+    "/etc/libvirt/qemu",
+    "/run/libvirt/qemu",
+    "/var/lib/libvirt/qemu/snapshot",
     "/usr/lib/",
     "/usr/lib64/",
     "/lib/",
@@ -30,6 +33,8 @@ const SYSTEM: &[&str] = &[
     "/dev/fuse",
     "/dev/null",
     "/dev/urandom",
+    // Where kernel maps are made.
+    "/var/cache/chainfs",
 ];
 
 /// A store in which every name leads, or tries to lead, out. The decoys are valid images of both kinds, so

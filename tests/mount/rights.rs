@@ -20,11 +20,11 @@ use support::command::give;
 use support::host::Mortal;
 use support::*;
 
-const A: u32 = 2001;
-const B: u32 = 2002;
+pub(crate) const A: u32 = 2001;
+pub(crate) const B: u32 = 2002;
 
 /// Does it with the rights of a user, and in these groups.
-fn acting<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn acting<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| {
         let acting = scope.spawn(|| {
             let ids: Vec<Gid> = groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
@@ -39,21 +39,21 @@ fn acting<T: Send>(uid: u32, groups: &[u32], work: impl FnOnce() -> T + Send) ->
     })
 }
 
-fn may_read(uid: u32, groups: &[u32], path: &Path) -> bool {
+pub(crate) fn may_read(uid: u32, groups: &[u32], path: &Path) -> bool {
     acting(uid, groups, || File::open(path).and_then(|mut file| file.read(&mut [0])).is_ok())
 }
 
-fn mode(path: &Path, mode: u32) {
+pub(crate) fn mode(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("a mode");
 }
 
-fn own(path: &Path, uid: u32, bits: u32) {
+pub(crate) fn own(path: &Path, uid: u32, bits: u32) {
     chown(path, Some(uid), Some(uid)).expect("an owner");
     mode(path, bits);
 }
 
 /// A store that all users may enter, if its directories let them.
-fn open_store() -> Store {
+pub(crate) fn open_store() -> Store {
     let store = Store::new();
     mode(&store.beside(""), 0o755);
     mode(&store.root(), 0o755);
@@ -442,12 +442,26 @@ fn reports_name_no_file_that_a_user_may_not_read() {
     mode(&store.path("broken-hidden.qcow2"), 0o600);
     let mount = Mount::with(&store, "allow_other");
     let read = |name: &str| acting(A, &[], || fs::read_to_string(mount.path(name))).expect("it can be read");
-    for name in ["chains.json", "tree.txt", "tree.svg", "problems.txt", "trash.txt", "metrics"] {
-        let text = read(&format!(".chainfs/{name}"));
+    for name in [
+        ".chainfs/chains.json",
+        ".chainfs/index.html",
+        ".chainfs/tree.txt",
+        ".chainfs/tree.svg",
+        ".chainfs/problems.txt",
+        ".chainfs/trash.txt",
+        ".chainfs/metrics",
+        "README.txt",
+        "open/info/index.html",
+    ] {
+        // Two words of the pages' own.
+        let text = read(name).replace("aria-hidden", "").replace("overflow:hidden", "");
         assert!(!text.contains("hidden"), "{name}: {text}");
     }
     assert!(read(".chainfs/chains.json").contains("inner-secret"), "what may be read is there");
     assert!(mount.text(".chainfs/chains.json").contains("hidden.qcow2"), "root sees all");
+    assert!(mount.text(".chainfs/index.html").contains("hidden/info/index.html"), "root sees all");
+    assert!(read(".chainfs/index.html").contains("open/files/active@inner-secret/"));
+    assert!(acting(A, &[], || fs::read_to_string(mount.path("hidden/info/index.html"))).is_err());
     assert!(mount.text(".chainfs/problems.txt").contains("broken-hidden"));
     assert!(acting(A, &[], || fs::read_dir(mount.path("hidden/snapshots"))).is_err());
     assert!(acting(A, &[], || fs::read_to_string(mount.path("hidden/info/chain.json"))).is_err());
@@ -603,13 +617,17 @@ fn hostile_names_are_harmless_in_every_text() {
     store.create(&format!("{name}.qcow2"), MIB, "");
     store.put(format!("bad{name}.qcow2"), b"QFI\xfb\0\0\0\x09");
     let mount = Mount::new(&store);
-    let mut texts: Vec<String> = ["chains.json", "tree.txt", "tree.svg", "problems.txt"]
+    let mut texts: Vec<String> = ["chains.json", "index.html", "tree.txt", "tree.svg", "problems.txt"]
         .map(|file| mount.text(format!(".chainfs/{file}")))
         .into();
+    texts.push(mount.text("README.txt"));
     let chain = mount.dir().join(name);
     give(&chain.join("control/commit"), format!("top={name}").as_bytes());
     give(&chain.join("control/plan"), b"commit");
-    for file in ["info/chain.json", "info/tree.txt", "info/tree.svg", "control/status", "control/plan"] {
+    for file in ["chain.json", "index.html", "tree.txt", "tree.svg"] {
+        texts.push(fs::read_to_string(chain.join("info").join(file)).expect("a text"));
+    }
+    for file in ["control/status", "control/plan"] {
         texts.push(fs::read_to_string(chain.join(file)).expect("a text"));
     }
     for text in texts {

@@ -6,11 +6,14 @@ use support::*;
 fn without_a_feature_of_the_kernel_every_view_is_the_same() {
     for options in [
         "nopassthrough",
+        "kernelmap=on",
+        "kernelmap=off",
         "noparallelwrites",
         "nosharedmapping",
         "noacl",
         "noxattr",
         "noreadahead",
+        "noiouring",
         "noseccomp",
         "noinotify",
         "threads=1",
@@ -90,4 +93,4 @@ fn without_inotify_changes_are_noticed_by_polling() {
 }
 
 const ALL_OFF: &str = "nopassthrough,noparallelwrites,nosharedmapping,noacl,noxattr,noreadahead,noseccomp,\
-                       noinotify,rescan=1,threads=1,cache=1M";
+                       noiouring,noinotify,rescan=1,threads=1,cache=1M";

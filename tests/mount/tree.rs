@@ -246,9 +246,10 @@ fn the_stores_own_files_list_every_chain() {
     store.create("a/b/deep.qcow2", MIB, "");
     store.img(["snapshot", "-c", "monday", "a/b/deep.qcow2"]);
     let mount = Mount::new(&store);
-    assert_eq!(mount.names("."), [".chainfs", "a", "web"]);
+    assert_eq!(mount.top(), ["a", "web"]);
     let names = mount.names(".chainfs");
-    for name in ["tree.txt", "tree.svg", "chains.json", "problems.txt", "trash.txt", "metrics"] {
+    for name in ["index.html", "tree.txt", "tree.svg", "chains.json", "problems.txt", "trash.txt", "metrics"]
+    {
         assert!(names.contains(&name.to_owned()), "{name} in {names:?}");
         let shown = fs::metadata(mount.path(".chainfs").join(name)).expect("an entry");
         assert_eq!(shown.mode() & 0o222, 0, "{name} is not for writing");
@@ -313,7 +314,15 @@ fn many_concurrent_readers_read_the_same_as_one() {
                     let flags = if reader % 2 == 0 { OFlags::DIRECT } else { OFlags::empty() };
                     let flags = flags.bits().cast_signed();
                     let open = |p: &Path, flags| OpenOptions::new().read(true).custom_flags(flags).open(p);
-                    let ours = open(&mount.path(view), flags).expect("a view");
+                    // A disk that the kernel reads by itself for others has no direct reads.
+                    let ours = match open(&mount.path(view), flags) {
+                        Err(error) if *view == "web/snapshots/mid.raw" => {
+                            assert_eq!(errno::<()>(Err(error)), Some(Errno::INVAL), "{view}");
+                            open(&mount.path(view), 0)
+                        }
+                        opened => opened,
+                    };
+                    let ours = ours.expect("a view");
                     let theirs = open(oracle, 0).expect("what QEMU reads");
                     let at = rng.below(2 * MIB / 4096 - 16) * 4096;
                     let len = 4096 * (1 + rng.below(16)) as usize;

@@ -153,7 +153,7 @@ fn fsx_finds_nothing(options: &str, seed: u64) {
                 0.02\npunch_hole = 1\n";
     fs::write(&config, text).expect("a configuration");
     let mount = Mount::new(&store);
-    let operations = amount(5_000, 1_000_000).to_string();
+    let operations = amount(4_000, 1_000_000).to_string();
     let mut run = Command::new("timeout");
     run.args(["--kill-after=5", &amount(140, 3600).to_string()]).arg(fsx());
     run.args(["-q", "-N", &operations, "-S", &seed.to_string(), "-P"])

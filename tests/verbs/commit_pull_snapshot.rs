@@ -2,7 +2,9 @@
 
 use chainfs::error::ErrorKind;
 use chainfs::ops::JobState;
+use chainfs::units::are_zero;
 use support::lab::{Kind, Lab};
+use support::sim::in_turn;
 
 const SIZES: [Kind; 3] = [
     Kind::PLAIN,
@@ -39,7 +41,7 @@ fn assert_done(lab: &Lab, command: &str) {
 #[test]
 // C3
 fn the_six_cases_of_a_commit_change_no_view_that_is_left() {
-    for kind in kinds() {
+    for kind in in_turn(kinds(), 0) {
         for (top, base, left) in CASES {
             let lab = Lab::new(kind);
             let inner = left.iter().filter(|file| kind.inner.iter().any(|layer| lab.file(layer) == **file));
@@ -63,7 +65,7 @@ fn the_six_cases_of_a_commit_change_no_view_that_is_left() {
 
 #[test]
 fn an_active_commit_into_any_base_keeps_the_disk_s_name() {
-    for kind in kinds() {
+    for kind in in_turn(kinds(), 1) {
         for base in ["base", "sn1", "sn3"] {
             let lab = Lab::new(kind);
             let before = lab.content("web.qcow2");
@@ -128,7 +130,7 @@ fn layers_of_different_sizes_merge_correctly() {
             assert_done(&lab, "commit base=base");
             let after = lab.content(&format!("web.{}", lab.format("base")));
             let (same, rest) = after.split_at(before.len());
-            assert!(same == before && rest.iter().all(|byte| *byte == 0));
+            assert!(same == before && are_zero(rest));
         }
     }
 }

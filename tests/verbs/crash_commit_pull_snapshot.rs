@@ -145,7 +145,7 @@ fn the_judge_detects_data_lost_by_a_rebase_of_qemu() {
         .options("cluster_size=4k");
     let (tape, judge) =
         scenario.record_program(&["qemu-img", "rebase", "-b", "sn1.qcow2", "-F", "qcow2", "web.qcow2"]);
-    let tally = walk(&tape, &judge, if is_long() { 400 } else { 160 }, usize::MAX);
+    let tally = walk(&tape, &judge, if is_long() { 400 } else { 110 }, usize::MAX);
     let lost = |failure: &&String| failure.contains("web.qcow2: sector") && !failure.contains("ERROR");
     let count = tally.failures.iter().filter(lost).count();
     println!("qemu-img rebase: {count} of {} states have lost bytes", tally.visited);
@@ -159,7 +159,7 @@ fn the_judge_detects_views_invalidated_by_a_qemu_commit() {
     let scenario = Scenario::new("qemu-img commit", "");
     let (tape, judge) =
         scenario.record_program(&["qemu-img", "commit", "-q", "-b", "base.qcow2", "web.qcow2"]);
-    let tally = walk(&tape, &judge, if is_long() { 200 } else { 60 }, usize::MAX);
+    let tally = walk(&tape, &judge, if is_long() { 200 } else { 45 }, usize::MAX);
     let is_spoilt = |failure: &String| failure.starts_with("before the recovery: base.qcow2: at");
     assert!(tally.failures.iter().any(is_spoilt), "{:?}", tally.failures.first());
 }

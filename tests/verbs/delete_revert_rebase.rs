@@ -8,8 +8,10 @@ use std::path::Path;
 use chainfs::error::ErrorKind;
 use chainfs::ops::{Engine, JobState};
 use chainfs::store::{Access, Store as Opened, StoreOptions, ViewPart};
+use chainfs::units::are_zero;
 use support::foreign::amount;
 use support::lab::{Kind, LAYERS, Lab, run};
+use support::sim::in_turn;
 
 const KINDS: [Kind; 3] = [
     Kind::PLAIN,
@@ -22,10 +24,11 @@ fn kinds() -> impl Iterator<Item = Kind> {
     KINDS.into_iter().flat_map(|kind| [kind, Kind { raw_base: true, ..kind }])
 }
 
-/// Whether a case is tried with the kind of this number. Without much time it is half of them: every case
-/// with some kinds of clusters, and on a base of either format.
+/// Whether a case is tried with the kind of this number. Without much time it is a third of them: every case
+/// with two kinds of clusters, on a base of one format and of the other.
 fn is_tried(number: usize, case: usize) -> bool {
-    amount(0, 1) == 1 || (number / 2 + number + case).is_multiple_of(2)
+    let (kind, raw_base) = (number / 2, number % 2);
+    amount(0, 1) == 1 || (kind + 2 * raw_base + case).is_multiple_of(3)
 }
 
 fn assert_done(lab: &Lab, command: &str) {
@@ -46,7 +49,7 @@ fn branch(lab: &Lab, layer: &str) {
 
 #[test]
 fn a_delete_by_pull_copies_a_snapshot_into_all_overlays() {
-    for (number, kind) in kinds().enumerate() {
+    for (number, kind) in in_turn(kinds(), 0).enumerate() {
         for (depth, name) in (1..).zip(["sn1", "sn2", "sn3"]) {
             for has_two in
                 [false, true].into_iter().filter(|has_two| is_tried(number, depth + usize::from(*has_two)))
@@ -83,7 +86,7 @@ fn a_delete_by_pull_copies_a_snapshot_into_all_overlays() {
 
 #[test]
 fn a_delete_by_commit_merges_the_overlay_and_keeps_its_name() {
-    for (number, kind) in kinds().enumerate() {
+    for (number, kind) in in_turn(kinds(), 1).enumerate() {
         for name in ["base", "sn1", "sn2", "sn3"] {
             let depth = LAYERS.iter().position(|layer| *layer == name).unwrap();
             if !is_tried(number, depth) {
@@ -288,7 +291,7 @@ fn internal_snapshots_are_applied_or_copied() {
 
 #[test]
 fn clones_are_backed_by_their_snapshot() {
-    for kind in kinds() {
+    for kind in in_turn(kinds(), 0) {
         let lab = Lab::new(Kind { inner: &["sn2", "web"], ..kind });
         let inner = lab.contents(&["sn2.qcow2@inner", "web.qcow2@inner"]);
         let mut views = files(&lab);
@@ -411,7 +414,7 @@ fn an_unsafe_rebase_names_a_moved_backing_file() {
 
 #[test]
 fn a_disk_grows_and_shrinks_without_showing_old_data() {
-    for kind in kinds() {
+    for kind in in_turn(kinds(), 1) {
         let size = kind.sizes[0] as usize;
         let lab = Lab::new(kind);
         let before = lab.contents(&["sn3.qcow2", "sn1.qcow2"]);
@@ -423,14 +426,14 @@ fn a_disk_grows_and_shrinks_without_showing_old_data() {
         assert_done(&lab, &format!("resize +{size}"));
         let now = lab.content("web.qcow2");
         assert_eq!(now.len(), half + size);
-        assert!(now[..half] == web[..half] && now[half..].iter().all(|byte| *byte == 0), "{}", kind.options);
+        assert!(now[..half] == web[..half] && are_zero(&now[half..]), "{}", kind.options);
         assert!(before == lab.contents(&["sn3.qcow2", "sn1.qcow2"]));
         lab.assert_clean();
         // Also where QEMU makes it longer.
         assert_done(&lab, &format!("resize {half} shrink"));
         lab.store.img(["resize", "-q", "web.qcow2", &(half + size).to_string()]);
         let now = lab.content("web.qcow2");
-        assert!(now[..half] == web[..half] && now[half..].iter().all(|byte| *byte == 0), "{}", kind.options);
+        assert!(now[..half] == web[..half] && are_zero(&now[half..]), "{}", kind.options);
     }
 }
 
@@ -471,7 +474,7 @@ fn a_raw_disk_is_resized() {
     done("resize 2M");
     let now = lab.content("plain.raw");
     assert!(now.len() == 2 << 20 && now[..1 << 20] == before[..1 << 20]);
-    assert!(now[1 << 20..].iter().all(|byte| *byte == 0));
+    assert!(are_zero(&now[1 << 20..]));
 }
 
 #[test]

@@ -18,7 +18,7 @@ use support::lab::{Kind, Lab, run};
 use support::sim::{is_long, seed};
 
 /// Calls of each command that fail where not all do.
-const FAULTS: u64 = 12;
+const FAULTS: u64 = 7;
 
 /// The outcome of a command.
 #[derive(Default)]

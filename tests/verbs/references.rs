@@ -75,9 +75,7 @@ fn problems(store: &Opened) -> String {
 
 /// The top directory of a mount, without the files about the store as a whole.
 fn chains(mount: &Mount) -> Vec<String> {
-    let mut names = mount.names(".");
-    names.retain(|name| name != ".chainfs");
-    names
+    mount.top()
 }
 
 /// The overlay is damaged like this, and its backing file is known all the same.

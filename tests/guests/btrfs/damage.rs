@@ -167,7 +167,7 @@ fn nodes(bytes: &[u8]) -> Vec<usize> {
 /// Randomly changed disks give answers in time. Their checksums are made right again, as an attacker would.
 #[test]
 fn changed_disks_get_answers() {
-    let rounds = amount(60, 2000);
+    let rounds = amount(45, 2000);
     let disk = Disk::format("-m single -n 4096 --mixed", &[120 * MIB]);
     let log = disk.mounted("rw,commit=300,compress=lzo", |dir| {
         special(dir);

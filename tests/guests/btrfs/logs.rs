@@ -342,7 +342,7 @@ impl Work {
 /// Disks of many moments, whatever was done last.
 #[test]
 fn random_work_is_replayed() {
-    let moments = amount(40, 200);
+    let moments = amount(30, 200);
     for (seed, mkfs, options) in
         [(1, "", "compress=no"), (2, "-O ^no-holes -R ^free-space-tree -n 4096", "compress=lzo")]
     {

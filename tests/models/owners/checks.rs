@@ -104,8 +104,8 @@ impl World<'_> {
                 let Some(inode) = through.number(&at) else { continue };
                 let shown = through.walk(person, &at, 4).is_some();
                 let read = through.open(person, inode, Opening::Read, |handle| through.bytes(handle));
-                let attribute =
-                    through.tree.extended_attribute(&person.caller(), inode, "user.chainfs.depth".as_ref());
+                let depth = "user.chainfs.depth".as_ref();
+                let attribute = through.tree.extended_attribute(&person.caller(), inode, depth, || None);
                 let (uid, at) = (person.uid, at.display());
                 let is_described = shown || attribute.is_ok_and(|found| found.is_some());
                 if (!is_allowed && read.is_ok()) || (!is_told && is_described) {
@@ -194,14 +194,23 @@ impl World<'_> {
     pub(crate) fn check_reports(&mut self, person: &Person) {
         let seen = self.seen();
         let (hidden, through) = (self.hidden_from(person, &seen), Through::new(&self.store()));
-        for file in ["chains.json", "metrics", "problems.txt", "trash.txt", "tree.svg", "tree.txt"] {
-            let said = through.text(person, &Path::new(".chainfs").join(file));
+        for file in [
+            ".chainfs/chains.json",
+            ".chainfs/index.html",
+            ".chainfs/metrics",
+            ".chainfs/problems.txt",
+            ".chainfs/trash.txt",
+            ".chainfs/tree.svg",
+            ".chainfs/tree.txt",
+            "README.txt",
+        ] {
+            let said = through.text(person, Path::new(file));
             let Some(said) = said else { self.fail(&format!("uid {} cannot read {file}", person.uid)) };
             self.check_text(file, person, &said, &hidden, "");
         }
         let chains = self.chains();
         for (chain, _) in self.some(&chains) {
-            for file in ["chain.json", "problem.txt", "tree.svg", "tree.txt"] {
+            for file in ["chain.json", "index.html", "problem.txt", "tree.svg", "tree.txt"] {
                 if let Some(said) = through.text(person, &chain.join("info").join(file)) {
                     self.check_text(file, person, &said, &hidden, "");
                 }

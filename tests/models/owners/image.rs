@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use chainfs::units::are_zero;
+
 use super::seen::Seen;
 
 /// Bytes of a disk.
@@ -149,6 +151,6 @@ fn lay_over(disk: &mut Vec<u8>, bytes: &[u8]) -> Option<()> {
 /// Whether both show the same, but for zeroes at the end.
 pub(crate) fn is_same_disk(have: &[u8], want: &[u8]) -> bool {
     let common = have.len().min(want.len());
-    let is_zero = |bytes: &[u8]| bytes[common..].iter().all(|byte| *byte == 0);
+    let is_zero = |bytes: &[u8]| are_zero(&bytes[common..]);
     have[..common] == want[..common] && is_zero(have) && is_zero(want)
 }

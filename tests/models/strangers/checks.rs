@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use chainfs::store::ViewPart;
-use chainfs::units::Stability;
+use chainfs::units::{Stability, are_zero};
 
 use super::kills::Pending;
 use super::world::World;
 
 fn is_tail_zero(bytes: &[u8], from: usize) -> bool {
-    bytes.get(from..).unwrap_or_default().iter().all(|byte| *byte == 0)
+    are_zero(bytes.get(from..).unwrap_or_default())
 }
 
 /// Whether `have` is `want`, made longer with zeroes or shorter by zeroes.

@@ -11,6 +11,7 @@ use super::commands::changed_files;
 use super::damage::Damage;
 use super::reader::is_raw;
 use super::world::{World, is_without};
+use support::first_difference;
 use support::lab::run;
 
 /// An interrupted command.
@@ -248,7 +249,7 @@ impl World {
             };
             let now = fs::read(&path).expect("its bytes");
             if now != bytes {
-                let at = now.iter().zip(&bytes).position(|(now, was)| now != was);
+                let at = first_difference(&now, &bytes);
                 self.fail(&format!("{name} was protected, and {command} changed it, first at {at:?}"));
             }
         }

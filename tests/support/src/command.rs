@@ -39,9 +39,17 @@ impl Control {
 
     /// A line of `status`.
     pub fn status(&self, key: &str) -> String {
+        let [value] = self.statuses([key]);
+        value
+    }
+
+    /// Lines of `status`, all of one moment.
+    pub fn statuses<const N: usize>(&self, keys: [&str; N]) -> [String; N] {
         let text = std::fs::read_to_string(self.file("status")).unwrap_or_else(|e| panic!("status: {e}"));
-        let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
-        line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
+        keys.map(|key| {
+            let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+            line.unwrap_or_else(|| panic!("no {key} in {text}")).trim().to_owned()
+        })
     }
 
     /// Waits until the running command has done a part of its work.
@@ -55,11 +63,17 @@ impl Control {
 
     /// Waits until no command runs; returns the final state.
     pub fn wait(&self) -> String {
+        self.ended().0
+    }
+
+    /// Waits until no command runs; returns the final state and the error. A command that has failed may be
+    /// resumed right afterwards, and would have another status then.
+    pub fn ended(&self) -> (String, String) {
         let start = Instant::now();
         loop {
-            let state = self.status("state");
+            let [state, error] = self.statuses(["state", "error"]);
             if state != "running" {
-                return state;
+                return (state, error);
             }
             assert!(start.elapsed() < hang(), "{} hangs", self.status("command"));
             std::thread::sleep(Duration::from_millis(5));
@@ -70,8 +84,8 @@ impl Control {
     pub fn done(&self, command: &str) {
         let failed = self.give(command);
         assert!(failed.is_none(), "{command}: {failed:?}: {}", self.status("error"));
-        let state = self.wait();
-        assert!(state == "done", "{command}: {state}: {}", self.status("error"));
+        let (state, error) = self.ended();
+        assert!(state == "done", "{command}: {state}: {error}");
     }
 
     /// Gives a command that is refused with this errno; returns the sentence.

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
+use chainfs::units::are_zero;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use serde_json::Value;
@@ -14,6 +15,7 @@ use super::rng::Rng;
 use super::store::Store;
 use super::tools::{Outcome as _, tool};
 use super::{KIB, MIB, chainfs_binary};
+use crate::first_difference;
 
 /// One file of a chain's directory, and how QEMU names the same thing.
 #[derive(Debug, Clone)]
@@ -134,7 +136,7 @@ fn assert_range(ours: &File, theirs: &File, shown: &Path, at: u64, len: usize) {
     let (mut have, mut want) = (vec![0; len], vec![0; len]);
     ours.read_exact_at(&mut have, at).unwrap_or_else(|e| panic!("{} at {at}+{len}: {e}", shown.display()));
     theirs.read_exact_at(&mut want, at).expect("what QEMU reads");
-    if let Some(differs) = have.iter().zip(&want).position(|(a, b)| a != b) {
+    if let Some(differs) = first_difference(&have, &want) {
         let at = at + differs as u64;
         let (have, want) = (have[differs], want[differs]);
         panic!("{} differs at {at}: {have:#04x} instead of {want:#04x}", shown.display());
@@ -228,7 +230,7 @@ pub fn assert_holes_are_zero(shown: &Path, runs: &[Run], oracle: &Path) {
         for at in (hole.start..hole.end).step_by(buffer.len()) {
             let part = &mut buffer[..(64 * KIB).min(hole.end - at) as usize];
             oracle.read_exact_at(part, at).expect("what QEMU reads");
-            assert!(part.iter().all(|b| *b == 0), "{} calls data near {at} a hole", shown.display());
+            assert!(are_zero(part), "{} calls data near {at} a hole", shown.display());
         }
     }
 }

@@ -29,21 +29,35 @@ pub fn blocks(text: &str) -> Vec<(&str, Vec<&str>)> {
     found
 }
 
-/// The commands of all blocks that are marked so.
+/// The commands of all blocks that are marked so. One that ends with a backslash goes on in the next line.
 pub fn examples(text: &str, mark: &str) -> Vec<Example> {
-    let mut found: Vec<Example> = Vec::new();
-    for (_, lines) in blocks(text).into_iter().filter(|(info, _)| *info == mark) {
+    example_blocks(text, mark).into_iter().flatten().collect()
+}
+
+/// The commands of each block that is marked so.
+pub fn example_blocks(text: &str, mark: &str) -> Vec<Vec<Example>> {
+    let marked = blocks(text).into_iter().filter(|(info, _)| *info == mark);
+    let examples = marked.map(|(_, lines)| {
+        let mut found: Vec<Example> = Vec::new();
         for line in lines {
             if let Some(command) = line.strip_prefix("$ ") {
                 found.push(Example { command: command.to_string(), expected: String::new() });
             } else {
                 let last = found.last_mut().expect("a block begins with a command");
-                last.expected.push_str(line);
-                last.expected.push('\n');
+                let is_continued = last.command.ends_with('\\') && last.expected.is_empty();
+                let text = if is_continued { &mut last.command } else { &mut last.expected };
+                if is_continued {
+                    text.push('\n');
+                    text.push_str(line);
+                } else {
+                    text.push_str(line);
+                    text.push('\n');
+                }
             }
         }
-    }
-    found
+        found
+    });
+    examples.collect()
 }
 
 impl Example {
@@ -53,7 +67,7 @@ impl Example {
         let program = Path::new(chainfs_binary()).parent().expect("its directory");
         let path = format!("{}:{}", program.display(), std::env::var("PATH").expect("PATH"));
         let output = Command::new("timeout")
-            .args(["30", "bash", "-c", &format!("exec 2>&1; {command}")])
+            .args(["120", "bash", "-c", &format!("exec 2>&1; {command}")])
             .current_dir(place)
             .env("PATH", &path)
             .env("LC_ALL", "C.UTF-8")

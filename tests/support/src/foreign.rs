@@ -17,8 +17,13 @@ pub fn amount(usual: u64, long: u64) -> u64 {
 /// Waits until the qemu-nbd that makes this socket has its image open: it listens before it opens and locks
 /// that, and greets after it.
 pub fn greeted(socket: &Path) {
-    eventually("qemu-nbd listens", || socket.exists());
-    let mut stream = UnixStream::connect(socket).expect("qemu-nbd listens");
+    let mut stream = None;
+    // The socket is there a moment before it listens.
+    eventually("qemu-nbd listens", || {
+        stream = UnixStream::connect(socket).ok();
+        stream.is_some()
+    });
+    let mut stream = stream.expect("a connection");
     stream.set_read_timeout(Some(hang())).expect("a limit");
     let mut greeting = [0; 8];
     stream.read_exact(&mut greeting).expect("qemu-nbd greets");

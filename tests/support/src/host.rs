@@ -1,7 +1,7 @@
 //! Stores whose changes go through a test's hands: counted, recorded, or broken.
 //!
-//! [`wrap`] stands around the local directory. Changes of images' bytes and of names go through the
-//! [`Hands`] of a test; all else is the directory's own.
+//! [`wrap`] stands around the local directory. Listings, and changes of images' bytes and of names, go
+//! through the [`Hands`] of a test; all else is the directory's own.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,10 +18,19 @@ use rustix::io::Errno;
 /// What a test does with the changes of a store.
 pub trait Hands: Send + Sync + 'static {
     /// Stands around an image that is open for writing.
-    fn image(&self, opened: Arc<dyn WriteObject>) -> Arc<dyn WriteStorage>;
+    fn image(&self, opened: Arc<dyn WriteObject>) -> Arc<dyn WriteStorage> {
+        opened
+    }
 
     /// Stands around the names.
-    fn names(&self, names: Arc<dyn Directory>) -> Arc<dyn Directory>;
+    fn names(&self, names: Arc<dyn Directory>) -> Arc<dyn Directory> {
+        names
+    }
+
+    /// Stands around a directory that is open for listing.
+    fn listing(&self, opened: Box<dyn OpenDirectory>) -> Box<dyn OpenDirectory> {
+        opened
+    }
 }
 
 /// The directory, with its changes in these hands.
@@ -44,7 +53,7 @@ impl<H: Hands> Backend for Wrapped<H> {
     }
 
     fn open_directory(&self, path: &Path, mounts: MountPoints) -> Result<Option<Box<dyn OpenDirectory>>> {
-        self.inner.open_directory(path, mounts)
+        Ok(self.inner.open_directory(path, mounts)?.map(|opened| self.hands.listing(opened)))
     }
 
     fn stat(&self, path: &Path) -> Result<ObjectStat> {

@@ -45,7 +45,7 @@ pub fn assert_snapshots(
     context: &str,
 ) -> usize {
     let mut count = 0;
-    for chain in mount.names(".").iter().filter(|name| *name != ".chainfs") {
+    for chain in &mount.top() {
         let names = mount.names(Path::new(chain).join("snapshots"));
         let has = |layer: &str| names.contains(&format!("{layer}.raw"));
         for name in &names {
@@ -92,6 +92,28 @@ pub fn at_work(lab: &Lab, command: &str) -> Mount {
     assert_eq!(control.give(command), None, "{command}: {}", control.status("error"));
     control.begun();
     mount
+}
+
+/// A daemon that makes no progress until this is dropped: what a test does meanwhile happens while its
+/// command is running, however busy the machine is. Its mount answers nothing.
+pub struct Paused(Pid);
+
+impl Paused {
+    /// Stops the daemon of `mount`, which has begun a command of `lab`.
+    pub fn at_work(lab: &Lab, mount: &Mount) -> Self {
+        let daemon = Pid::from_raw(mount.daemon().cast_signed()).expect("a process");
+        kill_process(daemon, Signal::STOP).expect("the daemon is ours");
+        let paused = Self(daemon);
+        assert_eq!(intents(lab), 1, "the command has ended before the daemon was stopped");
+        paused
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        // It may have been killed meanwhile.
+        let _ = kill_process(self.0, Signal::CONT);
+    }
 }
 
 /// A chain of which a command was interrupted by `interrupt`, and what `make` gave with the chain. On a busy

@@ -152,6 +152,15 @@ impl Mount {
     }
 
     /// The process that serves this mount.
+    /// The chains and directories at its top, without what is there of chainfs itself.
+    pub fn top(&self) -> Vec<String> {
+        let mut names = names_in(&self.dir);
+        let count = names.len();
+        names.retain(|name| !matches!(name.as_str(), ".chainfs" | "README.txt"));
+        assert_eq!(names.len() + 2, count, "a mount explains itself");
+        names
+    }
+
     pub fn daemon(&self) -> u32 {
         daemon_of(&self.dir).unwrap_or_else(|| panic!("nobody serves {}", self.dir.display()))
     }

@@ -12,6 +12,7 @@ use std::sync::LazyLock;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::MIB;
 use super::rng::Rng;
 use super::tools::{Outcome as _, tool};
 
@@ -165,6 +166,16 @@ impl Store {
         for at in (0..len).step_by(chunk).filter(|_| rng.below(2) == 0).collect::<Vec<_>>() {
             file.write_all_at(&rng.bytes((chunk as u64).min(len - at)), at).expect("a chunk");
         }
+    }
+
+    /// A raw disk with one partition: an ext4 of `mib` MiB with the files of `tree`.
+    pub fn guest(&self, name: &str, tree: &Path, mib: u64) {
+        let disk = self.path(name);
+        File::create(&disk).and_then(|file| file.set_len((mib + 2) * MIB)).expect("a disk");
+        tool("sgdisk").args([&format!("-n1:2048:+{mib}M"), "-t1:8300"]).arg(&disk).succeeds();
+        let offset = format!("offset={MIB}");
+        let mut mkfs = tool("mkfs.ext4");
+        mkfs.args(["-q", "-F", "-E", &offset, "-d"]).arg(tree).arg(&disk).arg(format!("{mib}m")).succeeds();
     }
 
     pub fn info(&self, name: &str, format: &str) -> Value {

@@ -11,6 +11,7 @@ use chainfs::image::check::check;
 use chainfs::io::LocalDirectory;
 use chainfs::ops::{Engine, JobState};
 use chainfs::store::{OpenBackend, Store, StoreOptions};
+use support::first_difference;
 
 use super::scene::Scene;
 use super::shape::{Chains, Content, Seen, Shape, Views, by_qemu, checked_by_qemu, files, is_qcow2, seen};
@@ -178,7 +179,7 @@ impl Judge {
         match content {
             Content::Live => self.history.judge(0, bytes, Moment::Cut(cut)),
             Content::LiveUntil(point) => self.history.judge(0, bytes, Moment::Cut(cut.min(*point))),
-            Content::Fixed(wanted) => match bytes.iter().zip(wanted).position(|(have, want)| have != want) {
+            Content::Fixed(wanted) => match first_difference(bytes, wanted) {
                 None if bytes.len() == wanted.len() => Ok(()),
                 None => Err(format!("it has {} bytes, not {}", bytes.len(), wanted.len())),
                 Some(at) => {

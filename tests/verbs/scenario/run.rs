@@ -22,7 +22,7 @@ use support::sim::history::{History, Moment};
 use support::sim::{is_long, mix, seed};
 
 /// States of each command that are judged where not all are.
-const STATES: usize = 40;
+const STATES: usize = 24;
 /// Recoveries that are interrupted themselves, and states of each.
 const RECOVERIES: (usize, usize) = (4, 5);
 /// One state in so many is shown to QEMU.

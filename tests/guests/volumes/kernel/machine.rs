@@ -11,34 +11,20 @@ use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use support::cpio::Archive;
 use support::*;
 use tempfile::TempDir;
 
 /// Emulation is slow, and so is a machine with much to do.
 const LIMIT: Duration = Duration::from_mins(15);
 
-/// An archive as the kernel unpacks it into its first file system (cpio, newc).
+/// The files of the machine's first file system, and their names.
 #[derive(Default)]
-struct Archive(Vec<u8>, BTreeSet<PathBuf>);
+struct FirstFiles(Archive, BTreeSet<PathBuf>);
 
-impl Archive {
+impl FirstFiles {
     fn add(&mut self, name: &str, mode: u32, content: &[u8]) {
-        let number = self.0.len();
-        let (len, name_len) = (content.len(), name.len() + 1);
-        let fields = [number, mode as usize, 0, 0, 1, 0, len, 0, 0, 0, 0, name_len, 0];
-        self.0.extend_from_slice(b"070701");
-        for field in fields {
-            self.0.extend_from_slice(format!("{field:08x}").as_bytes());
-        }
-        self.0.extend_from_slice(name.as_bytes());
-        self.0.push(0);
-        self.pad();
-        self.0.extend_from_slice(content);
-        self.pad();
-    }
-
-    fn pad(&mut self) {
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        self.0.add(name, mode, content);
     }
 
     /// A file of this machine at the same path, and the directories above it.
@@ -143,7 +129,7 @@ pub(crate) fn converse(
     let mut found = Modules::new(&kernel.join("lib/modules"));
     let always = ["virtio_pci", "virtio_blk", "crc32c_generic", "crc32c-intel"];
     always.iter().chain(modules).for_each(|module| found.add(module));
-    let mut archive = Archive::default();
+    let mut archive = FirstFiles::default();
     archive.add_program("busybox");
     for program in programs {
         archive.add_program(program);
@@ -164,9 +150,8 @@ pub(crate) fn converse(
     let _ = writeln!(init, ". /script 2>&1\necho 'the script has ended'\nsync\npoweroff -f");
     archive.add("script", 0o100_644, script.as_bytes());
     archive.add("init", 0o100_755, init.as_bytes());
-    archive.add("TRAILER!!!", 0, b"");
     let initramfs = dir.path().join("initramfs");
-    fs::write(&initramfs, archive.0).expect("room");
+    fs::write(&initramfs, archive.0.finish()).expect("room");
     let boot = fs::read_dir(kernel.join("boot")).expect("a kernel; run tests/setup.sh");
     let vmlinuz = boot
         .map(|entry| entry.expect("an entry").path())

@@ -15,9 +15,10 @@ use chainfs::format::{Header, Malformed, Snapshot};
 use chainfs::image::check::check;
 use chainfs::image::{Caches, Image, Layer, Mapping};
 use chainfs::io::{Expect, Storage};
-use chainfs::units::{BlockStatus, GuestOffset, Run, Stability};
+use chainfs::units::{BlockStatus, GuestOffset, Run, Stability, are_zero};
 
 use super::random::Random;
+use crate::first_difference;
 
 /// Disks of up to this size are read as a whole; of larger ones both ends, and places.
 const WHOLE: u64 = 1 << 20;
@@ -63,7 +64,7 @@ impl Sparse {
 
     fn is_data(&self, at: u64) -> bool {
         let block = self.0.chunks(Self::BLOCK as usize).nth((at / Self::BLOCK) as usize);
-        block.is_some_and(|block| block.iter().any(|byte| *byte != 0))
+        block.is_some_and(|block| !are_zero(block))
     }
 }
 
@@ -341,7 +342,7 @@ impl Ways<'_> {
         match (frozen, live, plain) {
             (Ok(frozen), Ok(live), Ok(plain)) => {
                 for (way, bytes) in [("live", live), ("layer by layer", plain)] {
-                    let differs = || frozen.iter().zip(&bytes).position(|(a, b)| a != b);
+                    let differs = || first_difference(&frozen, &bytes);
                     assert!(frozen == bytes, "{state:?} {at:#x}+{len:#x}: not as {way} at {:?}", differs());
                 }
                 self.tally.bytes += len;

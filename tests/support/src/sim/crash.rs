@@ -13,7 +13,7 @@ use super::{Machine, Pages, Random, Start, StartImage, SyncRule, is_long, mix, s
 use crate::crash::{self, CrashLog, Effect, Effort};
 
 /// States of each workload that are judged where not all are.
-const STATES: usize = 450;
+const STATES: usize = 230;
 /// One of so many is shown to QEMU.
 const QEMU_ONE_IN: u64 = 50;
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use chainfs::error::Result;
 use chainfs::image::write::{BackingDisk, Fill, NewSnapshot, Writer, WriterOptions, Zeroing};
 use chainfs::io::WriteStorage;
+use chainfs::units::are_zero;
 use parking_lot::{Mutex, RwLock};
 
 use super::disk::Event;
@@ -179,7 +180,7 @@ impl Guest {
         for at in (0..self.size()).step_by(bytes.len()) {
             let piece = (self.size() - at).min(bytes.len() as u64) as usize;
             self.writer().read_at(at, &mut bytes[..piece])?;
-            if bytes[..piece].iter().any(|byte| *byte != 0) {
+            if !are_zero(&bytes[..piece]) {
                 content.write(at, &bytes[..piece]);
             }
         }

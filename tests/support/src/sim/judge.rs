@@ -14,6 +14,7 @@ use super::history::{History, Moment};
 use super::images::{DATA_FILE, Opened};
 use super::value::pattern_range;
 use super::{IMAGE, KIB, MIB, Machine, Pages, Random, SECTOR, SimDisk, StartImage, is_long, mix};
+use crate::first_difference;
 
 /// Bytes of one piece of the disk that is read.
 const PIECE: u64 = 64 * KIB;
@@ -60,7 +61,7 @@ fn judge_report(files: &[Pages], may_share: bool) -> Result<CheckReport, String>
 }
 
 fn differ(at: u64, have: &[u8], want: &[u8], what: &str) -> Result<(), String> {
-    match have.iter().zip(want).position(|(have, want)| have != want) {
+    match first_difference(have, want) {
         None => Ok(()),
         Some(index) => {
             let start = index / SECTOR as usize * SECTOR as usize;

@@ -14,6 +14,7 @@ use super::guest::{new_snapshot, open_writer};
 use super::images::{DATA_FILE, Opened};
 use super::value::pattern_range;
 use super::{IMAGE, KIB, Machine, Pages, Random, SECTOR, SimDisk, StartImage};
+use crate::first_difference;
 
 /// The views of an image.
 #[derive(Clone, PartialEq, Eq)]
@@ -69,7 +70,7 @@ impl Views {
             if have.len() != want.len() {
                 return Some(format!("{what} has {} bytes, not {}", have.len(), want.len()));
             }
-            let at = have.iter().zip(want).position(|(have, want)| have != want)?;
+            let at = first_difference(have, want)?;
             Some(format!("{what} differs at {at:#x}: {:x?}", &have[at..(at + 8).min(have.len())]))
         };
         if self.snapshots.len() != other.snapshots.len() {
@@ -269,7 +270,7 @@ impl Ledger {
             return Err(format!("the disk has {} bytes, not {}", self.writer.size(), have.len()));
         }
         self.writer.read_at(0, &mut have).map_err(|error| error.to_string())?;
-        let wrong = have.iter().zip(&self.views.disk).position(|(have, want)| have != want);
+        let wrong = first_difference(&have, &self.views.disk);
         wrong.map_or(Ok(()), |at| Err(format!("the writer shows other bytes at {at:#x}")))
     }
 }

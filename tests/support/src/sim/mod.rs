@@ -42,6 +42,12 @@ pub fn is_long() -> bool {
     from_environment("CHAINFS_LONG").is_some_and(|value| value != 0)
 }
 
+/// The kinds that a test tries: all of them where time is taken, else every other one, from the number
+/// `first` on. Tests that begin differently try each kind between them.
+pub fn in_turn<T>(kinds: impl IntoIterator<Item = T>, first: usize) -> impl Iterator<Item = T> {
+    kinds.into_iter().skip(if is_long() { 0 } else { first }).step_by(if is_long() { 1 } else { 2 })
+}
+
 /// Where random choices start.
 pub fn seed() -> u64 {
     from_environment("CHAINFS_SEED").unwrap_or(0x5eed)

@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use chainfs::units::are_zero;
+
 use super::{Pages, SECTOR, mix};
 
 /// Marks the first word of a written sector.
@@ -70,7 +72,7 @@ impl Value {
     /// Whether `bytes` are its bytes. Most that are not differ at once.
     pub fn is(&self, bytes: &[u8], sector: u64, initial: &Pages) -> bool {
         match self {
-            Self::Zero => bytes.iter().all(|byte| *byte == 0),
+            Self::Zero => are_zero(bytes),
             Self::Written(tag) => bytes[..8] == tag.to_be_bytes() && bytes == pattern(*tag, sector),
             Self::Initial | Self::Mixed(_) => bytes == self.bytes(sector, initial),
         }
@@ -82,7 +84,7 @@ pub fn describe(bytes: &[u8]) -> String {
     let word =
         |index: usize| u64::from_be_bytes(bytes[index * 8..index * 8 + 8].try_into().expect("eight bytes"));
     let (tag, sector) = (word(0), word(1));
-    if bytes.iter().all(|byte| *byte == 0) {
+    if are_zero(bytes) {
         "zeroes".into()
     } else if bytes == pattern(tag, sector) {
         let whose = if tag == BACKING_TAG { "the backing image".into() } else { format!("write {tag}") };
