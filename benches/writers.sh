@@ -6,9 +6,9 @@
 #
 # Each round measures all targets in turn with fio (psync):
 #   seq          1 MiB writes from beginning to end, one writer
-#   seq+sync     the same, and fdatasync four times on the way, the last at the end
+#   seq+sync     the same, and fdatasync at the end
 #   rand x1, x4  4 KiB writes in random order, one writer and four
-#   rand+sync    the same with fdatasync four times on the way
+#   rand+sync    the same with fdatasync at the end
 #   each x1, x4  4 KiB writes, each followed by fdatasync
 # once on allocated clusters ("old"), once on an unwritten range of the disk ("new", another range in each
 # round). Each number is a median. CHAINFS_OPTIONS is passed to mount -o.
@@ -74,7 +74,7 @@ run() {
         each*) total=1024 words=(--rw=randwrite --bs=4k "--size=$((size_mib / jobs))M" "--number_ios=$((total / jobs))" --fdatasync=1) ;;
     esac
     each=$((total / jobs))
-    case $2 in *+sync) words+=("--fdatasync=$((each / 4))") ;; esac
+    case $2 in *+sync) words+=("--fdatasync=$each") ;; esac
     before=$(cpu "$1")
     value=$(fio --name=x --thread --ioengine=psync --group_reporting --numjobs=$jobs "--offset=${4}M" \
         "--offset_increment=$((size_mib / jobs))M" --filename="${path[$1]}" --randseed=7 --file_append=0 --overwrite=1 \
