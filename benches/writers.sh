@@ -6,9 +6,9 @@
 #
 # Each round measures all targets in turn with fio (psync):
 #   seq          1 MiB writes from beginning to end, one writer
-#   seq+sync     the same, and fdatasync at the end
+#   seq+sync     the same, and fdatasync before the last write
 #   rand x1, x4  4 KiB writes in random order, one writer and four
-#   rand+sync    the same with fdatasync at the end
+#   rand+sync    the same with fdatasync before the last write of each writer
 #   each x1, x4  4 KiB writes, each followed by fdatasync
 # once on allocated clusters ("old"), once on an unwritten range of the disk ("new", another range in each
 # round). Each number is a median. CHAINFS_OPTIONS is passed to mount -o.
@@ -67,6 +67,7 @@ ticks=$(getconf CLK_TCK)
 run() {
     local jobs=1 words value before after total=$((size_mib * 256)) each
     case $2 in *4 | *4+sync) jobs=4 ;; esac
+    # fio counts the time of a sync only if a write follows it: the last one does.
     # Few small writes with a sync each: their speed depends on the disk.
     case $2 in
         seq*) words=(--rw=write --bs=1M "--size=${size_mib}M") total=$size_mib ;;
@@ -74,7 +75,7 @@ run() {
         each*) total=1024 words=(--rw=randwrite --bs=4k "--size=$((size_mib / jobs))M" "--number_ios=$((total / jobs))" --fdatasync=1) ;;
     esac
     each=$((total / jobs))
-    case $2 in *+sync) words+=("--fdatasync=$each") ;; esac
+    case $2 in *+sync) words+=("--fdatasync=$((each - 1))") ;; esac
     before=$(cpu "$1")
     value=$(fio --name=x --thread --ioengine=psync --group_reporting --numjobs=$jobs "--offset=${4}M" \
         "--offset_increment=$((size_mib / jobs))M" --filename="${path[$1]}" --randseed=7 --file_append=0 --overwrite=1 \
