@@ -334,7 +334,7 @@ versions="$(nproc) CPUs, Linux $(uname -r | cut -d- -f1), $qemu, $("$CHAINFS" --
             for kind in seq r1 r4; do
                 [ -n "${values[$target.$depth.$kind]:-}" ] || continue
                 key=$depth.$kind
-                echo "$depth $target $kind $(m "$target.$key") $(over "$target.$key" "plain.$key")"
+                echo "$depth $target $kind $(m "$target.$key") $(m "plain.$key")"
             done
         done
     done
@@ -342,8 +342,9 @@ versions="$(nproc) CPUs, Linux $(uname -r | cut -d- -f1), $qemu, $("$CHAINFS" --
     my ($date, $versions) = @ARGV;
     my (%of, @targets, %seen);
     while (<STDIN>) {
-        my ($depth, $target, $kind, $value, $share) = split;
+        my ($depth, $target, $kind, $value, $plain) = split;
         next if $target eq "plain";
+        my $share = $value / $plain;
         push @targets, $target unless $seen{$target}++;
         $of{"$depth $kind"}{$target} = [$value, $share];
     }
