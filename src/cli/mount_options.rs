@@ -9,14 +9,14 @@ mod texts;
 mod values;
 
 use crate::error::Result;
-use crate::units::{parse_size, split_list};
+use crate::units::split_list;
 use glob::Pattern;
 use names::{CONTEXTS, is_ignored, unknown};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
-use values::{format_rule, glob, name_rule, number, octal, path_map, path_of, refuse, utf8};
+use values::{format_rule, glob, name_rule, number, octal, path_map, path_of, refuse, size, utf8};
 
 pub(super) use names::{SETTINGS, Takes, suggestion};
 pub(super) use texts::{SettingText, TEXTS};
@@ -82,6 +82,14 @@ pub struct MountOptions {
     pub kernel_map: Option<KernelMapping>,
     /// `map_dir=`: where the files of kernel maps lie.
     pub map_dir: Option<PathBuf>,
+    /// `cache_dir=`: where what was fetched from a remote store is kept.
+    pub cache_dir: Option<PathBuf>,
+    /// `cache_size=`: bytes that this may have.
+    pub cache_size: Option<u64>,
+    /// `offline`: a remote store is shown from the cache alone.
+    pub offline: bool,
+    /// `timeout=`: the time after which a request to a remote store fails.
+    pub timeout: Option<Duration>,
     /// `noparallelwrites`: the kernel sends one write to a disk at a time.
     pub no_parallel_writes: bool,
     /// `nosharedmapping`: active disks can only be mapped privately.
@@ -184,6 +192,10 @@ impl MountOptions {
             no_passthrough: self.no_passthrough || defaults.no_passthrough,
             kernel_map: self.kernel_map.or(defaults.kernel_map),
             map_dir: self.map_dir.or(defaults.map_dir),
+            cache_dir: self.cache_dir.or(defaults.cache_dir),
+            cache_size: self.cache_size.or(defaults.cache_size),
+            offline: self.offline || defaults.offline,
+            timeout: self.timeout.or(defaults.timeout),
             no_parallel_writes: self.no_parallel_writes || defaults.no_parallel_writes,
             no_shared_mapping: self.no_shared_mapping || defaults.no_shared_mapping,
             no_acl: self.no_acl || defaults.no_acl,
@@ -243,11 +255,7 @@ impl MountOptions {
             "gid" => self.gid = Some(number(name, value, 0, u64::from(u32::MAX - 1))? as u32),
             "umask" => self.umask = Some(octal(name, value)?),
             "threads" => self.threads = Some(number(name, value, 1, 256)? as usize),
-            "cache" => {
-                let len = parse_size(utf8(name, value)?)
-                    .map_err(|error| error.within(format!("mount option '{name}'")))?;
-                self.cache = Some(len);
-            }
+            "cache" => self.cache = Some(size(name, value)?),
             "backing_dir" => self.backing_dirs.push(path_of(value)),
             "map" => self.maps.push(path_map(value)?),
             "readonly" => self.readonly.push(glob(name, utf8(name, value)?)?),
@@ -282,6 +290,10 @@ impl MountOptions {
                 });
             }
             "map_dir" => self.map_dir = Some(path_of(value)),
+            "cache_dir" => self.cache_dir = Some(path_of(value)),
+            "cache_size" => self.cache_size = Some(size(name, value)?),
+            "offline" => self.offline = true,
+            "timeout" => self.timeout = Some(Duration::from_secs(number(name, value, 1, 3600)?)),
             "noparallelwrites" => self.no_parallel_writes = true,
             "nosharedmapping" => self.no_shared_mapping = true,
             "noacl" => self.no_acl = true,

@@ -19,6 +19,7 @@ use super::store_options::{store_options, variable};
 use super::target::place_in_mount;
 use super::warn;
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::is_address;
 use crate::ops::{Engine, JobState, Plan, Request, Status};
 use crate::report::plan;
 use crate::store::{MARKER, STORE_DIRECTORY, Store, StoreOptions, shown};
@@ -95,6 +96,10 @@ fn find(
     store: Option<&Path>,
     options: StoreOptions,
 ) -> Result<(Arc<Store>, PathBuf)> {
+    if is_address(target) {
+        let fact = "lies where nothing can be made or renamed; copy the store to a directory first";
+        return Err(Error::new(ErrorKind::ReadOnly, format!("{} {fact}", shown(target))));
+    }
     let place =
         target.canonicalize().map_err(|error| Error::io(format!("opening {}", shown(target)), error))?;
     if place.is_dir() {

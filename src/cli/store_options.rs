@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::config::user_directory;
 use super::mount_options::{ImageFormat, MountOptions, PathMap};
+use crate::io::RemoteOptions;
 use crate::store::{Format, StoreOptions};
 
 /// The store options that follow from mount options.
@@ -29,7 +30,24 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
         trash: options.trash,
         owners_count: options.allow_other || rustix::process::geteuid().is_root(),
         whole_store: None,
+        remote: RemoteOptions {
+            cache_dir: options.cache_dir.clone().or_else(usual_cache_dir),
+            cache_size: options.cache_size.unwrap_or(usual.remote.cache_size),
+            offline: options.offline,
+            deadline: options.timeout.unwrap_or(usual.remote.deadline),
+        },
     }
+}
+
+/// The directory of the cache of remote stores: the system's for root, the user's for others.
+fn usual_cache_dir() -> Option<PathBuf> {
+    let caches = if rustix::process::geteuid().is_root() {
+        Some(PathBuf::from("/var/cache"))
+    } else {
+        let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
+        absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+    };
+    caches.map(|caches| caches.join("chainfs/objects"))
 }
 
 /// The directories with libvirt's definitions: the user's choice, or those of the system's libvirt for root and

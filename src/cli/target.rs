@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fs::CONTROL;
 use crate::fs::mount::{KIND, store_of};
-use crate::io::{MountEntry, mounts};
+use crate::io::{MountEntry, is_address, mounts};
 use crate::store::{
     ACTIVE, Catalog, ChainView, ImageIndex, OpenView, README, STORE_DIRECTORY, Store, StoreOptions, ViewPart,
     shown,
@@ -84,7 +84,7 @@ impl Target {
         if let Some((store, rest)) = place_in_mount(path)? {
             return Self::in_mount(&store, &rest, &store_options(&options));
         }
-        let (image, view) = split_view(path);
+        let (image, view) = if is_address(path) { split_address(path) } else { split_view(path) };
         if let (Some(format), Some(name)) = (format, image.file_name().and_then(OsStr::to_str)) {
             // The rule for this image precedes those for patterns.
             options.formats.insert(0, FormatRule { glob: literal(name), format });
@@ -178,6 +178,9 @@ pub(super) fn mount_directory(path: &Path) -> Result<Option<PathBuf>> {
 }
 
 fn mount_above(path: &Path) -> Result<Option<(MountEntry, PathBuf)>> {
+    if is_address(path) {
+        return Ok(None);
+    }
     let absolute = std::path::absolute(path).map_err(|error| Error::io(context(path), error))?;
     let mounts = mounts()?;
     // Links on the way to the mount are followed; a daemon that does not answer is not waited for
@@ -210,6 +213,14 @@ fn split_view(path: &Path) -> (&Path, Option<&[u8]>) {
         return (path, None);
     }
     let found = ats(path).find(|(image, _)| image.is_file());
+    found.map_or((path, None), |(image, view)| (image, Some(view)))
+}
+
+/// Splits `ADDRESS@VIEW`. An at sign in the name of an object is written as `%40`.
+fn split_address(path: &Path) -> (&Path, Option<&[u8]>) {
+    let last = path.as_os_str().as_bytes().rsplit(|byte| *byte == b'/').next().map_or(0, <[u8]>::len);
+    let whole = path.as_os_str().len();
+    let found = ats(path).filter(|(image, _)| image.as_os_str().len() >= whole - last).last();
     found.map_or((path, None), |(image, view)| (image, Some(view)))
 }
 

@@ -216,6 +216,11 @@ pub(super) fn metrics(
     counter("chainfs_opens_total", "Disks opened.", &counters.opens);
     counter("chainfs_errors_total", "Requests answered with an error.", &counters.errors);
     counter("chainfs_kernel_maps_total", "Kernel maps made.", &AtomicU64::new(kernel_maps.made));
+    for root in store.roots() {
+        for found in root.counters() {
+            counter(found.name, found.help, &AtomicU64::new(found.value));
+        }
+    }
     let mut gauge = |name, help: &str, value: usize| {
         metrics.family(name, MetricKind::Gauge, help).sample(&[], value);
     };

@@ -482,6 +482,13 @@ impl MountTree {
                 let data = image.data_file.as_ref().map_or(0, |(_, stat)| stat.blocks);
                 Some(((own + data) * 512).to_string().into_bytes())
             }
+            b"cached" => {
+                let places = found.layers().iter().map(|layer| &found.catalog.images[*layer].place);
+                let mut cached =
+                    places.filter_map(|place| self.store.roots()[place.root].cached(&place.path));
+                let first = cached.next();
+                first.map(|first| (first + cached.sum::<u64>()).to_string().into_bytes())
+            }
             _ => None,
         })
     }

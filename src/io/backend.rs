@@ -90,6 +90,27 @@ pub trait Backend: Send + Sync {
 
     /// Its space, for `df`.
     fn space(&self) -> Result<Space>;
+
+    /// Bytes of the object at `path` that are on this machine; `None` if the tree is of this machine.
+    fn cached(&self, _path: &Path) -> Option<u64> {
+        None
+    }
+
+    /// What has happened between this machine and the tree, if that is elsewhere.
+    fn counters(&self) -> Vec<BackendCounter> {
+        Vec::new()
+    }
+}
+
+/// A count of what has happened since a backend was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackendCounter {
+    /// Its name as a metric.
+    pub name: &'static str,
+    /// A sentence on it.
+    pub help: &'static str,
+    /// How often, or how many bytes.
+    pub value: u64,
 }
 
 impl fmt::Debug for dyn Backend {

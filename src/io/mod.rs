@@ -21,12 +21,14 @@ mod memory;
 mod mount_users;
 mod mountinfo;
 mod object;
+mod object_tree;
 mod permissions;
+mod remote;
 mod writable_file;
 
 pub use backend::{
-    Backend, DirEntry, EntryKind, Expected, LockConflict, LockKind, LockOwners, MountPoints, NoLocks,
-    NoNames, ObjectLocks, OpenDirectory, OpenObject, Space, WriteObject,
+    Backend, BackendCounter, DirEntry, EntryKind, Expected, LockConflict, LockKind, LockOwners, MountPoints,
+    NoLocks, NoNames, ObjectLocks, OpenDirectory, OpenObject, Space, WriteObject,
 };
 pub use beneath::OWN_KIND;
 pub use changes::{Change, ChangeKind, Changes, Interrupt, WatchId};
@@ -45,6 +47,7 @@ pub use mount_users::{loop_devices, namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts, parse as parse_mounts, unescape as unescape_mount_word};
 pub use object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 pub use permissions::{AccessEntry, Permissions, Who};
+pub use remote::{RemoteOptions, RemoteStore, is_address};
 pub use writable_file::WritableFile;
 
 use crate::error::{Error, ErrorKind, Result};

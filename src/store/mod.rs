@@ -5,6 +5,7 @@
 //! store to users.
 
 mod active;
+mod address;
 mod bind;
 mod build;
 mod catalog;
@@ -65,7 +66,7 @@ use crate::format::Frozen;
 use crate::image::Caches;
 use crate::io::{
     Backend, Descriptors, Directory as Names, Expect, LocalDirectory, MountPoints, NoNames, ObjectId,
-    ObjectStat, OpenDirectory, StoreFile,
+    ObjectStat, OpenDirectory, RemoteStore, StoreFile, is_address,
 };
 use crate::units::Stability;
 
@@ -180,8 +181,12 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Opens and scans the store at `path`: a directory, or one image file.
+    /// Opens and scans the store at `path`: a directory, one image file, or an address of either in object
+    /// storage.
     pub fn open(path: &Path, options: StoreOptions) -> Result<Arc<Self>> {
+        if is_address(path) {
+            return Self::open_address(path, options);
+        }
         Self::open_on(path, options, &LocalDirectory::open)
     }
 
@@ -205,7 +210,11 @@ impl Store {
             Some(_) => ControlDir::of_image(&roots[0], options.whole_store.as_deref(), open)?,
         };
         for directory in &options.backing_dirs {
-            roots.push(open(directory).map_err(|error| error.within("backing_dir"))?);
+            let root = match directory.to_str().filter(|_| is_address(directory)) {
+                Some(address) => RemoteStore::open(address, &options.remote),
+                None => open(directory),
+            };
+            roots.push(root.map_err(|error| error.within("backing_dir"))?);
         }
         let by_link = match link {
             Some((directory, path)) => {

@@ -1,6 +1,6 @@
 //! The options of a store.
 
-use crate::io::LockSupport;
+use crate::io::{LockSupport, RemoteOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -78,6 +78,8 @@ pub struct StoreOptions {
     pub owners_count: bool,
     /// For a store that is one image: the directory with all possible users of it.
     pub whole_store: Option<PathBuf>,
+    /// How stores in object storage are read.
+    pub remote: RemoteOptions,
 }
 
 impl Default for StoreOptions {
@@ -102,6 +104,7 @@ impl Default for StoreOptions {
             trash: None,
             owners_count: false,
             whole_store: None,
+            remote: RemoteOptions::default(),
         }
     }
 }

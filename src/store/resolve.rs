@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use crate::io::Backend;
+use crate::io::{Backend, is_address};
 
 /// The path of a file: a root, and the path beneath it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,14 +73,19 @@ pub(super) fn resolve(
         let sentence = "is a json: description, which is never followed; rebase it onto a plain file name";
         return Err(UnresolvedName::not_followed(sentence));
     }
-    if let Some(protocol) = protocol(name) {
+    let (name, given) = (mapped(maps, name), Path::new(OsStr::from_bytes(name)));
+    // A root may be the address of a store elsewhere, which looks like a name with a protocol.
+    if let Some(place) = beneath_address(roots, &name) {
+        return Ok(place);
+    }
+    if let Some(protocol) = protocol(name.as_os_str().as_bytes()) {
         let protocol = String::from_utf8_lossy(protocol).into_owned();
         return Err(UnresolvedName::not_followed(format!(
-            "names the protocol \"{}\", which is never followed; if it is a file name, write it as ./NAME",
+            "names the protocol \"{}\", which is never followed; if it is a file name, write it as ./NAME; if \
+             it is a store's address, mount with -o backing_dir=ADDRESS",
             protocol.escape_debug()
         )));
     }
-    let (name, given) = (mapped(maps, name), Path::new(OsStr::from_bytes(name)));
     if name.is_relative() {
         let directory = from.path.parent().unwrap_or(Path::new(""));
         if let Some(path) = normal(&directory.join(&name)) {
@@ -115,7 +120,8 @@ pub(super) fn climbed(
     name: &[u8],
 ) -> Vec<PathBuf> {
     let mut climbed = Vec::new();
-    let mut plain = PathBuf::from("/");
+    // A store in object storage has an address, which does not begin at the root.
+    let mut plain = PathBuf::new();
     for component in absolute(roots, from, &mapped(maps, name)).components() {
         match component {
             Component::Normal(part) => plain.push(part),
@@ -123,7 +129,8 @@ pub(super) fn climbed(
                 climbed.push(plain.clone());
                 plain.pop();
             }
-            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+            Component::RootDir => plain.push("/"),
+            Component::CurDir | Component::Prefix(_) => {}
         }
     }
     climbed
@@ -195,6 +202,18 @@ fn absolute(roots: &[Arc<dyn Backend>], from: &StorePath, name: &Path) -> PathBu
 fn beneath(roots: &[Arc<dyn Backend>], absolute: &Path) -> Option<StorePath> {
     let inside = |(root, directory): (usize, &Arc<dyn Backend>)| {
         Some(StorePath { root, path: directory.relative(absolute)? })
+    };
+    roots.iter().enumerate().find_map(inside)
+}
+
+/// The path of an address beneath the roots that are addresses.
+fn beneath_address(roots: &[Arc<dyn Backend>], name: &Path) -> Option<StorePath> {
+    if !is_address(name) {
+        return None;
+    }
+    let inside = |(root, backend): (usize, &Arc<dyn Backend>)| {
+        let beneath = name.strip_prefix(backend.given()).ok().filter(|_| is_address(backend.given()))?;
+        Some(StorePath { root, path: normal(beneath)? })
     };
     roots.iter().enumerate().find_map(inside)
 }

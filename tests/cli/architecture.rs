@@ -79,11 +79,15 @@ fn names(text: &str, word: &str) -> bool {
 }
 
 #[test]
-fn only_their_transports_name_fuser_and_fuse_ring() {
+fn only_their_users_name_packages_of_transports() {
     let src = project().join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
-    for (package, transports) in [("fuser", &["fs/fuse"][..]), ("fuse_ring", &["fs/fuse", "fs/ring"])] {
+    for (package, transports) in [
+        ("fuser", &["fs/fuse"][..]),
+        ("fuse_ring", &["fs/fuse", "fs/ring"]),
+        ("chainfs_objects", &["io/remote"]),
+    ] {
         let naming: Vec<_> = files
             .iter()
             .filter(|file| names(&fs::read_to_string(file).unwrap(), package))

@@ -10,6 +10,7 @@ mod identity;
 mod memory;
 mod names_and_files;
 mod references;
+mod remote;
 mod scans;
 mod scenario;
 mod trash;

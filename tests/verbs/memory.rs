@@ -17,7 +17,7 @@ const MIB: u64 = 1 << 20;
 
 /// Several chains: two on one base with an internal snapshot, one in a directory on an image with an external
 /// data file, a raw one, and an image whose header is damaged.
-fn files() -> Files {
+pub(crate) fn files() -> Files {
     let files = Files::new();
     files.create("base.qcow2", 2 * MIB, "");
     files.scribble("base.qcow2", "qcow2", 1);
@@ -59,7 +59,7 @@ fn options() -> StoreOptions {
 fn in_memory(files: &Files) -> (MemoryDirectory, Arc<Store>) {
     let memory = MemoryDirectory::new("/memory");
     load(&files.root(), Path::new(""), &memory);
-    let store = Store::open_tree(Arc::new(memory.clone()), options()).expect("a store");
+    let store = Store::open_tree(memory.backend(), options()).expect("a store");
     (memory, store)
 }
 
@@ -69,13 +69,13 @@ fn open(store: &Store, chain: &str) -> Result<OpenView> {
     store.open_view(&catalog, &shown.layers, ViewPart::Active, Stability::Live)
 }
 
-fn bytes(open: &OpenView) -> Result<Vec<u8>> {
+pub(crate) fn bytes(open: &OpenView) -> Result<Vec<u8>> {
     let mut bytes = vec![0; open.view.size() as usize];
     open.view.read_at(0, &mut bytes).map(|()| bytes)
 }
 
 /// Each view of each chain, with its bytes.
-fn views(store: &Store) -> BTreeMap<String, Vec<u8>> {
+pub(crate) fn views(store: &Store) -> BTreeMap<String, Vec<u8>> {
     let (catalog, mut found) = (store.catalog(), BTreeMap::new());
     for (chain, leaf) in catalog.chains() {
         let shown = store.chain_views(&catalog, leaf);

@@ -11,7 +11,7 @@ use super::libvirt;
 use super::mounts;
 use crate::cli::args::ImageArgs;
 use crate::cli::target::{Target, host_path, place_in_mount};
-use crate::io::LockKind;
+use crate::io::{LockKind, is_address};
 use crate::report::store::{no_images, problems_text};
 use crate::store::shown;
 
@@ -60,10 +60,14 @@ fn of_store(host: &Host, path: &Path, args: &ImageArgs, say: &mut dyn FnMut(Find
         Err(error) => return say(unopened(path, &error)),
     };
     let (store, catalog) = (&target.store, &target.catalog);
+    // What is elsewhere has no file system and no permissions of this machine.
+    let is_here = !is_address(path);
     let directory = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
     let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
     let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
-    file_system::check(&directory, &host.mounts()).into_iter().for_each(&mut *say);
+    if is_here {
+        file_system::check(&directory, &host.mounts()).into_iter().for_each(&mut *say);
+    }
 
     let chains = catalog.chains().count();
     match no_images(store, catalog) {
@@ -77,7 +81,9 @@ fn of_store(host: &Host, path: &Path, args: &ImageArgs, say: &mut dyn FnMut(Find
             ),
         )),
     }
-    watched(host, catalog.directories.len(), say);
+    if is_here {
+        watched(host, catalog.directories.len(), say);
+    }
     let problems = problems_text(catalog);
     let problems = problems.lines().map(|line| Finding::warning(shown(path), line.to_owned()));
     listed(problems, "problems", &format!("chainfs info {}", quoted(path)), say);
@@ -93,7 +99,7 @@ fn of_store(host: &Host, path: &Path, args: &ImageArgs, say: &mut dyn FnMut(Find
     });
     listed(used, "images in use", "cat MOUNT/.chainfs/problems.txt", say);
 
-    if let Some(user) = libvirt::user(host) {
+    if let Some(user) = libvirt::user(host).filter(|_| is_here) {
         let mut seen = std::collections::HashSet::new();
         let stopped = (0..catalog.images.len()).filter_map(|index| {
             let path = host_path(store, catalog, index);

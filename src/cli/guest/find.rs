@@ -23,6 +23,7 @@ use crate::browse::DiskContents;
 use crate::browse::search::{SearchResult, search};
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::FileKind;
+use crate::io::is_address;
 use crate::report::find::{FoundFile, FoundObject, line};
 use crate::report::json::pretty;
 use crate::report::safe::{terminal, terminal_bytes};
@@ -99,9 +100,11 @@ fn searched(images: &mut OpenStores, word: &OsStr) -> Result<Vec<SearchedChain>>
             let disk = disk.or_else(|_| store_disk::top_of(&opened, &rest))?;
             return Ok(vec![chain_of(&disk, store_disk::history(&disk))]);
         }
-    } else if path.is_dir() {
+    } else if path.is_dir() || is_address(path) && operands::names_no_view(word) {
         let opened = images.open(path)?;
-        return Ok(whole(&opened, Path::new("")));
+        if opened.store.catalog().single.is_none() {
+            return Ok(whole(&opened, Path::new("")));
+        }
     }
     let place = operands::parse(word)?;
     if place.has_inner {

@@ -18,6 +18,7 @@ use super::store_disk::{self, OpenStore, StoreDisk};
 use crate::browse::worker::WorkerProgram;
 use crate::browse::{Browser, Keyring};
 use crate::error::{Error, ErrorKind, Result};
+use crate::io::is_address;
 use crate::report::safe::terminal;
 use crate::store::{MARKER, Store, StoreOptions, shown};
 
@@ -170,6 +171,9 @@ impl OpenStores {
 
 /// Resolves symbolic links: the user named them, so they may lead anywhere.
 fn canonical(path: &Path) -> Result<PathBuf> {
+    if is_address(path) {
+        return Ok(path.to_path_buf());
+    }
     path.canonicalize().map_err(|error| Error::io(format!("opening {}", shown(path)), error))
 }
 

@@ -10,6 +10,7 @@ use super::super::target::place_in_mount;
 use crate::browse::DiskContents;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guest::TreeId;
+use crate::io::is_address;
 
 /// The name of the volume with the operating system.
 const ROOT: &[u8] = b"root";
@@ -53,6 +54,9 @@ impl DiskPath {
 /// Parses an operand.
 pub(super) fn parse(word: &OsStr) -> Result<GuestOperand> {
     let bytes = word.as_bytes();
+    if is_address(Path::new(word)) {
+        return address(bytes);
+    }
     let ends =
         (1..=bytes.len()).rev().filter(|end| bytes.get(*end).is_none_or(|byte| matches!(byte, b':' | b'@')));
     for end in ends {
@@ -82,6 +86,31 @@ pub(super) fn parse(word: &OsStr) -> Result<GuestOperand> {
         shown(path.as_os_str())
     );
     Err(Error::new(ErrorKind::NotFound, fact))
+}
+
+/// Parses `ADDRESS[@VIEW]:/VOLUME/PATH`. A colon or at sign in the name of an object is written as `%3A` or
+/// `%40`.
+fn address(word: &[u8]) -> Result<GuestOperand> {
+    // The server's name may have a port.
+    let start = word.windows(3).position(|part| part == b"://").map_or(0, |at| at + 3);
+    let name = word[start..].iter().position(|byte| *byte == b'/').map_or(word.len(), |at| start + at);
+    let end =
+        word[name..].iter().position(|byte| matches!(byte, b':' | b'@')).map_or(word.len(), |at| name + at);
+    let Some((snapshot, inner)) = split(&word[end..]) else {
+        let fact =
+            format!("{}: write a path in an image as ADDRESS:/VOLUME/PATH", shown(OsStr::from_bytes(word)));
+        return Err(Error::new(ErrorKind::Usage, fact));
+    };
+    let path = PathBuf::from(OsStr::from_bytes(&word[..end]));
+    let disk = DiskName::Image { path, snapshot: snapshot.map(<[u8]>::to_vec) };
+    Ok(GuestOperand { disk, inner: inner.and_then(DiskPath::of), has_inner: inner.is_some() })
+}
+
+/// Whether an address is that of a store or of an image alone.
+pub(super) fn names_no_view(word: &OsStr) -> bool {
+    address(word.as_bytes()).is_ok_and(|operand| {
+        !operand.has_inner && matches!(operand.disk, DiskName::Image { snapshot: None, .. })
+    })
 }
 
 /// A snapshot's name, and the part after the colon.

@@ -15,7 +15,7 @@ pub(in crate::cli) enum Takes {
 }
 
 /// Options that a configuration file may set as well.
-pub(in crate::cli) const SETTINGS: [(&str, Takes); 37] = [
+pub(in crate::cli) const SETTINGS: [(&str, Takes); 41] = [
     ("ro", Takes::Nothing),
     ("allow_other", Takes::Nothing),
     ("uid", Takes::Value),
@@ -44,6 +44,10 @@ pub(in crate::cli) const SETTINGS: [(&str, Takes); 37] = [
     ("nopassthrough", Takes::Nothing),
     ("kernelmap", Takes::Value),
     ("map_dir", Takes::Value),
+    ("cache_dir", Takes::Value),
+    ("cache_size", Takes::Value),
+    ("offline", Takes::Nothing),
+    ("timeout", Takes::Value),
     ("noparallelwrites", Takes::Nothing),
     ("nosharedmapping", Takes::Nothing),
     ("noacl", Takes::Nothing),

@@ -15,7 +15,8 @@ fn every_option_is_parsed() {
          map=/old=/new,readonly=base*.raw,format=*.img:raw,format=a:b.*:qcow2,standalone=old/*,probe,\
          name=vm.snap*:vm,domains=/d,domains=/e,nodomains,\
          force_share,salvage,nolock,nofiles,symlinks=verbatim,rescan=30,trash=7,config=/c.toml,\
-         keys=/k.toml,nopassthrough,kernelmap=on,map_dir=/m,noparallelwrites,nosharedmapping,noacl,noxattr,noseccomp,noinotify,\
+         keys=/k.toml,nopassthrough,kernelmap=on,map_dir=/m,cache_dir=/k,cache_size=2G,offline,timeout=9,\
+         noparallelwrites,nosharedmapping,noacl,noxattr,noseccomp,noinotify,\
          noreadahead,noiouring,noexec,noatime,\
          sync,dirsync,fsname=images,context=a:b:c,rootcontext=\"a:b:c:s0:c1,c2\",auto_unmount,remount",
     );
@@ -51,6 +52,10 @@ fn every_option_is_parsed() {
         no_passthrough: true,
         kernel_map: Some(KernelMapping::On),
         map_dir: Some("/m".into()),
+        cache_dir: Some("/k".into()),
+        cache_size: Some(2 << 30),
+        offline: true,
+        timeout: Some(Duration::from_secs(9)),
         no_parallel_writes: true,
         no_shared_mapping: true,
         no_acl: true,

@@ -140,6 +140,21 @@ pub(in crate::cli) const TEXTS: [SettingText; super::SETTINGS.len()] = [
         "Where the files lie that the kernel needs for that, unnamed and at most 1 GiB. It must be on a disk: a tmpfs \
          will not do.",
     ),
+    text(
+        "cache_dir",
+        "=DIR",
+        "\"/var/cache/chainfs/objects\"",
+        "Where what was fetched from a remote store is kept. Mounts of one user share it. By default \
+         /var/cache/chainfs/objects for root, and chainfs/objects in the user's cache directory for others.",
+    ),
+    text("cache_size", "=SIZE", "\"20G\"", "The space that the files in cache_dir may have."),
+    text(
+        "offline",
+        "",
+        "false",
+        "Show a remote store from cache_dir alone: no request is sent, and what is not there is an error.",
+    ),
+    text("timeout", "=SECONDS", "30", "The time after which a request to a remote store fails."),
     text("noparallelwrites", "", "false", "Let the kernel send one write to a disk at a time."),
     text("nosharedmapping", "", "false", "Let active disks be mapped privately only."),
     text("noacl", "", "false", "Show the access control lists of guests, but do not enforce them."),

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::report::safe::terminal_bytes;
+use crate::units::parse_size;
 use glob::Pattern;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
@@ -61,6 +62,11 @@ pub(super) fn number(name: &str, value: &[u8], min: u64, max: u64) -> Result<u64
     parsed.filter(|number| (min..=max).contains(number)).ok_or_else(|| {
         refuse(name, &format!("'{}' must be a number from {min} to {max}", terminal_bytes(value)))
     })
+}
+
+/// A size with an optional unit.
+pub(super) fn size(name: &str, value: &[u8]) -> Result<u64> {
+    parse_size(utf8(name, value)?).map_err(|error| error.within(format!("mount option '{name}'")))
 }
 
 pub(super) fn octal(name: &str, value: &[u8]) -> Result<u32> {

@@ -41,6 +41,7 @@ pub mod tape;
 pub mod tools;
 pub mod transport;
 pub mod victims;
+pub mod web;
 
 pub use alone::is_alone;
 pub use binary::{chainfs_binary, project};
