@@ -35,6 +35,7 @@ pub fn store_options(options: &MountOptions) -> StoreOptions {
             cache_size: options.cache_size.unwrap_or(usual.remote.cache_size),
             offline: options.offline,
             deadline: options.timeout.unwrap_or(usual.remote.deadline),
+            durable_every: usual.remote.durable_every,
         },
     }
 }

@@ -71,6 +71,8 @@ pub struct MountTree {
     counters: Counters,
     started: SystemTime,
     /// Of the inode numbers of this mount.
+    /// Whether its disks may lie on another machine, which may not answer.
+    is_elsewhere: bool,
     generation: u32,
     /// The options of the mount, as they were given.
     options: Vec<u8>,
@@ -111,6 +113,7 @@ impl MountTree {
             counters: Counters::default(),
             started: SystemTime::now(),
             generation: file_handles::generation_of_mount(),
+            is_elsewhere: store.roots().iter().any(|root| root.has_remote_writers()),
             options: Vec::new(),
         }
     }

@@ -47,7 +47,7 @@ pub use mount_users::{loop_devices, namespaces_with, other_users_of, users_of};
 pub use mountinfo::{MountEntry, mounts, parse as parse_mounts, unescape as unescape_mount_word};
 pub use object::{Identity, ObjectId, ObjectStat, ObjectVersion, Timestamp};
 pub use permissions::{AccessEntry, Permissions, Who};
-pub use remote::{RemoteOptions, RemoteStore, is_address};
+pub use remote::{CacheFiles, RemoteOptions, RemoteStore, is_address};
 pub use writable_file::WritableFile;
 
 use crate::error::{Error, ErrorKind, Result};

@@ -33,8 +33,6 @@ use listing::{Named, SavedListing};
 
 /// A listing is as good as new for so long.
 const FRESH: Duration = Duration::from_secs(1);
-/// What was fetched is made durable so often.
-const DURABLE_EVERY: Duration = Duration::from_secs(5);
 
 /// Whether a path is the address of a remote store, and not one of this machine.
 pub fn is_address(path: &Path) -> bool {
@@ -52,11 +50,27 @@ pub struct RemoteOptions {
     pub offline: bool,
     /// The time after which a request fails.
     pub deadline: Duration,
+    /// How often what was fetched is made durable.
+    pub durable_every: Duration,
+}
+
+/// The files of a cache.
+pub struct CacheFiles {
+    /// The directory that has them.
+    pub files: Arc<dyn Backend>,
+    /// A name for this run of the machine, which is another one after it was started again.
+    pub boot: String,
 }
 
 impl Default for RemoteOptions {
     fn default() -> Self {
-        Self { cache_dir: None, cache_size: 20 << 30, offline: false, deadline: Duration::from_secs(30) }
+        Self {
+            cache_dir: None,
+            cache_size: 20 << 30,
+            offline: false,
+            deadline: Duration::from_secs(30),
+            durable_every: Duration::from_secs(5),
+        }
     }
 }
 
@@ -78,27 +92,25 @@ pub struct RemoteStore {
 impl RemoteStore {
     /// Opens the store at an address, and lists it.
     pub fn open(address: &str, options: &RemoteOptions) -> Result<Arc<dyn Backend>> {
+        let files = options.cache_dir.as_deref().map(cache_directory).transpose();
+        let files = files.map_err(|error| error.within("cache_dir"))?;
+        Self::with_cache(address, files.map(|files| CacheFiles { files, boot: boot_id() }), options)
+    }
+
+    /// The same with these files for its cache, instead of those in `cache_dir`.
+    pub fn with_cache(
+        address: &str,
+        cache: Option<CacheFiles>,
+        options: &RemoteOptions,
+    ) -> Result<Arc<dyn Backend>> {
         let location = Location::parse(address).map_err(|error| convert(&error))?;
         let patience = Patience { deadline: options.deadline, ..Patience::default() };
         let bucket = if options.offline { None } else { Some(Bucket::open(&location, patience)) };
         let bucket = bucket.transpose().map_err(|error| convert(&error))?;
-        Self::over(location, bucket, options)
-    }
-
-    /// The same over a bucket that is open, for tests.
-    pub fn over(
-        location: Location,
-        bucket: Option<Bucket>,
-        options: &RemoteOptions,
-    ) -> Result<Arc<dyn Backend>> {
-        let cache_files = options.cache_dir.as_deref().map(cache_directory).transpose();
-        let cache_files = cache_files.map_err(|error| error.within("cache_dir"))?;
-        let saved = cache_files.clone().and_then(|files| SavedListing::new(files, &location.to_string()));
-        let cache =
-            cache_files.map(|files| ChunkCache::open(files, options.cache_size, boot_id())).transpose()?;
-        let cache = cache.map(Arc::new);
+        let saved = cache.as_ref().and_then(|cache| SavedListing::new(&cache.files, &location.to_string()));
+        let cache = cache.map(|cache| ChunkCache::open(cache, options.cache_size)).transpose()?.map(Arc::new);
         if let Some(cache) = &cache {
-            keep_durable(cache)?;
+            keep_durable(cache, options.durable_every)?;
         }
         let shown = location.to_string();
         let store = Arc::new(Self {
@@ -232,11 +244,11 @@ fn boot_id() -> String {
 }
 
 /// Makes durable what was fetched, as long as the cache is used.
-fn keep_durable(cache: &Arc<ChunkCache>) -> Result<()> {
+fn keep_durable(cache: &Arc<ChunkCache>, every: Duration) -> Result<()> {
     let cache = Arc::downgrade(cache);
     let run = move || {
         loop {
-            std::thread::sleep(DURABLE_EVERY);
+            std::thread::sleep(every);
             let Some(cache) = cache.upgrade() else { return };
             if let Err(error) = cache.make_durable() {
                 tracing::warn!("what was fetched counts only until the machine stops: {error}");

@@ -2,6 +2,7 @@
 //! left after a crash or without a server.
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use support::command::Control;
 use support::mount::daemon_of;
-use support::web::WebServer;
+use support::web::{Fault, WebServer};
 use support::*;
 
 /// A chain of three layers, and a chain whose base is a guest's disk.
@@ -198,4 +199,38 @@ fn overlays_of_this_machine_are_backed_by_a_remote_base() {
     mount.umount();
     assert!(fs::read(store.oracle("vm.qcow2", "qcow2")).expect("bytes") == model.0);
     assert!(fs::read(golden.oracle("base.qcow2", "qcow2")).expect("bytes") == base);
+}
+
+// X2
+/// Reads that wait for a server occupy no thread that others need.
+#[test]
+fn a_silent_server_holds_up_no_other_request() {
+    let store = images();
+    store.raw("big.raw", 16 * MIB, 8);
+    let server = WebServer::new(&store.root());
+    let mount = mounted(&store, &server.address(), "threads=2,timeout=15");
+    assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
+    let expected = fs::read(store.oracle("web.qcow2", "qcow2")).expect("bytes");
+    server.fail(Fault::Stall, 1000);
+    let before = server.reads();
+    std::thread::scope(|scope| {
+        for reader in 1..=6 {
+            let path = mount.path("big/active.raw");
+            scope.spawn(move || {
+                let disk = fs::File::open(path).expect("a disk");
+                let mut block = [0; 4096];
+                let found = disk.read_at(&mut block, reader * 2 * MIB);
+                assert_eq!(
+                    found.expect_err("nothing").raw_os_error(),
+                    Some(rustix::io::Errno::IO.raw_os_error())
+                );
+            });
+        }
+        eventually("all of them wait", || server.reads() >= before + 6);
+        let begun = std::time::Instant::now();
+        assert!(mount.path("vm/snapshots").is_dir());
+        assert!(fs::read(mount.path("web/active.raw")).expect("a disk") == expected);
+        // They have waited for less than one attempt.
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    });
 }

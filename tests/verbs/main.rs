@@ -11,6 +11,7 @@ mod memory;
 mod names_and_files;
 mod references;
 mod remote;
+mod remote_crash;
 mod scans;
 mod scenario;
 mod trash;

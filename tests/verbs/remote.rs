@@ -328,3 +328,25 @@ fn fetches_grow_with_streams() {
     }
     assert!(remote.server.sent() - before <= 10 * (256 << 10), "{:?}", remote.server.ranges("disk.raw"));
 }
+
+/// A server that forgets one request in many: the second one is answered.
+#[test]
+fn a_slow_read_is_sent_again() {
+    let files = Files::new();
+    files.raw("disk.raw", 16 * MIB, 3);
+    let mut remote = Remote::of(files);
+    remote.options.deadline = Duration::from_mins(1);
+    let store = remote.open();
+    let open = disk(&store).expect("a disk");
+    let mut block = vec![0; 4096];
+    // Backwards, so that each read is a request of its own.
+    for chunk in (8..60).rev().step_by(2) {
+        open.view.read_at(chunk * (256 << 10), &mut block).expect("bytes");
+    }
+    remote.server.fail(Fault::Stall, 1);
+    let begun = Instant::now();
+    open.view.read_at(2 * (256 << 10), &mut block).expect("bytes");
+    // The first attempt would have ended after 20 s.
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert!(block == fs::read(remote.files.path("disk.raw")).expect("a file")[2 * (256 << 10)..][..4096]);
+}

@@ -48,7 +48,7 @@ enum Thread {
 }
 
 impl Operation {
-    /// `may_block`: whether a worker may have to read a disk first.
+    /// `may_block`: whether a worker, or another machine, may have to read a disk first.
     fn thread(self, may_block: impl FnOnce() -> bool) -> Thread {
         match self {
             // X2: a call that may wait gets a thread of its own.

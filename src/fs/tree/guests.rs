@@ -300,9 +300,11 @@ impl MountTree {
         Ok(Some(self.slots.get(node.slot)?.mounted.statistics))
     }
 
-    /// Whether requests for an inode may block until a worker has read a disk.
+    /// Whether requests for an inode may block until a worker has read a disk, or another machine has
+    /// answered.
     pub fn may_block(&self, inode: u64) -> bool {
-        Self::is_guest(inode)
+        self.is_elsewhere
+            || Self::is_guest(inode)
             || matches!(
                 self.node(inode),
                 Ok(Node::FilesOf(_)

@@ -15,8 +15,9 @@ use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Backend, LockKind, MountPoints, Storage, WriteObject};
+use crate::io::{LockKind, MountPoints, Storage, WriteObject};
 
+use super::CacheFiles;
 use super::cached_object::{CacheDirectory, CachedObject};
 
 /// The file that has the turn, and whose lock the evicting process holds.
@@ -40,8 +41,8 @@ pub(super) struct ChunkCache {
 }
 
 impl ChunkCache {
-    /// Opens the cache in `files`; `boot` is the run of this machine.
-    pub(super) fn open(files: Arc<dyn Backend>, size: u64, boot: String) -> Result<Self> {
+    /// Opens the cache in these files, `size` bytes at most.
+    pub(super) fn open(CacheFiles { files, boot }: CacheFiles, size: u64) -> Result<Self> {
         let names = files.names().ok_or_else(|| {
             Error::new(
                 ErrorKind::ReadOnly,

@@ -18,7 +18,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::error::{ErrorKind, Result};
-use crate::io::{Backend, Directory, LockKind, WriteObject};
+use crate::io::{Backend, Directory, Identity, LockKind, WriteObject};
 
 use super::chunk_table::{
     CHUNK_LEN, Entry, Presence, TableHeader, for_present, forget_undurable, read_entry, table_len, unusable,
@@ -78,7 +78,6 @@ impl CachedObject {
         if cache.files.identify(&table_path)? != table.identity()? {
             return Err(unusable("is being changed by another process"));
         }
-        let identity = |data: &Arc<dyn WriteObject>| data.identity().map(|identity| identity.to_string());
         if table.len()? == 0 {
             // It is new. What lies beside it belonged to another one.
             let _ = cache.names.unlink(&data_path);
@@ -86,7 +85,7 @@ impl CachedObject {
             data.set_len(len)?;
             let header = TableHeader {
                 len,
-                data_file: identity(&data)?,
+                data_file: data.identity()?.to_string(),
                 boot: cache.boot.clone(),
                 object: object.to_owned(),
             };
@@ -101,8 +100,11 @@ impl CachedObject {
             Err(error) => return Err(error),
         };
         if let (Some(mut header), Some(data)) = (TableHeader::read(&*table)?, data)
-            && (header.len, &header.data_file) == (len, &identity(&data)?)
+            && header.len == len
             && data.len()? == len
+            && let Some(noted) = Identity::parse(&header.data_file)
+            // The number of its file system may be another one since the machine was started again.
+            && noted.is_met_as(&data.identity()?)
         {
             if header.boot != cache.boot {
                 forget_undurable(&*table, header.chunks())?;

@@ -112,9 +112,12 @@ pub(super) struct SavedListing {
 }
 
 impl SavedListing {
-    pub(super) fn new(files: Arc<dyn Backend>, location: &str) -> Option<Self> {
+    pub(super) fn new(files: &Arc<dyn Backend>, location: &str) -> Option<Self> {
         files.names()?;
-        Some(Self { files, path: PathBuf::from(format!("{:016x}.listing", number_of(location))) })
+        Some(Self {
+            files: Arc::clone(files),
+            path: PathBuf::from(format!("{:016x}.listing", number_of(location))),
+        })
     }
 
     /// What was kept, if that is sound.
