@@ -66,10 +66,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.reply(200, f"{requests} {sent}".encode())
         time.sleep(latency)
         requests += 1
-        path = os.path.join(root, self.path.strip("/"))
+        path = os.path.join(root, self.path.lstrip("/"))
         if os.path.isdir(path):
             names = "".join(f'<a href="{name}">x</a>' for name in os.listdir(path))
-            return self.reply(200, names.encode())
+            return self.reply(200, names.encode(), Content_Type="text/html")
         if not os.path.exists(path):
             return self.reply(404, b"")
         found = os.stat(path)
@@ -97,7 +97,7 @@ PYTHON
 # timed COMMAND...: seconds.
 timed() {
     local begun=$EPOCHREALTIME
-    "$@" >/dev/null
+    "$@" >/dev/null || return
     awk -v a="$begun" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.2f", b - a }'
 }
 first_file() {

@@ -113,7 +113,7 @@ fn status_of(error: &object_store::Error) -> Option<u16> {
 }
 
 /// The innermost cause: the outer ones repeat the address. Bodies of error pages are cut to a line.
-fn innermost(error: &dyn Error) -> String {
+pub(crate) fn innermost(error: &dyn Error) -> String {
     const MAX_TEXT: usize = 200;
     let mut last = error;
     while let Some(source) = last.source() {

@@ -11,7 +11,7 @@ use reqwest::{Client, StatusCode};
 use url::Url;
 
 use crate::client::Bucket;
-use crate::error::{ObjectError, ObjectErrorKind};
+use crate::error::{ObjectError, ObjectErrorKind, innermost};
 use crate::requests::{ObjectInfo, Patience, info};
 
 /// Directories in each other, at most.
@@ -82,7 +82,7 @@ impl IndexPages {
         let shown = url.to_string();
         let page = bucket.call(&shown, || async {
             let failed = |error: reqwest::Error| {
-                let text = format!("{shown} could not be reached: {}", error.without_url());
+                let text = format!("{shown} could not be reached: {}", innermost(&error.without_url()));
                 ObjectError::new(ObjectErrorKind::Failed, text)
             };
             let reply = self.client.get(url.clone()).send().await.map_err(failed)?;
@@ -100,6 +100,12 @@ impl IndexPages {
                     let text = format!("{shown} could not be listed: the server answers {status}");
                     return Err(ObjectError::new(ObjectErrorKind::Failed, text));
                 }
+            }
+            // A server may answer with a file although the address ends with a slash.
+            let kind = reply.headers().get("content-type").and_then(|kind| kind.to_str().ok());
+            if !kind.is_some_and(|kind| kind.starts_with("text/html")) {
+                let text = format!("{shown} is no directory that its server lists");
+                return Err(ObjectError::new(ObjectErrorKind::NotFound, text));
             }
             let mut page = Vec::new();
             let mut body = reply.bytes_stream();

@@ -176,14 +176,15 @@ fn answer(
 ) -> Option<()> {
     // What a redirect leads to is the same.
     let target = target.strip_prefix("/elsewhere").unwrap_or(target);
-    let name = decoded(target.trim_start_matches('/'));
+    let name = decoded(target.trim_matches('/'));
     let path = state.root.join(&name);
     let mut reply = |status: &str, more: &str, body: &[u8]| {
         let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n{more}\r\n", body.len());
         out.write_all(head.as_bytes()).ok()?;
         if method == "HEAD" { Some(()) } else { out.write_all(body).ok() }
     };
-    if target.ends_with('/') {
+    // Like some servers, it finds a file whose address has a slash too many.
+    if target.ends_with('/') && !path.is_file() {
         let Ok(entries) = fs::read_dir(&path) else { return reply("404 Not Found", "", b"") };
         let mut page = "<a href=\"../\">..</a>\n".to_owned();
         for entry in entries.flatten() {
