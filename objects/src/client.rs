@@ -192,7 +192,7 @@ fn store_of(location: &Location, patience: Patience) -> Result<Client, Opening> 
             let builder = credentials::complete(AmazonS3Builder::from_env())?;
             if !credentials::are_found(&builder) {
                 hint = Some(
-                    "no credentials were found in the environment or in ~/.aws, and this machine has none; for a \
+                    "no credentials were found in the environment, in ~/.aws or on this machine; for a \
                      public bucket set AWS_SKIP_SIGNATURE=true",
                 );
             }

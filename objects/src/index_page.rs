@@ -158,7 +158,8 @@ mod tests {
 
     #[test]
     fn only_links_into_the_directory_count() {
-        let page = r#"<a href="../">..</a> <a href="a.qcow2">a</a> <A href='sub/'>s</a> <a href="/vm/b%20c.raw">b</a>
+        let page = r#"<a href="../">..</a> <a href="a.qcow2">a</a> <A href='sub/'>s</a>
+            <a href="/vm/b%20c.raw">b</a>
             <a href="?C=N;O=D">N</a> <a href="sub/deep.raw">d</a> <a href="https://other.org/vm/x">x</a>
             <a href="/etc/passwd">p</a> <a href=plain>q</a> <a href="a.qcow2">again</a> <a href="./">.</a>"#;
         let url = Url::parse("http://h:1/vm/").unwrap();

@@ -1,6 +1,6 @@
 //! The objects of a bucket: listed and read in ranges, for callers with threads.
 //!
-//! A [`Bucket`] is a prefix in S3, Google Cloud Storage or Azure, or a directory of a web server. It promises:
+//! A [`Bucket`] is a prefix in S3, Google Cloud Storage or Azure, or a web server's directory. It promises:
 //!
 //! - **Every call ends** by its deadline. Until then it is tried again where that may help, and a read that
 //!   takes longer than most is sent a second time.

@@ -199,7 +199,7 @@ impl Bucket {
         attempt: impl Fn() -> F,
     ) -> Result<T, ObjectError> {
         let patience = self.patience();
-        // While nothing answers, every caller tries, but none waits for long: a listing asks for many objects.
+        // While nothing answers, every caller tries, but none waits for long: `ls` asks for many objects.
         let deadline = if self.is_down() { patience.deadline / DOWN_DIVISOR } else { patience.deadline };
         let end = Instant::now() + deadline;
         let mut pause = FIRST_PAUSE;
@@ -255,7 +255,7 @@ impl Bucket {
                         let second = self.read_once(path, shown, range, version);
                         pin_mut!(second);
                         match select(first, second).await {
-                            // Whoever fails first does not decide.
+                            // The first failure does not decide.
                             Either::Left((Err(error), second)) if error.may_pass() => second.await,
                             Either::Left((result, _)) => result,
                             Either::Right((Err(error), first)) if error.may_pass() => first.await,

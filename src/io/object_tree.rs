@@ -1,4 +1,4 @@
-//! A read-only tree of objects with names, as an object store has it: a [`Backend`] over any [`ObjectSource`].
+//! A read-only tree of named objects, as an object store has it: a [`Backend`] over any [`ObjectSource`].
 //!
 //! A directory is what the names of objects have in common. Versions are tags, which say nothing of time.
 //! There are no names to change and no locks. An open object is one version: when another one is put in its

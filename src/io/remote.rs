@@ -94,6 +94,15 @@ impl RemoteStore {
     pub fn open(address: &str, options: &RemoteOptions) -> Result<Arc<dyn Backend>> {
         let files = options.cache_dir.as_deref().map(cache_directory).transpose();
         let files = files.map_err(|error| error.within("cache_dir"))?;
+        let files = files.filter(|files| {
+            // What is only present would count there after another machine has lost it.
+            let is_shared = files.has_remote_writers();
+            if is_shared {
+                let fact = "is on a network file system: nothing is cached; name a directory of this machine";
+                tracing::warn!("cache_dir {} {fact}", files.given().display());
+            }
+            !is_shared
+        });
         Self::with_cache(address, files.map(|files| CacheFiles { files, boot: boot_id() }), options)
     }
 

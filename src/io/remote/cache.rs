@@ -1,8 +1,8 @@
 //! The cache of remote objects on this machine: one directory, shared by all processes of a user.
 //!
-//! It promises that no more than its size is used, for long: who stores more evicts what was not used for the
-//! longest time. Time is counted in turns of the eviction, as a clock's hand goes round: each turn, what was
-//! read since the last one is noted with the new number.
+//! It promises to use no more than its size, but for moments: a process that stores more evicts what was not
+//! used for the longest time. Time is counted in turns. Each eviction begins a new one, and what is read from
+//! then on is noted with its number.
 //!
 //! If anything of the cache fails (no space, no permission, a damaged disk), objects are read without it.
 
@@ -128,8 +128,8 @@ impl ChunkCache {
         open.iter().try_for_each(|object| object.make_durable())
     }
 
-    /// Evicts what was not used for the longest time, until the cache has its size again and `more` bytes less
-    /// than it has now. One process at a time does that; the others go on.
+    /// Evicts what was not used for the longest time, until the cache has its size again, and `more` bytes
+    /// less than it has now. One process at a time does that; the others go on.
     fn make_room(&self, more: u64) -> Result<()> {
         if self.turn_file.locks().take(LockKind::Exclusive).is_err() {
             return Ok(());

@@ -1,7 +1,7 @@
-//! The chunks of one object that are on this machine: a sparse file of them, and the table of which there are.
+//! The chunks of one object that are on this machine: a sparse file of them, and the table that lists them.
 //!
-//! It promises: bytes that [`CachedObject::read`] returns were stored for this chunk, whatever other processes
-//! store or evict meanwhile, and whenever the machine stopped. The order of writes is the reason:
+//! It promises: bytes that [`CachedObject::read`] returns were stored for this chunk, whatever other
+//! processes store or evict meanwhile, and whenever the machine stopped. The order of writes is the reason:
 //!
 //! - store: bytes, then the entry (present). It counts until the machine stops.
 //! - [`CachedObject::make_durable`]: bytes, sync, then the entry (durable).

@@ -3,10 +3,10 @@
 //! A block with what the object is, then four bytes for each chunk. An entry is read and written with one
 //! call, and never lies across a sector, so that it is never half old and half new. It says:
 //!
-//! - *absent*, *present*, or *durable*. A chunk that is only present counts as long as this machine runs, because
-//!   its bytes may be in the page cache alone. A durable one was synced first.
-//! - its generation, which grows whenever it is stored: who reads bytes, and finds the same entry before and
-//!   after, has read what that entry promises.
+//! - *absent*, *present*, or *durable*. A chunk that is only present counts as long as this machine runs,
+//!   because its bytes may be in the page cache alone. A durable one was synced first.
+//! - its generation, which grows whenever it is stored: a reader that finds the same entry before and after
+//!   its read has the bytes that this entry promises.
 //! - when it was last used, in turns of the eviction.
 
 use crate::error::{Error, ErrorKind, Result};
@@ -78,7 +78,7 @@ pub(super) struct TableHeader {
     pub data_file: String,
     /// The run of this machine in which chunks that are only present count.
     pub boot: String,
-    /// Which version of which object it is, for people who look.
+    /// Which version of which object it is; not read by the program.
     pub object: String,
 }
 

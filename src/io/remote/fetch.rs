@@ -1,7 +1,7 @@
 //! One version of an object, read in chunks: from the cache, from a fetch that is under way, or by a new one.
 //!
-//! It promises: a chunk is fetched once for all who read it at the same time, and what was fetched is stored
-//! before anyone asks again. Reads that go on where others ended are streams: their fetches grow from one
+//! It promises: a chunk is fetched once for all readers of a moment, and what was fetched is stored before
+//! the fetch is forgotten. Reads that go on where others ended are streams: their fetches grow from one
 //! chunk to 8 MiB, and the next one begins before it is needed.
 
 use std::collections::HashMap;
@@ -110,7 +110,7 @@ impl Fetch {
 /// Reads that go on where others ended.
 #[derive(Clone, Copy, Debug)]
 struct Stream {
-    /// The first chunk that no one has asked for.
+    /// The first chunk that was not asked for.
     next: u64,
     /// Chunks of the next fetch.
     window: u64,
@@ -213,7 +213,7 @@ impl RemoteObject {
         if let Ok(bytes) = &result {
             self.keep(&fetch.chunks, bytes);
         }
-        // Whoever comes from here on finds the bytes where they were kept.
+        // From here on, readers find the bytes where they were kept.
         self.fetches.lock().retain(|chunk, _| !fetch.chunks.contains(chunk));
         fetch.end(result);
     }
