@@ -134,7 +134,8 @@ fn odd_chain(store: &Store, directory: &str, rng: &mut Rng) -> String {
                 let command = store.write_compressed(rng, at, unit);
                 store.io(&path, "qcow2", [command]);
             }
-            if layer == depth || rng.below(3) == 0 {
+            // QEMU makes none in an image with a data file.
+            if (layer == depth || rng.below(3) == 0) && !options.contains("data_file") {
                 store.img(["snapshot", "-c", "kept", &path]);
                 store.scribble(&path, "qcow2", rng.next());
             }
@@ -146,7 +147,7 @@ fn odd_chain(store: &Store, directory: &str, rng: &mut Rng) -> String {
 
 #[test]
 fn odd_chains_are_read_as_qemu_reads_them() {
-    let chains = amount(10, 400);
+    let chains = amount(10, 2000);
     for first in (0..chains).step_by(10) {
         let store = Store::new();
         let leaves: Vec<(String, String)> = (first..chains.min(first + 10))
