@@ -11,17 +11,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use support::mount::{connection_of, daemon_of, unmounting};
 use support::*;
 
-/// `base.raw` <- `mid.qcow2` <- `web.qcow2`.
-fn chain() -> Store {
-    let store = Store::new();
-    store.raw("base.raw", 2 * MIB, 1);
-    store.overlay("mid.qcow2", "base.raw", "raw", "");
-    store.scribble("mid.qcow2", "qcow2", 2);
-    store.overlay("web.qcow2", "mid.qcow2", "qcow2", "cluster_size=4k");
-    store.scribble("web.qcow2", "qcow2", 3);
-    store
-}
-
 fn send(signal: Signal, pid: u32) {
     let pid = Pid::from_raw(pid.cast_signed()).expect("a process number");
     kill_process(pid, signal).expect("a process");
@@ -41,7 +30,7 @@ fn chainfs(args: &[&str]) -> Command {
 
 #[test]
 fn the_tree_can_be_used_when_the_command_returns() {
-    let store = chain();
+    let store = small_chain();
     for _ in 0..10 {
         let mount = Mount::new(&store);
         assert_eq!(fs::metadata(mount.path("web/active.raw")).expect("no waiting").len(), 2 * MIB);
@@ -52,7 +41,7 @@ fn the_tree_can_be_used_when_the_command_returns() {
 /// `$(chainfs mount …)` in a script must not wait for the daemon's end.
 #[test]
 fn the_daemon_keeps_no_descriptor_and_no_directory_of_its_caller() {
-    let store = chain();
+    let store = small_chain();
     let cwd = store.beside("cwd");
     fs::create_dir(&cwd).expect("a directory");
     let mut command = tool(chainfs_binary());
@@ -67,7 +56,7 @@ fn the_daemon_keeps_no_descriptor_and_no_directory_of_its_caller() {
 
 #[test]
 fn relative_paths_mean_what_they_mean_to_the_caller() {
-    let store = chain();
+    let store = small_chain();
     tool(chainfs_binary()).args(["mount", "store", "./mnt"]).current_dir(store.beside("")).succeeds();
     assert_same(&store.beside("mnt/web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
     let unmounted = unmounting(tool(chainfs_binary()).args(["umount", "mnt"]).current_dir(store.beside("")));
@@ -77,7 +66,7 @@ fn relative_paths_mean_what_they_mean_to_the_caller() {
 
 #[test]
 fn umount_returns_when_the_daemon_is_gone() {
-    let store = chain();
+    let store = small_chain();
     for _ in 0..5 {
         let mount = Mount::new(&store);
         let daemon = mount.daemon();
@@ -90,7 +79,7 @@ fn umount_returns_when_the_daemon_is_gone() {
 
 #[test]
 fn umount_8_ends_the_daemon_as_well() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let daemon = mount.daemon();
     tool("umount").arg(mount.dir()).succeeds();
@@ -104,7 +93,7 @@ fn alive(pid: u32) -> bool {
 
 #[test]
 fn in_the_foreground_the_command_lives_as_long_as_the_mount() {
-    let store = chain();
+    let store = small_chain();
     for signal in [Signal::TERM, Signal::INT] {
         let mut mount = Mount::foreground(&store, Command::new(chainfs_binary()), "");
         assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
@@ -120,7 +109,7 @@ fn in_the_foreground_the_command_lives_as_long_as_the_mount() {
 
 #[test]
 fn sigterm_and_sigint_unmount_cleanly() {
-    let store = chain();
+    let store = small_chain();
     for signal in [Signal::TERM, Signal::INT] {
         let mount = Mount::new(&store);
         let daemon = mount.daemon();
@@ -134,7 +123,7 @@ fn sigterm_and_sigint_unmount_cleanly() {
 
 #[test]
 fn a_mount_whose_daemon_was_killed_is_replaced_by_the_next() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let _reader = File::open(mount.path("web/active.raw")).expect("a view");
     send(Signal::KILL, mount.daemon());
@@ -147,7 +136,7 @@ fn a_mount_whose_daemon_was_killed_is_replaced_by_the_next() {
 
 #[test]
 fn a_second_mount_on_the_same_directory_is_refused_and_harms_nothing() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let mut second = chainfs(&["mount"]);
     let (code, _, err) = second.arg(store.root()).arg(mount.dir()).outcome();
@@ -158,7 +147,7 @@ fn a_second_mount_on_the_same_directory_is_refused_and_harms_nothing() {
 
 #[test]
 fn a_store_may_be_mounted_twice_elsewhere() {
-    let store = chain();
+    let store = small_chain();
     let other = store.beside("other");
     fs::create_dir(&other).expect("a directory");
     let first = Mount::new(&store);
@@ -175,7 +164,7 @@ fn a_store_may_be_mounted_twice_elsewhere() {
 
 #[test]
 fn a_busy_mount_names_its_users_and_stays_unless_lazy() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let view = File::open(mount.path("web/active.raw")).expect("a view");
     let mut reader = Command::new("sleep").arg("1000").stdin(view).spawn().expect("sleep starts");
@@ -197,7 +186,7 @@ fn a_busy_mount_names_its_users_and_stays_unless_lazy() {
 
 #[test]
 fn a_mount_point_inside_the_store_is_not_scanned() {
-    let store = chain();
+    let store = small_chain();
     let inside = store.dir("mnt");
     let mount = Mount::try_new(&store, &store.root(), &inside, "rescan=1").expect("a mount inside its store");
     assert_same(&mount.path("web/active.raw"), &store.oracle("web.qcow2", "qcow2"));
@@ -264,7 +253,7 @@ fn backing_files_of_a_single_image_may_be_elsewhere_if_the_user_says_so() {
 
 #[test]
 fn mountinfo_shows_the_type_and_the_store_as_source() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::with(&store, "ro");
     let mounts = fs::read_to_string("/proc/mounts").expect("mounts");
     let line = mounts.lines().find(|l| l.split(' ').nth(1) == mount.dir().to_str()).expect("our mount");
@@ -279,7 +268,7 @@ fn mountinfo_shows_the_type_and_the_store_as_source() {
 
 #[test]
 fn exit_codes_are_mount_8s() {
-    let store = chain();
+    let store = small_chain();
     let (root, dir) = (store.root(), store.beside("mnt"));
     let refused = |source: &Path, dir: &Path, options: &str| {
         Mount::try_new(&store, source, dir, options).err().expect("a refusal")
@@ -316,7 +305,7 @@ fn exit_codes_are_mount_8s() {
 
 #[test]
 fn options_that_mount_8_passes_on_are_accepted() {
-    let store = chain();
+    let store = small_chain();
     for options in [
         "rw",
         "ro,nosuid,nodev,noexec,_netdev,nofail,user",
@@ -333,7 +322,7 @@ fn options_that_mount_8_passes_on_are_accepted() {
 
 #[test]
 fn options_come_from_the_configuration_and_the_command_line_wins() {
-    let store = chain();
+    let store = small_chain();
     fs::create_dir(store.beside("config/chainfs")).expect("a directory");
     let config = store.beside("config/chainfs/config.toml");
     fs::write(&config, "uid = 1234\numask = \"077\"\n").expect("a file");
@@ -351,7 +340,7 @@ fn options_come_from_the_configuration_and_the_command_line_wins() {
 
 #[test]
 fn reporting_commands_exit_as_qemu_imgs_do() {
-    let store = chain();
+    let store = small_chain();
     let code = |args: &[&str]| tool(chainfs_binary()).args(args).current_dir(store.root()).outcome();
     store.img(["convert", "-f", "qcow2", "-O", "qcow2", "web.qcow2", "same.qcow2"]);
     store.create("leaky.qcow2", MIB, "");
@@ -401,7 +390,7 @@ fn reporting_commands_exit_as_qemu_imgs_do() {
 
 #[test]
 fn commands_understand_places_inside_a_mount() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let web = mount.path("web");
     for verb in ["tree", "info", "map"] {
@@ -419,7 +408,7 @@ fn commands_understand_places_inside_a_mount() {
 
 #[test]
 fn info_in_json_uses_qemus_keys() {
-    let store = chain();
+    let store = small_chain();
     let theirs = store.info("web.qcow2", "qcow2");
     let text = chainfs(&["info", "--output", "json"]).arg(store.path("web.qcow2")).succeeds();
     let ours: serde_json::Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
@@ -439,7 +428,7 @@ fn info_in_json_uses_qemus_keys() {
 
 #[test]
 fn an_ordinary_user_mounts_by_fusermount3_and_is_refused_what_only_root_may() {
-    let store = chain();
+    let store = small_chain();
     let oracle = store.oracle("web.qcow2", "qcow2");
     // All files that the user needs, readable by all users; /dev/fuse as udev would make it.
     let bin = store.beside("bin");
@@ -490,7 +479,7 @@ fn an_ordinary_user_mounts_by_fusermount3_and_is_refused_what_only_root_may() {
 /// there.
 #[test]
 fn mount_8_and_fstab_work_through_the_helper() {
-    let store = chain();
+    let store = small_chain();
     let oracle = store.oracle("web.qcow2", "qcow2");
     let programs = Path::new(chainfs_binary()).parent().expect("a directory");
     let mut build = tool(env!("CARGO"));

@@ -15,12 +15,7 @@ use support::*;
 
 /// A chain of three layers, and a chain whose base is a guest's disk.
 fn images() -> Store {
-    let store = Store::new();
-    store.raw("base.raw", 2 * MIB, 1);
-    store.overlay("mid.qcow2", "base.raw", "raw", "");
-    store.scribble("mid.qcow2", "qcow2", 2);
-    store.overlay("web.qcow2", "mid.qcow2", "qcow2", "cluster_size=4k");
-    store.scribble("web.qcow2", "qcow2", 3);
+    let store = small_chain();
     let tree = store.beside("tree");
     fs::create_dir_all(tree.join("etc")).expect("a directory");
     fs::write(tree.join("etc/hostname"), "golden\n").expect("a file");

@@ -10,24 +10,13 @@ use rustix::fs::{OFlags, getxattr, listxattr, statvfs};
 use rustix::io::Errno;
 use support::*;
 
-/// `base.raw` <- `mid.qcow2` <- `web.qcow2`.
-fn chain() -> Store {
-    let store = Store::new();
-    store.raw("base.raw", 2 * MIB, 1);
-    store.overlay("mid.qcow2", "base.raw", "raw", "");
-    store.scribble("mid.qcow2", "qcow2", 2);
-    store.overlay("web.qcow2", "mid.qcow2", "qcow2", "cluster_size=4k");
-    store.scribble("web.qcow2", "qcow2", 3);
-    store
-}
-
 fn errno<T>(result: std::io::Result<T>) -> Option<Errno> {
     result.err().map(|e| Errno::from_io_error(&e).unwrap_or_else(|| panic!("{e} has no errno")))
 }
 
 #[test]
 fn nothing_can_be_changed_through_a_read_only_mount() {
-    let store = chain();
+    let store = small_chain();
     let before: Vec<Vec<u8>> = ["base.raw", "mid.qcow2", "web.qcow2"]
         .iter()
         .map(|n| fs::read(store.path(n)).expect("an image"))
@@ -60,7 +49,7 @@ fn nothing_can_be_changed_through_a_read_only_mount() {
 
 #[test]
 fn extended_attributes_are_read_by_name_and_not_listed() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let attribute = |path: &str, name: &str| {
         let mut value = vec![0; 4096];
@@ -90,7 +79,7 @@ fn extended_attributes_are_read_by_name_and_not_listed() {
 
 #[test]
 fn sizes_blocks_times_and_modes_come_from_the_image_files() {
-    let store = chain();
+    let store = small_chain();
     let old = "2020-02-03 04:05:06";
     tool("touch").args(["-d", old]).arg(store.path("mid.qcow2")).succeeds();
     fs::set_permissions(store.path("mid.qcow2"), fs::Permissions::from_mode(0o664)).expect("permissions");
@@ -148,7 +137,7 @@ fn a_view_with_data_has_blocks_even_if_its_own_file_has_none() {
 
 #[test]
 fn uid_gid_and_umask_override_what_the_files_say() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::with(&store, "uid=1001,gid=1002,umask=027");
     for path in ["web/active.raw", "web/snapshots/base.raw", "web", ".chainfs/tree.txt", "."] {
         let shown = fs::metadata(mount.path(path)).expect("an entry");
@@ -160,7 +149,7 @@ fn uid_gid_and_umask_override_what_the_files_say() {
 
 #[test]
 fn other_users_see_a_mount_only_if_allowed_and_by_its_modes() {
-    let store = chain();
+    let store = small_chain();
     fs::set_permissions(store.beside(""), fs::Permissions::from_mode(0o755)).expect("permissions");
     for (image, mode) in [("base.raw", 0o644), ("mid.qcow2", 0o600), ("web.qcow2", 0o644)] {
         fs::set_permissions(store.path(image), fs::Permissions::from_mode(mode)).expect("permissions");
@@ -184,7 +173,7 @@ fn other_users_see_a_mount_only_if_allowed_and_by_its_modes() {
 
 #[test]
 fn inode_numbers_stay_and_are_never_reused() {
-    let store = chain();
+    let store = small_chain();
     store.create("other.qcow2", MIB, "");
     let mount = Mount::new(&store);
     let inode = |path: &str| fs::metadata(mount.path(path)).expect("an entry").ino();
@@ -216,7 +205,7 @@ fn inode_numbers_stay_and_are_never_reused() {
 
 #[test]
 fn df_shows_the_stores_file_system() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let (ours, theirs) = (statvfs(mount.dir()).expect("statvfs"), statvfs(store.root()).expect("statvfs"));
     assert_eq!((ours.f_blocks, ours.f_frsize), (theirs.f_blocks, theirs.f_frsize));
@@ -225,7 +214,7 @@ fn df_shows_the_stores_file_system() {
 
 #[test]
 fn a_leaf_that_is_frozen_shows_snapshots_only() {
-    let store = chain();
+    let store = small_chain();
     store.create("golden-debian.qcow2", MIB, "");
     store.create("writable.qcow2", MIB, "");
     fs::set_permissions(store.path("web.qcow2"), fs::Permissions::from_mode(0o444)).expect("permissions");
@@ -241,7 +230,7 @@ fn a_leaf_that_is_frozen_shows_snapshots_only() {
 
 #[test]
 fn the_stores_own_files_list_every_chain() {
-    let store = chain();
+    let store = small_chain();
     store.dir("a/b");
     store.create("a/b/deep.qcow2", MIB, "");
     store.img(["snapshot", "-c", "monday", "a/b/deep.qcow2"]);
@@ -297,7 +286,7 @@ fn the_stores_own_files_list_every_chain() {
 
 #[test]
 fn many_concurrent_readers_read_the_same_as_one() {
-    let store = chain();
+    let store = small_chain();
     let oracles = [
         ("web/active.raw", store.oracle("web.qcow2", "qcow2")),
         ("web/snapshots/mid.raw", store.oracle("mid.qcow2", "qcow2")),
@@ -342,7 +331,7 @@ fn many_concurrent_readers_read_the_same_as_one() {
 
 #[test]
 fn opening_and_closing_leaves_no_descriptor_behind() {
-    let store = chain();
+    let store = small_chain();
     let mount = Mount::new(&store);
     let open_now = || fs::read_dir(format!("/proc/{}/fd", mount.daemon())).expect("descriptors").count();
     let read_all = || {

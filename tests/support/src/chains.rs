@@ -1,5 +1,6 @@
-//! Chains of many layers.
+//! Chains that tests share, some of many layers.
 
+use super::MIB;
 use super::rng::Rng;
 use super::store::Store;
 use super::tools::{Outcome as _, tool};
@@ -52,4 +53,15 @@ pub fn deep_chain(store: &Store, dir: &str, growth: &Growth) -> String {
         below = Some(file);
     }
     format!("{dir}/leaf.qcow2")
+}
+
+/// `base.raw` <- `mid.qcow2` <- `web.qcow2`.
+pub fn small_chain() -> Store {
+    let store = Store::new();
+    store.raw("base.raw", 2 * MIB, 1);
+    store.overlay("mid.qcow2", "base.raw", "raw", "");
+    store.scribble("mid.qcow2", "qcow2", 2);
+    store.overlay("web.qcow2", "mid.qcow2", "qcow2", "cluster_size=4k");
+    store.scribble("web.qcow2", "qcow2", 3);
+    store
 }

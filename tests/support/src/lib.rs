@@ -46,7 +46,7 @@ pub mod web;
 pub use alone::is_alone;
 pub use binary::{chainfs_binary, project};
 pub use bytes::first_difference;
-pub use chains::{Growth, deep_chain};
+pub use chains::{Growth, deep_chain, small_chain};
 pub use compare::{View, assert_chain, assert_same, views_of};
 pub use damage::Damage;
 pub use mount::Mount;
