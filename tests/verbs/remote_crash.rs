@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use chainfs::io::{CacheFiles, LocalDirectory, RemoteOptions, RemoteStore};
+use rustix::io::Errno;
 use support::crash::each_state;
 use support::store::Store as Files;
 use support::web::WebServer;
@@ -14,7 +15,7 @@ use support::{KIB, MIB, Rng};
 use super::scenario::crash::{describe, effort};
 use super::scenario::run::scratch;
 use super::scenario::scene::Scene;
-use super::scenario::tape::{Recorder, Tape};
+use super::scenario::tape::{Fault, Recorder, Tape};
 
 const DISK: &str = "disk.raw";
 const LEN: u64 = 3 * MIB;
@@ -148,4 +149,23 @@ fn the_test_notices_syncs_that_are_missing() {
     let tape = record(&server, &expected, &Recorder::swallowing_syncs(place.path()), place.path());
     let (wrong, states, _) = judged(&server, &expected, &tape, 10 * STATES);
     assert!(!wrong.is_empty(), "{states} states are all right");
+}
+
+/// Calls of the cache that fail, one in each run: the bytes come from the server instead.
+#[test]
+fn a_cache_that_fails_changes_no_byte() {
+    let files = Files::new();
+    fs::write(files.path(DISK), Rng::new(3).bytes(LEN)).expect("a disk");
+    let expected = fs::read(files.path(DISK)).expect("bytes");
+    let server = WebServer::new(&files.root());
+    // The first calls make the cache itself, which has to work.
+    for number in [5, 6, 7, 8, 10, 13, 21, 34] {
+        let place = scratch();
+        let recorder = Recorder::new(place.path(), false);
+        recorder.arm(Some(Fault { number, errno: Errno::IO, lasting: false }));
+        let tape = record(&server, &expected, &recorder, place.path());
+        assert!(recorder.calls() > number, "call {number} was made");
+        let (is_right, _) = judge(&server, &expected, &support::crash::last_state(&tape).1, "before");
+        assert!(is_right, "after call {number} failed");
+    }
 }

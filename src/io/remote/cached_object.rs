@@ -195,7 +195,11 @@ impl CachedObject {
         if stored.is_empty() {
             return Ok(());
         }
-        self.data.sync()?;
+        if let Err(error) = self.data.sync() {
+            // E1: the kernel may have dropped pages that it could not write.
+            self.evict(&stored.iter().map(|&(chunk, _)| chunk).collect::<Vec<_>>())?;
+            return Err(error);
+        }
         let _turn = self.stored.lock();
         let _locked = Locked::take(&*self.table)?;
         for (chunk, generation) in stored {

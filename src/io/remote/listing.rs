@@ -133,6 +133,11 @@ impl SavedListing {
         let Some(directory) = self.files.names() else { return Ok(()) };
         let draft = self.path.with_extension(format!("{}.draft", std::process::id()));
         let bytes = serde_json::to_vec(&named.saved()).expect("plain values");
+        let kept = self.files.open_file(&self.path).and_then(|file| read_all(&*file, MAX_SAVED));
+        if kept.is_ok_and(|kept| kept == bytes) {
+            // Nearly every command finds it so, and need not wait for a sync.
+            return Ok(());
+        }
         // Of a process that was killed.
         let _ = directory.unlink(&draft);
         let result = (|| {
